@@ -2,4 +2,27 @@
 
 from __future__ import annotations
 
+from .fused_head import weighted_linear_cross_entropy
+from .losses import weighted_cross_entropy, weighted_regression_loss
+from .schedules import power_at
+from .timeline import document_ids_of, target_positions
+from .trainer import TemporalWeightMixin, TemporalWeightSeq2SeqTrainer, TemporalWeightTrainer
+from .training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
+from .weighting import TemporalWeighting
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "TemporalSeq2SeqTrainingArguments",
+    "TemporalTrainingArguments",
+    "TemporalWeightMixin",
+    "TemporalWeightSeq2SeqTrainer",
+    "TemporalWeightTrainer",
+    "TemporalWeighting",
+    "document_ids_of",
+    "power_at",
+    "target_positions",
+    "weighted_cross_entropy",
+    "weighted_linear_cross_entropy",
+    "weighted_regression_loss",
+]

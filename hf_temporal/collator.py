@@ -1,0 +1,202 @@
+"""Gives each batch its times, where the whole sequence is still in sight: a wrapper around any data collator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+)
+
+from .losses import check_vocabulary
+from .timeline import IGNORE_INDEX, document_ids_of, document_starts, is_target, target_positions, time_shape
+from .weighting import check_weights
+
+POSITIONS = "temporal_positions"
+DOCUMENTS = "temporal_document_ids"
+LOSS_WEIGHTS = "loss_weights"
+TIMELINE_KEYS = (POSITIONS, DOCUMENTS, LOSS_WEIGHTS, "document_ids")
+
+PADDING_COLLATORS = (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+)
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """Adds `temporal_positions` (t of each label) and, for packed rows, `temporal_document_ids` to a batch.
+
+    Args:
+        origin: see `target_positions`.
+        shifts_labels: whether the model's loss compares the logits at i with the label at i + 1; the first real token
+            of a row or document then never is a target.
+        encoder_decoder: labels belong to the decoder.
+        takes_position_ids: whether left-padded rows are given `position_ids` that start after the padding.
+        vocabulary: labels have to lie below it; None where it is not known.
+        pad_token_id: what the decoder is fed on padding; None where it is not known.
+    """
+
+    origin: str
+    shifts_labels: bool
+    encoder_decoder: bool
+    takes_position_ids: bool
+    vocabulary: int | None
+    pad_token_id: int | None
+
+    def add(self, batch: Mapping[str, Any]) -> Batch:
+        """The batch with its times; as it is where it has them, or has no labels over time.
+
+        Raises:
+            ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), packed or left-padded
+                rows of an encoder–decoder model, labels out of the vocabulary, `loss_weights` that are negative, not
+                finite or of another shape than the labels; see also `document_ids_of`.
+        """
+        batch = dict(batch)
+        labels = batch.get("labels")
+        if POSITIONS in batch or not has_time(labels):
+            return batch
+        assert labels is not None
+        if self.vocabulary is not None and not labels.is_floating_point():
+            check_vocabulary(labels, self.vocabulary)
+        mask = batch.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.shape == time_shape(labels) else None
+        if self.encoder_decoder:
+            documents = None
+            self._check_seq2seq(batch, labels)
+            mask = None
+        else:
+            documents = self._documents(batch)
+        if documents is not None or mask is not None:
+            labels = self._without_first_tokens(labels, documents, mask)
+        elif self.shifts_labels:
+            labels = labels.clone()
+            labels[:, 0] = IGNORE_INDEX
+        batch[POSITIONS] = target_positions(labels, origin=self.origin, document_ids=documents, attention_mask=mask)
+        if documents is not None:
+            batch[DOCUMENTS] = documents
+        if mask is not None and self.takes_position_ids and "position_ids" not in batch and _is_left_padded(mask):
+            batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if batch.get(LOSS_WEIGHTS) is not None:
+            own = torch.as_tensor(batch[LOSS_WEIGHTS])
+            if own.shape != batch[POSITIONS].shape:
+                raise ValueError(
+                    f"{LOSS_WEIGHTS} has shape {tuple(own.shape)}; accepted: {tuple(batch[POSITIONS].shape)}, that of "
+                    "the labels."
+                )
+            check_weights(LOSS_WEIGHTS, own)
+            batch[LOSS_WEIGHTS] = own
+        return batch
+
+    def _documents(self, batch: Batch) -> Tensor | None:
+        documents = document_ids_of(batch)
+        if documents is None or not documents.any():
+            return None
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)} with several documents in a row: attention would cross "
+                "documents. Accepted: packed rows without attention_mask (position_ids keep documents apart), or with a "
+                "4-D one."
+            )
+        return documents
+
+    def _without_first_tokens(self, labels: Tensor, documents: Tensor | None, mask: Tensor | None) -> Tensor:
+        if not self.shifts_labels:
+            return labels
+        first = document_starts(is_target(labels), documents)
+        if mask is not None:
+            real = mask != 0
+            first = first | (real & (real.long().cumsum(-1) == 1))
+        return labels.masked_fill(first, IGNORE_INDEX)
+
+    def _check_seq2seq(self, batch: Batch, labels: Tensor) -> None:
+        packed = [key for key in ("document_ids", "seq_idx", "cu_seq_lens_q") if batch.get(key) is not None]
+        if packed:
+            raise ValueError(f"{packed[0]}: packed rows of an encoder-decoder model; accepted: one document per row.")
+        fed = batch.get("decoder_input_ids")
+        padding = ~is_target(labels[:, :1]) if fed is None else fed[:, 1:2] == self.pad_token_id
+        decoder = torch.cat([is_target(labels[:, :1]) | ~padding, is_target(labels[:, 1:])], dim=-1)
+        for name, real in (("labels", decoder), ("attention_mask", batch.get("attention_mask"))):
+            if isinstance(real, Tensor) and real.dim() == 2 and _is_left_padded(real):
+                raise ValueError(
+                    f"{name} padded on the left, for an encoder-decoder model; accepted: padding on the right "
+                    "(tokenizer.padding_side='right')."
+                )
+
+
+@dataclasses.dataclass
+class TimelineCollator:
+    """A data collator that hands `features` to another one and adds the times to the batch that it returns.
+
+    A `loss_weights` column is carried around the collators that would raise on it or drop it: padded as they pad
+    (`DataCollatorForSeq2Seq`, `DataCollatorWithPadding`, `DataCollatorForLanguageModeling`,
+    `DataCollatorForTokenClassification`) or concatenated (`DataCollatorWithFlattening`). Any other collator has to
+    return it.
+
+    Raises:
+        ValueError: a collator that drops `loss_weights`; rows of them that are not as long as the row's labels.
+    """
+
+    collator: Callable[[Sequence[Any]], Any]
+    timeline: Timeline
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        first = features[0] if len(features) else None
+        carried = isinstance(first, Mapping) and LOSS_WEIGHTS in first
+        if carried and isinstance(self.collator, (*PADDING_COLLATORS, DataCollatorWithFlattening)):
+            own = [feature[LOSS_WEIGHTS] for feature in features]
+            features = [{key: value for key, value in row.items() if key != LOSS_WEIGHTS} for row in features]
+            batch = dict(self.collator(features))
+            batch[LOSS_WEIGHTS] = self._padded(own, features, batch)
+        else:
+            batch = self.collator(features)
+            if not isinstance(batch, Mapping):
+                return batch
+        if carried and LOSS_WEIGHTS not in batch:
+            raise ValueError(
+                f"{type(self.collator).__name__} dropped the column {LOSS_WEIGHTS}; accepted: a collator that returns it "
+                "in the shape of the labels, or "
+                f"{', '.join(kind.__name__ for kind in (*PADDING_COLLATORS, DataCollatorWithFlattening))}."
+            )
+        return self.timeline.add(batch)
+
+    def _padded(self, own: list[Any], features: Sequence[Any], batch: Batch) -> Tensor:
+        shape = time_shape(batch["labels"])
+        rows = [torch.as_tensor(row, dtype=torch.float32) for row in own]
+        for index, (row, feature) in enumerate(zip(rows, features, strict=True)):
+            tokens = feature["labels"] if feature.get("labels") is not None else feature["input_ids"]
+            if len(row) != len(tokens):
+                raise ValueError(
+                    f"{LOSS_WEIGHTS} of row {index} of the batch has {len(row)} values; accepted: {len(tokens)}, one per "
+                    "label."
+                )
+        if isinstance(self.collator, DataCollatorWithFlattening):
+            return torch.cat(rows)[None]
+        padded = torch.zeros(shape)
+        left = getattr(getattr(self.collator, "tokenizer", None), "padding_side", "right") == "left"
+        for target, row in zip(padded, rows, strict=True):
+            target[len(target) - len(row) if left else 0 :][: len(row)] = row
+        return padded
+
+
+def has_time(labels: Any) -> bool:
+    """Whether labels have a time dimension to weight: integers `[batch, time]` or floats `[batch, time, ...]`."""
+    return isinstance(labels, Tensor) and (labels.dim() == 2 or (labels.dim() > 2 and labels.is_floating_point()))
+
+
+def _is_left_padded(mask: Tensor) -> bool:
+    real = mask != 0
+    return bool((~real[:, 0] & real.any(-1)).any())

@@ -1,0 +1,110 @@
+"""Weighted losses on aligned tensors: they return (Σ wℓ, Σ w), and the caller divides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .timeline import IGNORE_INDEX, is_target
+from .weighting import REGRESSION_LOSSES
+
+
+def weighted_cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Σ_i w_i ℓ_i and Σ_i w_i over the target tokens, with ℓ_i = −log softmax(logits_i)[labels_i].
+
+    With smoothing ε: ℓ_i = −(1 − ε) log p_i[labels_i] − (ε/V) Σ_v log p_i[v].
+    Computed in float32 (float64 for float64 logits), whatever the dtype of the logits.
+
+    Args:
+        logits: `[..., V]`, aligned with the labels (already shifted).
+        labels: `[...]` integers, −100 where there is no target.
+        weights: `[...]`, one weight per label; ignored where there is no target.
+
+    Returns:
+        Two 0-dim tensors; the first carries the gradient. Both are 0 where there is no target.
+
+    Raises:
+        ValueError: shapes that do not fit, a label out of the vocabulary (looked for on the CPU), `label_smoothing`
+            out of [0, 1).
+    """
+    losses = token_cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    return _weighted_sum(losses, weights, labels)
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy ℓ of each token, 0 where there is no target; arguments of `weighted_cross_entropy`."""
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}; accepted: labels of shape "
+            f"{tuple(logits.shape[:-1])}, one per position of the logits."
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing!r} is out of range; accepted: 0 ≤ label_smoothing < 1.")
+    check_vocabulary(labels, logits.shape[-1])
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    losses = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1).to(logits.device),
+        ignore_index=IGNORE_INDEX,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    return losses.view(labels.shape)
+
+
+def check_vocabulary(labels: Tensor, size: int) -> None:
+    """Raise a `ValueError` where a label is neither −100 nor in [0, size); labels off the CPU are not looked at."""
+    if labels.device.type != "cpu":
+        return
+    outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= size))
+    if outside.any():
+        raise ValueError(
+            f"labels hold {labels[outside][0].item()}; accepted: token ids from 0 to {size - 1}, the model's vocabulary, "
+            f"and {IGNORE_INDEX} where there is no target."
+        )
+
+
+def weighted_regression_loss(
+    predictions: Tensor, targets: Tensor, weights: Tensor, *, kind: str = "squared"
+) -> tuple[Tensor, Tensor]:
+    """Σ_i w_i ℓ_i and Σ_i w_i, with ℓ_i = mean over trailing dimensions of (ŷ_i − y_i)², or of |ŷ_i − y_i|.
+
+    Args:
+        predictions: `[batch, time, ...]`; a trailing dimension of 1 that the targets lack is dropped.
+        targets: `[batch, time, ...]`, NaN where there is no target.
+        weights: `[batch, time]`.
+        kind: `"squared"` or `"absolute"`. The weight multiplies the error after the square.
+
+    Raises:
+        ValueError: shapes that do not fit, unknown `kind`.
+    """
+    return _weighted_sum(token_regression_loss(predictions, targets, kind=kind), weights, targets)
+
+
+def token_regression_loss(predictions: Tensor, targets: Tensor, *, kind: str = "squared") -> Tensor:
+    """The error ℓ of each time, 0 where there is no target; arguments of `weighted_regression_loss`."""
+    if kind not in REGRESSION_LOSSES:
+        raise ValueError(f"kind={kind!r} is not known; accepted: {', '.join(map(repr, REGRESSION_LOSSES))}.")
+    if predictions.dim() == targets.dim() + 1 and predictions.shape[-1] == 1:
+        predictions = predictions.squeeze(-1)
+    if predictions.shape != targets.shape:
+        raise ValueError(
+            f"labels have shape {tuple(targets.shape)} and predictions {tuple(predictions.shape)}; accepted: equal shapes."
+        )
+    if predictions.dtype != torch.float64:
+        predictions = predictions.float()
+    targets = targets.to(predictions)
+    error = predictions - targets.where(~targets.isnan(), 0.0)
+    error = error.square() if kind == "squared" else error.abs()
+    return (error.flatten(2).mean(-1) if error.dim() > 2 else error) * is_target(targets)
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if weights.shape != losses.shape:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; accepted: {tuple(losses.shape)}, one per label.")
+    weights = weights.to(losses) * is_target(labels).to(losses.device)
+    return (weights * losses).sum(), weights.sum()

@@ -1,0 +1,151 @@
+"""Loss by position: what an evaluation adds to stock's numbers, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .timeline import IGNORE_INDEX, target_positions
+from .weighting import TemporalWeighting, document_max, wide_dtype
+
+PROFILE_NAME = "loss_by_position.json"
+BINS = 10
+
+
+class PositionProfile:
+    """Sums, over the target tokens of a data set, of loss and accuracy by decile of t/T, head, tail and weighted loss.
+
+    Rows of a batch are kept apart until `gather` (`Accelerator.gather_for_metrics`) has taken out those that only fill
+    up the last batch of a process, so every token counts once on any number of processes.
+
+    - weighted loss: Σ wℓ / D as in training, at the weighting given;
+    - head and tail loss: mean ℓ over the first and the last ⌈T/4⌉ target tokens of each document;
+    - bin k: the target tokens with k/10 < t/T ≤ (k + 1)/10.
+    """
+
+    def __init__(self, weighting: TemporalWeighting, gather: Callable[[Tensor], Tensor]) -> None:
+        self.weighting = weighting
+        self._gather = gather
+        self._sums: Tensor | None = None
+        self._weighted: list[Tensor] = []
+        self._has_accuracy = True
+
+    def update(
+        self,
+        positions: Tensor,
+        losses: Tensor,
+        correct: Tensor | None,
+        *,
+        document_ids: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            positions: t of each token, `[batch, time]`, 0 off the targets.
+            losses: the unweighted loss of each token, of the same shape.
+            correct: whether the most likely token is the label, of the same shape; None for float labels.
+            document_ids: of the same shape, for packed rows.
+            loss_weights: of the same shape, a data set's own weights.
+        """
+        losses = losses.to(wide_dtype(losses.device))
+        target = positions > 0
+        rank = target_positions(torch.where(target, 0, IGNORE_INDEX), document_ids=document_ids)
+        last_rank, last_time = (document_max(values, document_ids) for values in (rank, positions))
+        quarter = (last_rank + 3) // 4
+        bins = (positions * BINS - 1).div(last_time.clamp(min=1), rounding_mode="floor").clamp(min=0)
+        self._has_accuracy = correct is not None
+        right = torch.zeros_like(target) if correct is None else correct
+        parts = [target & (rank <= quarter), target & (rank > last_rank - quarter)]
+        parts += [target & (bins == index) for index in range(BINS)]
+        columns = [
+            (values * part).sum(-1)
+            for part in parts
+            for values in (losses, right.to(losses.dtype), target.to(losses.dtype))
+        ]
+        rows = self._gather(torch.stack(columns, dim=-1))
+        self._sums = rows.sum(0) if self._sums is None else self._sums + rows.sum(0)
+        self._weighted.append(self._gather(self._weighted_sums(positions, losses, document_ids, loss_weights)))
+
+    def _weighted_sums(
+        self, positions: Tensor, losses: Tensor, document_ids: Tensor | None, loss_weights: Tensor | None
+    ) -> Tensor:
+        """(Σ wℓ, D, time of the largest weight) of each row."""
+        reference = self.weighting.reference_time_of(positions, by_row=True)
+        weights = self.weighting.weights(positions, document_ids=document_ids, reference_time=reference).to(losses)
+        if loss_weights is not None:
+            weights = weights * loss_weights.to(losses)
+        terms = self.weighting.denominator_terms(weights, positions, has_loss_weights=loss_weights is not None)
+        return torch.cat([(weights * losses).sum(-1, True), terms.sum(-1, True), reference.to(losses)], dim=-1)
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """`<prefix>_temporal_loss`, `<prefix>_head_loss` and `<prefix>_tail_loss`; empty where there was no target."""
+        if self._sums is None or float(self._sums[2]) == 0:
+            return {}
+        sums, counts, times = torch.cat(self._weighted).unbind(-1)
+        if self.weighting.normalization == "batch" and self.weighting.weight_fn is None:
+            factors = self.weighting.weights(times.long()[None])[0].to(sums)
+            sums, counts = sums * factors, counts * factors
+        head, tail = self._sums[:6].view(2, 3)
+        return {
+            f"{prefix}_temporal_loss": _ratio(sums.sum(), counts.sum()),
+            f"{prefix}_head_loss": _ratio(head[0], head[2]),
+            f"{prefix}_tail_loss": _ratio(tail[0], tail[2]),
+        }
+
+    def bins(self) -> list[dict[str, Any]]:
+        """The ten bins of the profile, in the schema of `save_profile`."""
+        sums = [] if self._sums is None else self._sums[6:].view(BINS, 3).tolist()
+        return [
+            {
+                "from": index / BINS,
+                "to": (index + 1) / BINS,
+                "loss": loss / count if count else None,
+                "accuracy": right / count if count and self._has_accuracy else None,
+                "count": int(count),
+            }
+            for index, (loss, right, count) in enumerate(sums)
+        ]
+
+
+def save_profile(path: str | os.PathLike[str], *, split: str, step: int, bins: list[dict[str, Any]]) -> None:
+    """Add one evaluation's profile to a JSON file, in place of any of the same split at this or a later step.
+
+    Schema: `{"version": 1, "profiles": [{"split": "eval", "step": 0, "bins": [{"from": 0.0, "to": 0.1, "loss": 3.1,
+    "accuracy": 0.4, "count": 123}, …]}, …]}` with ten bins: the target tokens with from < t/T ≤ to, their mean
+    unsmoothed, unweighted loss, the share of them that the model ranks first and their number. `loss` and `accuracy`
+    are null where `count` is 0, `accuracy` for float labels too. The file is replaced at once, never half written.
+    """
+    path = Path(path)
+    kept = load_profiles(path) if path.exists() else []
+    kept = [profile for profile in kept if profile["split"] != split or profile["step"] < step]
+    content = {"version": 1, "profiles": [*kept, {"split": split, "step": step, "bins": bins}]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def load_profiles(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The profiles in a file written by `save_profile`, oldest first.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["version"] != 1:
+            raise KeyError("version")
+        return list(content["profiles"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a {PROFILE_NAME} of version 1 ({error!r}).") from None
+
+
+def _ratio(total: Tensor, count: Tensor) -> float:
+    return float(total / count) if float(count) > 0 else 0.0

@@ -1,0 +1,145 @@
+"""The time of each target token: labels (−100, padding, prompts, turns, packed documents) → t."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+ORIGINS = ("target", "sequence", "turn")
+
+
+def is_target(labels: Tensor) -> Tensor:
+    """True where a label counts: an integer other than −100, or a float that is not NaN.
+
+    Float labels `[batch, time, ...]` count at a time where none of their trailing dimensions is NaN.
+    Returns a boolean tensor of `time_shape(labels)`.
+    """
+    if labels.is_floating_point():
+        mask = ~labels.isnan()
+        return mask.flatten(2).all(-1) if mask.dim() > 2 else mask
+    return labels != IGNORE_INDEX
+
+
+def time_shape(labels: Tensor) -> torch.Size:
+    """`labels.shape` without the trailing dimensions that float labels may have: `[batch, time]` or `[time]`."""
+    return labels.shape[:2] if labels.is_floating_point() else labels.shape
+
+
+def target_positions(
+    labels: Tensor,
+    *,
+    origin: str = "target",
+    document_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """The 1-based time t of each target token, 0 where there is no target; `t[i]` belongs to `labels[i]`.
+
+    `origin="target"`: t counts the target tokens of a document, so the k-th of them has t = k.
+    `origin="sequence"`: t is the token's column in its document, prompt included, left padding excluded.
+    `origin="turn"`: as `"target"`, starting at 1 again with every contiguous run of targets.
+
+    Args:
+        labels: `[batch, time]` or `[time]` integers, −100 where there is no target; or floats
+            `[batch, time, ...]`, NaN where there is no target.
+        origin: one of `"target"`, `"sequence"`, `"turn"`.
+        document_ids: `[batch, time]` integers; a new document starts wherever the id changes. Without it each
+            row is one document.
+        attention_mask: `[batch, time]`, 0 on padding; only its leading zeros matter, and only to
+            `origin="sequence"`.
+
+    Raises:
+        ValueError: unknown `origin`, or a shape other than that of the labels.
+    """
+    if origin not in ORIGINS:
+        raise ValueError(f"origin={origin!r} is not known; accepted: {', '.join(map(repr, ORIGINS))}.")
+    target = is_target(labels)
+    for name, tensor in (("document_ids", document_ids), ("attention_mask", attention_mask)):
+        if tensor is not None and tensor.shape != target.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: that of the labels, {target.shape}.")
+    if target.numel() == 0:
+        return torch.zeros_like(target, dtype=torch.long)
+    starts = document_starts(target, document_ids)
+    if origin == "sequence":
+        column = torch.arange(1, target.shape[-1] + 1, device=target.device).expand(target.shape)
+        before = torch.where(starts, column - 1, 0).cummax(-1).values
+        if attention_mask is not None:
+            before = before.maximum((attention_mask != 0).int().cumsum(-1).eq(0).sum(-1, keepdim=True))
+        return (column - before) * target
+    if origin == "turn":
+        starts = starts | (target & ~target.roll(1, -1))
+    count = target.long().cumsum(-1)
+    before = torch.where(starts, count - target.long(), 0).cummax(-1).values
+    return (count - before) * target
+
+
+def document_starts(target: Tensor, document_ids: Tensor | None) -> Tensor:
+    """True on the first token of each document of each row; booleans of the shape of `target`."""
+    starts = torch.zeros_like(target, dtype=torch.bool)
+    starts[..., 0] = True
+    if document_ids is not None:
+        starts[..., 1:] = document_ids[..., 1:] != document_ids[..., :-1]
+    return starts
+
+
+def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """The document of each token of a batch: 0, 1, … from the left of each row; None where rows are not packed.
+
+    Read from the first of these that the batch has: `document_ids`, `seq_idx`, `cu_seq_lens_q`, `position_ids`
+    (a document starts where `position_ids[i] ≠ position_ids[i−1] + 1` among unmasked tokens).
+
+    Args:
+        batch: what a data collator returns; `labels` or `input_ids` give the shape `[batch, time]`.
+
+    Raises:
+        ValueError: a 4-D `attention_mask` without any of the four keys, since it may hide documents; or a key of
+            a shape that does not fit.
+    """
+    reference = batch["labels"] if batch.get("labels") is not None else batch.get("input_ids")
+    if reference is None or reference.dim() < 2:
+        return None
+    mask = batch.get("attention_mask")
+    for key in ("document_ids", "seq_idx"):
+        if batch.get(key) is not None:
+            return _run_index(_as_rows(key, batch[key], reference))
+    if batch.get("cu_seq_lens_q") is not None:
+        ends = batch["cu_seq_lens_q"].flatten()[1:].long()
+        columns = torch.arange(reference.shape[0] * reference.shape[1], device=ends.device)
+        return _run_index(torch.searchsorted(ends, columns, right=True).view(reference.shape[:2]))
+    if batch.get("position_ids") is not None:
+        return _documents_of_positions(_as_rows("position_ids", batch["position_ids"], reference), mask)
+    if mask is not None and mask.dim() == 4:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}: a 4-D mask may pack several documents into a row, and "
+            "t starts anew with each. Accepted beside it: document_ids, seq_idx, cu_seq_lens_q or position_ids."
+        )
+    return None
+
+
+def _as_rows(key: str, ids: Tensor, reference: Tensor) -> Tensor:
+    rows = ids[0] if ids.dim() == 3 else ids
+    if rows.dim() != 2 or rows.shape[0] not in (1, reference.shape[0]) or rows.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"{key} has shape {tuple(ids.shape)}; accepted: {tuple(reference.shape[:2])}, that of the labels."
+        )
+    return rows.expand(reference.shape[:2])
+
+
+def _documents_of_positions(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask != 0
+        starts = starts & real[:, 1:] & real[:, :-1]
+    return _run_index_of_starts(starts)
+
+
+def _run_index(ids: Tensor) -> Tensor:
+    """The index of the run of equal ids that each token is in, counted from the left of its row."""
+    return _run_index_of_starts(ids[:, 1:] != ids[:, :-1])
+
+
+def _run_index_of_starts(starts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0))

@@ -1,0 +1,415 @@
+"""Position-weighted losses for `Trainer`, `Seq2SeqTrainer` and any subclass of theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.utils import logging
+
+from .collator import DOCUMENTS, LOSS_WEIGHTS, POSITIONS, TIMELINE_KEYS, Batch, Timeline, TimelineCollator, has_time
+from .lm_head import FusedHead, ModelLoss, answer_logits, base_model, read_model_loss, shift_left
+from .losses import token_cross_entropy, token_regression_loss, weighted_cross_entropy, weighted_regression_loss
+from .profile import PROFILE_NAME, PositionProfile, save_profile
+from .schedules import power_at
+from .timeline import IGNORE_INDEX
+from .training_args import _TemporalFields
+from .weighting import TemporalWeighting, wide_dtype
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS = "temporal_weights"
+OWN_KEYS = (*TIMELINE_KEYS, WEIGHTS)
+SMALLEST_VOCABULARY_TO_FUSE = 1024
+
+
+class TemporalWeightMixin:
+    """Put in front of a `Trainer` subclass, weights each target token's loss by t^p.
+
+    The training loss is Σ_i w_i ℓ_i / D over the accumulated batch of all ranks, with w and D from
+    `TemporalWeighting`; everything else of the trainer stays as it is. p = 0 is the trainer's own loss.
+
+    Args:
+        weighting: overrides the `temporal_*` fields of the arguments (`TemporalTrainingArguments`); where there are
+            neither, `TemporalWeighting()` is used. Everything else is passed on.
+
+    Logged beside what the trainer logs: `temporal_power`, the p in force, and `effective_sample_size`,
+    (Σw)²/Σw² as a share of the target tokens. Evaluation adds `eval_temporal_loss`, `eval_head_loss`,
+    `eval_tail_loss` and the file `loss_by_position.json` in `output_dir`.
+
+    Raises:
+        ValueError: `compute_loss_func`, `nn.DataParallel`, a fused Liger cross-entropy, context or sequence
+            parallelism; with p ≠ 0, labels without a time dimension or a model whose own loss is not the cross-entropy
+            of its logits.
+
+    Source: Wang & Yan, arXiv 2307.11462.
+    """
+
+    loss_is_scaled_for_ga: bool | None = True
+
+    def __init__(self, *args: Any, weighting: TemporalWeighting | None = None, **kwargs: Any) -> None:
+        if weighting is not None and not isinstance(weighting, TemporalWeighting):
+            raise TypeError(f"weighting={weighting!r} is a {type(weighting).__name__}; accepted: a TemporalWeighting.")
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        if given.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func cannot be combined with a position-weighted loss: it never sees the positions. "
+                "Accepted instead: TemporalWeighting(weight_fn=...) for a shape of your own, or a loss_weights column."
+            )
+        _check_liger(given.get("args"))
+        self._given_weighting = weighting
+        self._model_loss: ModelLoss | None = None
+        self._model_read: nn.Module | None = None
+        self._profile: PositionProfile | None = None
+        self._sample_size: list[Tensor] = []
+        self._power_in_force = 0.0
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu={self.args.n_gpu}: nn.DataParallel splits the batch after its weights are summed. Accepted "
+                "instead: one process per GPU, `accelerate launch` or `torchrun`."
+            )
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        for name in ("cp", "sp"):
+            if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1:
+                raise ValueError(
+                    f"parallelism_config.{name}_size={getattr(parallel, f'{name}_size')}: a sequence that is split "
+                    f"between ranks is not weighted yet; accepted: {name}_size=1."
+                )
+        if isinstance(self.args, _TemporalFields):
+            self.args.validate_schedule(self.weighting.power)
+
+    # ---- p and w
+
+    @property
+    def weighting(self) -> TemporalWeighting:
+        """The weighting at its final power: the argument, else the arguments' fields, else `TemporalWeighting()`."""
+        if self._given_weighting is not None:
+            return self._given_weighting
+        if isinstance(self.args, _TemporalFields):
+            return self.args.temporal_weighting()
+        return TemporalWeighting()
+
+    @property
+    def temporal_power(self) -> float:
+        """The power in force at `state.global_step`."""
+        power = self.weighting.power
+        if not isinstance(self.args, _TemporalFields):
+            return power
+        return power_at(
+            self.state.global_step,
+            self.state.max_steps,
+            schedule=self.args.temporal_power_schedule,
+            start=self.args.temporal_power_start,
+            end=power,
+            warmup_ratio=self.args.temporal_power_warmup_ratio,
+        )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        before = _temporal_fields(self.args)
+        super()._hp_search_setup(trial)
+        changed = [name for name, value in _temporal_fields(self.args).items() if value != before[name]]
+        if changed and self._given_weighting is not None:
+            raise ValueError(
+                f"{changed[0]} is searched beside an explicit weighting={self._given_weighting!r}, which overrides it; "
+                "accepted: one of the two."
+            )
+
+    # ---- t, made by the data loaders
+
+    def get_train_dataloader(self) -> Any:
+        with self._making_timelines():
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._making_timelines():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._making_timelines():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _making_timelines(self) -> Iterator[None]:
+        collator = self.data_collator
+        self.data_collator = TimelineCollator(collator, self._timeline)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    @property
+    def _timeline(self) -> Timeline:
+        base, loss = base_model(self._root), self._read_model_loss()
+        config = getattr(base, "config", None)
+        return Timeline(
+            origin=self.weighting.origin,
+            shifts_labels=loss.shifts_labels,
+            encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+            takes_position_ids="position_ids" in inspect.signature(base.forward).parameters,
+            vocabulary=loss.vocabulary,
+            pad_token_id=getattr(config, "pad_token_id", None),
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [key for key in (LOSS_WEIGHTS,) if key not in self._signature_columns]
+
+    # ---- the model's own loss
+
+    @property
+    def _root(self) -> nn.Module:
+        """The model inside any wrapper of accelerate's, a `PeftModel` included."""
+        return self.accelerator.unwrap_model(self.model) if self.is_fsdp_enabled else self.model
+
+    def _read_model_loss(self) -> ModelLoss:
+        root = self._root
+        if self._model_loss is None or self._model_read is not root:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self._model_loss, self._model_read = read_model_loss(root, can_run=not sharded), root
+        return self._model_loss
+
+    def _is_stock(self, batch: Mapping[str, Any]) -> bool:
+        """Whether the trainer's own loss is used: p = 0 where there is nothing that t^p could weight.
+
+        Raises:
+            ValueError: nothing to weight, and p ≠ 0.
+        """
+        labels = batch.get("labels")
+        if not has_time(labels):
+            what = "no labels" if labels is None else f"labels of shape {tuple(getattr(labels, 'shape', ()))}"
+        else:
+            what = self._read_model_loss().unsupported
+        if not what:
+            return False
+        if self.weighting.power == 0 and self.weighting.weight_fn is None and self.temporal_power == 0:
+            return True
+        raise ValueError(
+            f"{type(base_model(self._root)).__name__} with {what}: there is no loss per time to weight. Accepted: "
+            "power=0 (the usual loss), or labels of shape [batch, time] and logits of shape [batch, time, vocabulary]."
+        )
+
+    # ---- training
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        stock = bool(batches) and self._is_stock(batches[0])
+        self.loss_is_scaled_for_ga = None if stock else True
+        if stock or not batches:
+            return batches, num_items_in_batch
+        return self._weigh(batches, device)
+
+    def _weigh(self, batches: list[Any], device: torch.device) -> tuple[list[Batch], Tensor]:
+        """The batches with their weights in place of their times, and the denominator D of all of them, all ranks."""
+        self._power_in_force = self.temporal_power
+        weighting = self.weighting.at(self._power_in_force)
+        batches = [self._timeline.add(batch) for batch in batches]
+        across_ranks = self.args.average_tokens_across_devices and self.args.world_size > 1
+        reference = None
+        if weighting.normalization == "batch":
+            times = torch.stack([weighting.reference_time_of(batch[POSITIONS]).to(device) for batch in batches])
+            times = self.accelerator.gather(times) if across_ranks else times
+            reference = weighting.reference_time_of(times)
+        sums = torch.zeros(4, dtype=wide_dtype(device), device=device)
+        for batch in batches:
+            positions, own = batch.pop(POSITIONS).to(device), batch.pop(LOSS_WEIGHTS, None)
+            documents = batch.pop(DOCUMENTS, None)
+            documents = None if documents is None else documents.to(device)
+            weights = weighting.weights(positions, document_ids=documents, reference_time=reference)
+            if own is not None:
+                weights = weights * own.to(weights)
+            terms = weighting.denominator_terms(weights, positions, has_loss_weights=own is not None)
+            wide = weights.to(sums.dtype)
+            sums += torch.stack([terms.sum(), wide.sum(), wide.square().sum(), (positions > 0).sum()])
+            batch[WEIGHTS] = weights
+        if across_ranks:
+            sums = self.accelerator.gather(sums).view(-1, 4).sum(0)
+        denominator, total, squares, count = sums.float()
+        self._sample_size.append(total**2 / (squares * count).clamp(min=torch.finfo(torch.float32).tiny))
+        replicas = self.get_tp_size()
+        return batches, denominator.where(denominator > 0, 1.0) / replicas
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        if not model.training or self._is_stock(inputs):
+            inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS}
+            if not (model.training or self.label_smoother is not None or self._read_model_loss().counts_items):
+                num_items_in_batch = None
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        if WEIGHTS not in inputs or num_items_in_batch is None:
+            (inputs,), num_items_in_batch = self._weigh([inputs], self.args.device)
+        total, outputs = self._weighted_sum(model, dict(inputs), needs_outputs=return_outputs)
+        loss = total / num_items_in_batch
+        if self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        coefficient = self._read_model_loss().auxiliary_coefficient
+        if coefficient and isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
+            steps = getattr(self, "current_gradient_accumulation_steps", 1)
+            loss = loss + coefficient * outputs["aux_loss"].to(loss.device) / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _weighted_sum(self, model: nn.Module, inputs: Batch, *, needs_outputs: bool) -> tuple[Tensor, Any]:
+        """Σ wℓ of a micro-batch, and the model's outputs."""
+        labels, weights = inputs.pop("labels"), inputs.pop(WEIGHTS)
+        inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS and key != "shift_labels"}
+        if labels.is_floating_point():
+            outputs = model(**inputs, labels=labels)
+            predictions = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+            return weighted_regression_loss(predictions, labels, weights, kind=self.weighting.regression_loss)[
+                0
+            ], outputs
+        own = self._read_model_loss()
+        inputs |= self._decoder_inputs(inputs, labels)
+        labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
+        if own.shifts_labels:
+            labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
+        smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
+        fused_head = None if needs_outputs else self._fused_head()
+        if fused_head is not None:
+            with fused_head.computing(self._root, labels, weights, label_smoothing=smoothing):
+                outputs = model(**inputs)
+            return outputs["loss"], outputs
+        outputs = model(**inputs)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        logits = answer_logits(self._root, logits, labels.shape[1])
+        return weighted_cross_entropy(logits, labels, weights, label_smoothing=smoothing)[0], outputs
+
+    def _decoder_inputs(self, inputs: Batch, labels: Tensor) -> Batch:
+        base = base_model(self._root)
+        if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+            return {}
+        if any(inputs.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds")):
+            return {}
+        return {"decoder_input_ids": base.prepare_decoder_input_ids_from_labels(labels=labels)}
+
+    def _fused_head(self) -> FusedHead | None:
+        mode = self.args.temporal_fused_head if isinstance(self.args, _TemporalFields) else "auto"
+        if mode == "off":
+            return None
+        head = self._read_model_loss().fused_head
+        usable = head is not None and head.is_known()
+        if mode == "on":
+            if not usable:
+                raise ValueError(
+                    f"temporal_fused_head='on', but the LM head of {type(base_model(self._root)).__name__} cannot be "
+                    "replaced exactly; accepted for this model: 'auto' or 'off'."
+                )
+            return head
+        if not usable:
+            logger.warning_once(
+                f"The LM head of {type(base_model(self._root)).__name__} cannot be replaced exactly: the loss is computed "
+                "from the full logits. temporal_fused_head='off' silences this."
+            )
+            return None
+        assert head is not None
+        return head if head.vocabulary >= SMALLEST_VOCABULARY_TO_FUSE else None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._sample_size and "loss" in logs:
+            logs["temporal_power"] = self._power_in_force
+            logs["effective_sample_size"] = torch.stack(self._sample_size).mean().item()
+            self._sample_size.clear()
+        super().log(logs, *args, **kwargs)
+
+    # ---- evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._profile = PositionProfile(self.weighting, self.accelerator.gather_for_metrics)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            metrics = self._profile.metrics(prefix)
+            output.metrics.update(metrics)
+            if metrics and self.args.should_save:
+                path = Path(self.args.output_dir) / PROFILE_NAME
+                save_profile(path, split=prefix, step=self.state.global_step, bins=self._profile.bins())
+        finally:
+            self._profile = None
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        batch = self._timeline.add(inputs)
+        timeline = {key: self._prepare_input(batch.pop(key)) for key in TIMELINE_KEYS if key in batch}
+        if self._profile is None or POSITIONS not in timeline or self._read_model_loss().unsupported:
+            return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
+        outputs: deque[Any] = deque(maxlen=1)
+        hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
+        finally:
+            hook.remove()
+        self._profile_batch(self._prepare_input(batch["labels"]), outputs[0], timeline)
+        return result
+
+    def _profile_batch(self, labels: Tensor, outputs: Any, timeline: Batch) -> None:
+        assert self._profile is not None
+        if isinstance(outputs, Mapping):
+            logits = outputs["logits"]
+        else:
+            logits = next(value for value in outputs if isinstance(value, Tensor) and value.dim() >= labels.dim())
+        positions, documents, own = (timeline.get(key) for key in (POSITIONS, DOCUMENTS, LOSS_WEIGHTS))
+        if labels.is_floating_point():
+            losses = token_regression_loss(logits, labels, kind=self.weighting.regression_loss)
+            self._profile.update(positions, losses, None, document_ids=documents, loss_weights=own)
+            return
+        logits = answer_logits(self._root, logits, labels.shape[1])
+        at_labels = positions > 0
+        at_logits = at_labels
+        if self._read_model_loss().shifts_labels:
+            at_logits = shift_left(at_labels, False)
+        answers, wanted = logits[at_logits], labels[at_labels]
+        losses = torch.zeros(labels.shape, device=labels.device)
+        losses[at_labels] = token_cross_entropy(answers, wanted)
+        correct = torch.zeros_like(at_labels)
+        correct[at_labels] = answers.argmax(-1) == wanted
+        self._profile.update(positions, losses, correct, document_ids=documents, loss_weights=own)
+
+    # ---- what is saved
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            self.weighting.save_pretrained(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+
+class TemporalWeightTrainer(TemporalWeightMixin, Trainer):
+    """A drop-in for `Trainer` that weights each target token's loss by t^p, see `TemporalWeightMixin`."""
+
+
+class TemporalWeightSeq2SeqTrainer(TemporalWeightMixin, Seq2SeqTrainer):
+    """A drop-in for `Seq2SeqTrainer` that weights each target token's loss by t^p, see `TemporalWeightMixin`."""
+
+
+def _check_liger(args: Any) -> None:
+    if not getattr(args, "use_liger_kernel", False):
+        return
+    config = getattr(args, "liger_kernel_config", None) or {}
+    if config.get("fused_linear_cross_entropy", True) or config.get("cross_entropy", False):
+        raise ValueError(
+            f"use_liger_kernel=True with liger_kernel_config={config or None}: Liger's cross-entropy knows no weights. "
+            "Accepted: liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}; the fused head "
+            "here takes its place."
+        )
+
+
+def _temporal_fields(args: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name.startswith("temporal_")}

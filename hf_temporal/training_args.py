@@ -1,0 +1,112 @@
+"""`TrainingArguments` with the fields of a position-weighted loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from .schedules import SCHEDULES, validate_schedule
+from .timeline import ORIGINS
+from .weighting import NORMALIZATIONS, TemporalWeighting
+
+FUSED_HEAD_MODES = ("auto", "on", "off")
+
+
+@dataclass
+class _TemporalFields:
+    temporal_power: float = field(
+        default=1.0, metadata={"help": "p of the weight t^p: 0 is the usual loss, inf the last target token alone."}
+    )
+    temporal_origin: str = field(
+        default="target",
+        metadata={"help": "Where t starts: target, sequence or turn.", "choices": list(ORIGINS)},
+    )
+    temporal_normalization: str = field(
+        default="sequence",
+        metadata={
+            "help": "sequence: mean weight 1 in each document; batch: divided by the sum of the weights; tokens: t^p "
+            "divided by the number of target tokens.",
+            "choices": list(NORMALIZATIONS),
+        },
+    )
+    temporal_power_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How p goes from temporal_power_start to temporal_power: constant (temporal_power throughout), "
+            "linear or cosine.",
+            "choices": list(SCHEDULES),
+        },
+    )
+    temporal_power_start: float = field(
+        default=0.0, metadata={"help": "p at the first step of a linear or cosine schedule."}
+    )
+    temporal_power_warmup_ratio: float = field(
+        default=1.0, metadata={"help": "Share of max_steps after which temporal_power is reached."}
+    )
+    temporal_fused_head: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute LM head and loss together, without the logits: auto (where it is exact for the model and "
+            "pays), on (an error where it is not exact) or off.",
+            "choices": list(FUSED_HEAD_MODES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.temporal_power = float(self.temporal_power)
+        if self.temporal_fused_head not in FUSED_HEAD_MODES:
+            raise ValueError(
+                f"temporal_fused_head={self.temporal_fused_head!r} is not known; accepted: "
+                f"{', '.join(map(repr, FUSED_HEAD_MODES))}."
+            )
+        self.validate_schedule(self.temporal_power)
+        self.temporal_weighting()
+        super().__post_init__()  # type: ignore[misc]
+
+    def validate_schedule(self, power: float) -> None:
+        """Raise a `ValueError` where the schedule cannot reach a power, or is not one."""
+        validate_schedule(
+            schedule=self.temporal_power_schedule,
+            start=self.temporal_power_start,
+            end=power,
+            warmup_ratio=self.temporal_power_warmup_ratio,
+        )
+
+    def temporal_weighting(self) -> TemporalWeighting:
+        """The weighting that the fields describe, at the final power.
+
+        Raises:
+            ValueError: a field out of what is accepted, named as `temporal_<field>`.
+        """
+        try:
+            return TemporalWeighting(
+                power=self.temporal_power,
+                origin=self.temporal_origin,
+                normalization=self.temporal_normalization,
+            )
+        except ValueError as error:
+            raise ValueError(f"temporal_{error}") from None
+
+
+@dataclass
+class TemporalTrainingArguments(_TemporalFields, TrainingArguments):
+    """`TrainingArguments` plus the `temporal_*` fields of `TemporalWeightTrainer`.
+
+    Args:
+        temporal_power: p of the weight t^p, see `TemporalWeighting`.
+        temporal_origin: `"target"`, `"sequence"` or `"turn"`, see `target_positions`.
+        temporal_normalization: `"sequence"`, `"batch"` or `"tokens"`, see `TemporalWeighting`.
+        temporal_power_schedule: `"constant"`, `"linear"` or `"cosine"`, see `power_at`.
+        temporal_power_start: p at the first step of a schedule.
+        temporal_power_warmup_ratio: share of `max_steps` over which the schedule runs.
+        temporal_fused_head: `"auto"`, `"on"` or `"off"`.
+
+    Raises:
+        ValueError: a field out of what is accepted.
+    """
+
+
+@dataclass
+class TemporalSeq2SeqTrainingArguments(_TemporalFields, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` plus the `temporal_*` fields, see `TemporalTrainingArguments`."""

@@ -1,0 +1,247 @@
+"""Time → weight: w(t) = t^p and how it is normalised."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .timeline import ORIGINS, document_starts
+
+WEIGHTING_NAME = "temporal_weighting.json"
+NORMALIZATIONS = ("sequence", "batch", "tokens")
+REGRESSION_LOSSES = ("squared", "absolute")
+
+WeightFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class TemporalWeighting:
+    """Weight each target token by its time in the document: w = t^p.
+
+    - `normalization="sequence"`: w = (t/T)^p rescaled to mean 1 over the target tokens of its document, T being
+      the document's largest t. The loss is Σ wℓ divided by the number of target tokens.
+    - `"batch"`: w = t^p, and the loss is Σ wℓ / Σ w over the whole accumulated batch of all ranks.
+    - `"tokens"`: w = t^p, and the loss is Σ wℓ divided by the number of target tokens, (1/T) Σ_t t^p ℓ_t.
+
+    Args:
+        power: p, any float but NaN and −inf. 0 is the usual loss; `inf` puts all weight on the last target token of
+            each document (under `"batch"` on the tokens of globally largest t).
+        origin: where t starts, see `target_positions`.
+        normalization: one of the three above.
+        weight_fn: `weight_fn(t, T) -> w`, a shape of one's own in place of t^p: called with float64 tensors of one
+            value per target token, returns finite weights ≥ 0 of the same shape. `power` then has no effect.
+        regression_loss: the error of float labels, `"squared"` or `"absolute"`.
+
+    Raises:
+        ValueError, TypeError: a field out of what is accepted; the message names it.
+
+    Source: temporally rescaled errors, Wang & Yan, arXiv 2307.11462.
+    """
+
+    power: float = 1.0
+    origin: str = "target"
+    normalization: str = "sequence"
+    weight_fn: WeightFunction | None = None
+    regression_loss: str = "squared"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.power, bool) or not isinstance(self.power, (int, float)):
+            raise TypeError(f"power={self.power!r} is not a number; accepted: any float but NaN and -inf.")
+        if math.isnan(self.power) or self.power == -math.inf:
+            raise ValueError(f"power={self.power!r} is out of range; accepted: any float but NaN and -inf.")
+        for name, accepted in (
+            ("origin", ORIGINS),
+            ("normalization", NORMALIZATIONS),
+            ("regression_loss", REGRESSION_LOSSES),
+        ):
+            value = getattr(self, name)
+            if value not in accepted:
+                raise ValueError(f"{name}={value!r} is not known; accepted: {', '.join(map(repr, accepted))}.")
+        if self.weight_fn is not None and not callable(self.weight_fn):
+            raise TypeError(f"weight_fn={self.weight_fn!r} is not callable; accepted: a function (t, T) -> w.")
+
+    def at(self, power: float) -> TemporalWeighting:
+        """The same weighting at another power."""
+        return self if power == self.power else dataclasses.replace(self, power=power)
+
+    def weights(
+        self, positions: Tensor, *, document_ids: Tensor | None = None, reference_time: Tensor | None = None
+    ) -> Tensor:
+        """The weight of each target token, 0 off the targets; float32 of the shape of `positions`.
+
+        t^p is computed as exp(p·(log t − log t*)), t* being the time of the largest weight, so nothing overflows
+        and no sum is zero: t* is taken per document under `"sequence"`, once for the call (or as given) under
+        `"batch"`, whose weights are so t^p up to one common factor; under `"tokens"` it is 1.
+
+        Args:
+            positions: `[batch, time]` or `[time]` integers as `target_positions` returns them.
+            document_ids: of the same shape for packed rows; without it each row is one document.
+            reference_time: t* under `"batch"`, broadcastable, where calls have to agree; see `reference_time_of`.
+
+        Raises:
+            ValueError: `"tokens"` where t^p is not a normal float32; weights of `weight_fn` that are negative, not
+                finite or of another shape.
+        """
+        if positions.numel() == 0:
+            return torch.zeros_like(positions, dtype=torch.float32)
+        target = positions > 0
+        segments = None if document_ids is None else _segments(target, document_ids)
+        raw = self._raw(positions, target, segments, reference_time)
+        if self.normalization == "sequence":
+            total = _segment_sum(raw, segments)
+            raw = raw * (_segment_sum(target.to(raw.dtype), segments) / total.where(total > 0, 1))
+        return raw.float()
+
+    def denominator_terms(self, weights: Tensor, positions: Tensor, *, has_loss_weights: bool) -> Tensor:
+        """What each token adds to the D of the loss Σ wℓ / D: its weight, or 1 for a target; of the weights' shape.
+
+        It is the weight under `"batch"`, and under `"sequence"` where a data set's own weights change the mean from 1.
+        """
+        by_weight = self.normalization == "batch" or (has_loss_weights and self.normalization == "sequence")
+        return (weights if by_weight else positions > 0).to(wide_dtype(weights.device))
+
+    def reference_time_of(self, positions: Tensor, *, by_row: bool = False) -> Tensor:
+        """The time of the largest t^p: the largest t, or the smallest where p < 0; integer, 0 if there is no target.
+
+        0-dim over all positions, or `[batch, 1]` with `by_row`.
+        """
+        if positions.numel() == 0:
+            return positions.new_zeros((len(positions), 1) if by_row else ())
+        dims = {"dim": -1, "keepdim": True} if by_row else {}
+        if self.power >= 0:
+            return positions.amax(**dims)
+        far = torch.iinfo(positions.dtype).max
+        smallest = positions.where(positions > 0, far).amin(**dims)
+        return smallest.where(smallest != far, 0)
+
+    def _raw(
+        self, positions: Tensor, target: Tensor, segments: Tensor | None, reference_time: Tensor | None
+    ) -> Tensor:
+        time = positions.clamp(min=1).to(wide_dtype(positions.device))
+        if self.weight_fn is not None:
+            return self._own(time, positions, segments)
+        if self.normalization == "sequence":
+            if self.power >= 0:
+                reference = _segment_max(positions, segments).clamp(min=1)
+            else:
+                reference = -_segment_max(-positions.where(target, positions.amax()), segments)
+                reference = reference.clamp(min=1)
+        elif self.normalization == "batch":
+            reference = (self.reference_time_of(positions) if reference_time is None else reference_time).clamp(min=1)
+        else:
+            self._check_range(positions)
+            reference = torch.ones((), device=time.device)
+        if math.isinf(self.power):
+            return ((time == reference) & target).to(time.dtype)
+        return torch.exp(self.power * (time / reference).log()) * target
+
+    def _own(self, time: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
+        target = positions > 0
+        largest = _segment_max(positions, segments).to(time.dtype).expand_as(time)
+        own = self.weight_fn(time[target], largest[target])  # type: ignore[misc]
+        if not isinstance(own, Tensor) or own.shape != time[target].shape:
+            shape = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
+            raise ValueError(f"weight_fn returned {shape}; accepted: a tensor of shape {tuple(time[target].shape)}.")
+        check_weights("weight_fn's result", own)
+        return torch.zeros_like(time).masked_scatter(target, own.to(time.dtype))
+
+    def _check_range(self, positions: Tensor) -> None:
+        latest = int(positions.max())
+        exponent = self.power * math.log(max(latest, 1))
+        limits = torch.finfo(torch.float32)
+        if math.isinf(self.power) or not math.log(limits.tiny) <= exponent <= math.log(limits.max):
+            raise ValueError(
+                f"power={self.power!r} leaves float32 at t = {latest} under normalization='tokens'; accepted: powers "
+                "whose t^p is a normal float32, or normalization='sequence' or 'batch', which work with ratios."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; an infinite power is `"inf"`, `weight_fn` its qualified name."""
+        fields = dataclasses.asdict(self)
+        if math.isinf(self.power):
+            fields["power"] = "inf"
+        if self.weight_fn is not None:
+            name = getattr(self.weight_fn, "__qualname__", type(self.weight_fn).__qualname__)
+            fields["weight_fn"] = f"{getattr(self.weight_fn, '__module__', '')}.{name}"
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> TemporalWeighting:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: unknown fields, or a `weight_fn`, which a file holds by name alone.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"{', '.join(unknown)}: unknown; accepted: {', '.join(sorted(known))}.")
+        if fields.get("weight_fn") is not None:
+            raise ValueError(
+                f"weight_fn={fields['weight_fn']!r} is only a name in a file; make the TemporalWeighting with the function."
+            )
+        return cls(**{**fields, "power": float(fields.get("power", cls.power))})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `temporal_weighting.json` into a folder, making it if need be."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / WEIGHTING_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> TemporalWeighting:
+        """Read `temporal_weighting.json` from a folder, for instance a checkpoint."""
+        return cls.from_dict(json.loads((Path(folder) / WEIGHTING_NAME).read_text(encoding="utf-8")))
+
+
+def check_weights(name: str, weights: Tensor) -> None:
+    """Raise a `ValueError` where a weight is negative, infinite or NaN."""
+    bad = ~(weights.isfinite() & (weights >= 0))
+    if bad.any():
+        raise ValueError(f"{name} holds {weights[bad][0].item()}; accepted: finite numbers ≥ 0.")
+
+
+def document_max(values: Tensor, document_ids: Tensor | None) -> Tensor:
+    """The largest of the integers `[batch, time]` of each token's document, broadcastable to them."""
+    return _segment_max(values, None if document_ids is None else _segments(values > 0, document_ids))
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that lacks it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _segments(target: Tensor, document_ids: Tensor) -> Tensor:
+    starts = document_starts(target, document_ids)
+    return (starts.flatten().cumsum(0) - 1).view(starts.shape)
+
+
+def _segment_sum(values: Tensor, segments: Tensor | None) -> Tensor:
+    """The sum over each token's document, broadcastable to `values`."""
+    if segments is None:
+        return values.sum(-1, keepdim=True)
+    sums = values.new_zeros(values.numel())
+    return sums.index_add_(0, segments.flatten(), values.flatten())[segments]
+
+
+def _segment_max(values: Tensor, segments: Tensor | None) -> Tensor:
+    """The largest of the integers of each token's document, broadcastable to `values`.
+
+    Running maxima from both ends, kept apart between documents by adding a multiple of the range of the values:
+    much faster on a CPU than a scatter.
+    """
+    if segments is None:
+        return values.amax(-1, keepdim=True)
+    flat, document = values.flatten(), segments.flatten()
+    span = flat.amax() - flat.amin() + 1
+    ahead = (flat + document * span).cummax(0).values - document * span
+    document = document[-1] - document
+    behind = ((flat + document * span).flip(0).cummax(0).values).flip(0) - document * span
+    return ahead.maximum(behind).view(values.shape)
