@@ -1,0 +1,196 @@
+"""Summarization data that every Python environment holds: (rest of a docstring, its first paragraph).
+
+Read with `ast` from the source files of the standard library and of the installed packages, never imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from inspect import cleandoc
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub.utils import tqdm
+
+from .cache import made_once
+
+EXTRACTION_VERSION = 1  # to be raised with every change of what is read, kept or how it is split
+MAX_PAIRS = 20_000
+HELD_OUT_SHARE = 0.05  # of the pairs, for validation and for test each
+MAX_HELD_OUT_PACKAGE_SHARE = 0.02  # a larger package is always trained on
+STANDARD_LIBRARY = "python"
+
+_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "_vendor"})
+_PARAGRAPH_BREAK = re.compile(r"\n[ \t]*\n")
+_WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*[.,;:!?)]*")
+_NO_SUMMARY = re.compile(r"\w+:( |$)|\w+ \(")  # a section's title, a parameter's entry
+_MAX_WORKERS = 8  # each imports the main script anew, torch included
+
+
+class Pair(NamedTuple):
+    """One example: `body`, the docstring without its first paragraph, is to be summarized as `summary`."""
+
+    package: str
+    body: str
+    summary: str
+
+
+class SourceFile(NamedTuple):
+    """A Python file and the distribution that installed it."""
+
+    package: str
+    name: str
+    path: Path
+
+
+def docstring_files(*, overwrite: bool = False) -> dict[str, Path]:
+    """JSON Lines files "train", "validation" and "test" with `package`, `body`, `summary`, and "provenance" (JSON).
+
+    About `MAX_PAIRS` pairs of this environment's packages, no package in two files. Extracted on first use, in
+    parallel; the cache's key is made of the Python version, the package versions and `EXTRACTION_VERSION`.
+    `provenance`: the sha256 of the three files, the versions, and how many pairs each package gave.
+    """
+    versions = package_versions()
+    key = hashlib.sha256(json.dumps([EXTRACTION_VERSION, versions]).encode()).hexdigest()[:16]
+    folder = made_once(
+        f"docstrings-{key}", lambda unfinished: _write(unfinished, installed_files(), versions), overwrite=overwrite
+    )
+    files = {split: folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    return files | {"provenance": folder / "provenance.json"}
+
+
+def package_versions() -> dict[str, str]:
+    """Version of Python and of every installed distribution but this one, sorted by name."""
+    installed = {_normalized(each.name): each.version for each in metadata.distributions()}
+    installed.pop("hf-temporal", None)
+    return dict(sorted((installed | {STANDARD_LIBRARY: platform.python_version()}).items()))
+
+
+def installed_files() -> list[SourceFile]:
+    """Every Python file of the standard library and of the distributions, tests and vendored copies aside."""
+    standard_library = Path(sysconfig.get_path("stdlib"))
+    files = [
+        SourceFile(STANDARD_LIBRARY, path.relative_to(standard_library).as_posix(), path)
+        for path in standard_library.rglob("*.py")
+    ]
+    for distribution in metadata.distributions():
+        files += [
+            SourceFile(_normalized(distribution.name), entry.as_posix(), Path(str(entry.locate())))
+            for entry in distribution.files or []
+            if entry.suffix == ".py" and ".." not in entry.parts
+        ]
+    wanted = {(each.package, each.name): each for each in files if _is_wanted(each)}
+    return [wanted[key] for key in sorted(wanted)]
+
+
+def extract_pairs(files: list[SourceFile]) -> list[Pair]:
+    """The pairs of `files` in their order, each body once, whichever package has it first."""
+    workers = min(os.cpu_count() or 1, _MAX_WORKERS)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        found = tqdm(pool.imap(pairs_of_file, files, chunksize=32), "Reading docstrings", len(files), unit="file")
+        unique: dict[str, Pair] = {}
+        for pairs in found:
+            for pair in pairs:
+                unique.setdefault(" ".join(pair.body.lower().split()), pair)
+    return list(unique.values())
+
+
+def pairs_of_file(file: SourceFile) -> list[Pair]:
+    """The pairs of one file; a file that is missing or cannot be parsed has none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler, about invalid escapes in other people's code
+            tree = ast.parse(file.path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return []
+    pairs = (split_docstring(docstring) for docstring in _docstrings(tree))
+    return [Pair(file.package, *pair) for pair in pairs if pair is not None]
+
+
+def split_docstring(docstring: str) -> tuple[str, str] | None:
+    """(body, summary), or None where there is no body or one of them does not read like a text."""
+    summary, _, body = _PARAGRAPH_BREAK.sub("\n\n", cleandoc(docstring)).partition("\n\n")
+    summary, body = " ".join(summary.split()), body.strip()
+    if not 4 <= len(summary.split()) <= 40 or not summary[0].isalpha() or summary.endswith((":", ",")):
+        return None
+    if _NO_SUMMARY.match(summary):
+        return None
+    if len(body.split()) < 20 or min(_share_of_words(summary), _share_of_words(body)) < 0.6:
+        return None
+    return body, summary
+
+
+def split_by_package(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    """Train, validation and test, no package in two of them; each list is in the order of its pairs' hashes.
+
+    Small packages go to test and validation in the order of their names' hashes until each has its share.
+    """
+    sizes = Counter(pair.package for pair in pairs)
+    side_of: dict[str, str] = {}
+    filled: Counter[str] = Counter()
+    for package in sorted(sizes, key=_digest):
+        wanting = [side for side in ("test", "validation") if filled[side] < HELD_OUT_SHARE * len(pairs)]
+        side = wanting[0] if wanting and sizes[package] <= MAX_HELD_OUT_PACKAGE_SHARE * len(pairs) else "train"
+        side_of[package] = side
+        filled[side] += sizes[package]
+    shuffled = sorted(pairs, key=lambda pair: _digest("\0".join(pair)))
+    return {
+        side: [pair for pair in shuffled if side_of[pair.package] == side] for side in ("train", "validation", "test")
+    }
+
+
+def _write(folder: Path, files: list[SourceFile], versions: dict[str, str]) -> None:
+    pairs = sorted(extract_pairs(files), key=lambda pair: _digest("\0".join(pair)))[:MAX_PAIRS]
+    splits = split_by_package(pairs)
+    digest = hashlib.sha256()
+    for split, chosen in splits.items():
+        lines = "".join(json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in chosen).encode()
+        digest.update(lines)
+        (folder / f"{split}.jsonl").write_bytes(lines)
+    provenance = {
+        "sha256": digest.hexdigest(),
+        "pairs": {split: dict(sorted(Counter(pair.package for pair in splits[split]).items())) for split in splits},
+        "versions": versions,
+    }
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _docstrings(tree: ast.Module) -> Iterator[str]:
+    """Docstrings of the module and of its classes and functions, in the order of the file."""
+    waiting: list[ast.stmt | ast.Module] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring is not None:
+                yield docstring
+        waiting.extend(reversed([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]))
+
+
+def _is_wanted(file: SourceFile) -> bool:
+    folders = Path(file.name).parts[:-1]
+    return _SKIPPED_FOLDERS.isdisjoint(folders) and not Path(file.name).name.startswith("test_")
+
+
+def _share_of_words(text: str) -> float:
+    pieces = text.split()
+    return sum(_WORD.fullmatch(piece) is not None for piece in pieces) / len(pieces)
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,61 @@
+"""ROUGE as an `evaluate` metric that loads from this folder, without the Hub."""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+
+ROUGE_TYPES = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+RESAMPLES = 1000
+
+_DESCRIPTION = "ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (F1), with bootstrapped 95 % intervals over the examples."
+_INPUTS = """
+Args:
+    predictions: list of texts. For rougeLsum, sentences are separated by newlines.
+    references: list of texts.
+    use_stemmer: compare Porter stems instead of words.
+Returns:
+    For each of rouge1, rouge2, rougeL, rougeLsum: its mean F1 between 0 and 1, and under `<name>_low` and
+    `<name>_high` the ends of its interval.
+"""
+_CITATION = """
+@inproceedings{lin-2004-rouge,
+    title = "{ROUGE}: A Package for Automatic Evaluation of Summaries",
+    author = "Lin, Chin-Yew",
+    booktitle = "Text Summarization Branches Out",
+    year = "2004",
+    pages = "74--81",
+}
+"""
+
+
+class Rouge(evaluate.Metric):
+    """ROUGE F1 by the `rouge-score` package."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": text, "references": text}),
+            codebase_urls=["https://github.com/google-research/google-research/tree/master/rouge"],
+        )
+
+    def _compute(self, predictions: list[str], references: list[str], *, use_stemmer: bool = True) -> dict[str, float]:
+        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=use_stemmer)
+        scores = [scorer.score(*texts) for texts in zip(references, predictions, strict=True)]
+        f1 = np.array([[score[name].fmeasure for name in ROUGE_TYPES] for score in scores])
+        resamples = np.random.default_rng(0).integers(len(f1), size=(RESAMPLES, len(f1)))
+        means = np.array([f1[resample].mean(axis=0) for resample in resamples])
+        low, high = np.percentile(means, [2.5, 97.5], axis=0)
+        result: dict[str, float] = {}
+        for column, name in enumerate(ROUGE_TYPES):
+            result |= {
+                name: float(f1[:, column].mean()),
+                f"{name}_low": float(low[column]),
+                f"{name}_high": float(high[column]),
+            }
+        return result
