@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from .losses import check_vocabulary
@@ -56,7 +55,7 @@ def weighted_linear_cross_entropy(
     Raises:
         ValueError: an argument of the wrong shape or out of its range; a label outside the vocabulary (looked for on
             CPU only, elsewhere it would wait for the device).
-        RuntimeError: a second backward pass through the same result.
+        RuntimeError: a second backward pass through the same result, or one with `create_graph=True`.
     """
     return weighted_linear_cross_entropy_terms(
         [(hidden, head_weight)],
@@ -102,7 +101,7 @@ def weighted_linear_cross_entropy_terms(
 
     Raises:
         ValueError: as `weighted_linear_cross_entropy`.
-        RuntimeError: a second backward pass through the same result.
+        RuntimeError: as `weighted_linear_cross_entropy`.
     """
     _check_options(softcap, label_smoothing, chunk_size)
     bias = None if bias is None else _gathered(bias)
@@ -188,8 +187,12 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         return (losses * w).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "weighted_linear_cross_entropy: its gradients are made in the forward pass and cannot be "
+                "differentiated again, create_graph=True received; compute the loss from the logits instead."
+            )
         if ctx.gradients is None:
             raise RuntimeError(
                 "weighted_linear_cross_entropy: second backward pass through the same result. Its gradients are made "
