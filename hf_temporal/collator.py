@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,9 +60,9 @@ class Timeline:
         """The batch with its times; as it is where it has them, or has no labels over time.
 
         Raises:
-            ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), packed or left-padded
-                rows of an encoder–decoder model, labels out of the vocabulary, `loss_weights` that are negative, not
-                finite or of another shape than the labels; see also `document_ids_of`.
+            ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), packed or
+                left-padded rows of an encoder–decoder model, labels out of the vocabulary, `loss_weights` that are
+                negative, not finite or of another shape than the labels; see also `document_ids_of`.
         """
         batch = dict(batch)
         labels = batch.get("labels")
@@ -79,12 +79,8 @@ class Timeline:
             mask = None
         else:
             documents = self._documents(batch)
-        if documents is not None or mask is not None:
-            labels = self._without_first_tokens(labels, documents, mask)
-        elif self.shifts_labels:
-            labels = labels.clone()
-            labels[:, 0] = IGNORE_INDEX
-        batch[POSITIONS] = target_positions(labels, origin=self.origin, document_ids=documents, attention_mask=mask)
+        targets = self._without_first_tokens(labels, documents, mask)
+        batch[POSITIONS] = target_positions(targets, origin=self.origin, document_ids=documents, attention_mask=mask)
         if documents is not None:
             batch[DOCUMENTS] = documents
         if mask is not None and self.takes_position_ids and "position_ids" not in batch and _is_left_padded(mask):
@@ -108,13 +104,13 @@ class Timeline:
         if mask is not None and mask.dim() == 2:
             raise ValueError(
                 f"attention_mask of shape {tuple(mask.shape)} with several documents in a row: attention would cross "
-                "documents. Accepted: packed rows without attention_mask (position_ids keep documents apart), or with a "
-                "4-D one."
+                "documents. Accepted: packed rows without attention_mask (position_ids keep documents apart), or with "
+                "a 4-D one."
             )
         return documents
 
     def _without_first_tokens(self, labels: Tensor, documents: Tensor | None, mask: Tensor | None) -> Tensor:
-        if not self.shifts_labels:
+        if not self.shifts_labels or labels.is_floating_point():
             return labels
         first = document_starts(is_target(labels), documents)
         if mask is not None:
@@ -150,10 +146,11 @@ class TimelineCollator:
         ValueError: a collator that drops `loss_weights`; rows of them that are not as long as the row's labels.
     """
 
-    collator: Callable[[Sequence[Any]], Any]
+    collator: Callable[[list[Any]], Any]
     timeline: Timeline
 
-    def __call__(self, features: Sequence[Any]) -> Any:
+    def __call__(self, features: list[Any]) -> Any:
+        """The inner collator's batch, with its times."""
         first = features[0] if len(features) else None
         carried = isinstance(first, Mapping) and LOSS_WEIGHTS in first
         if carried and isinstance(self.collator, (*PADDING_COLLATORS, DataCollatorWithFlattening)):
@@ -167,21 +164,21 @@ class TimelineCollator:
                 return batch
         if carried and LOSS_WEIGHTS not in batch:
             raise ValueError(
-                f"{type(self.collator).__name__} dropped the column {LOSS_WEIGHTS}; accepted: a collator that returns it "
-                "in the shape of the labels, or "
+                f"{type(self.collator).__name__} dropped the column {LOSS_WEIGHTS}; accepted: a collator that returns "
+                "it in the shape of the labels, or "
                 f"{', '.join(kind.__name__ for kind in (*PADDING_COLLATORS, DataCollatorWithFlattening))}."
             )
         return self.timeline.add(batch)
 
-    def _padded(self, own: list[Any], features: Sequence[Any], batch: Batch) -> Tensor:
+    def _padded(self, own: list[Any], features: list[Any], batch: Batch) -> Tensor:
         shape = time_shape(batch["labels"])
         rows = [torch.as_tensor(row, dtype=torch.float32) for row in own]
         for index, (row, feature) in enumerate(zip(rows, features, strict=True)):
             tokens = feature["labels"] if feature.get("labels") is not None else feature["input_ids"]
             if len(row) != len(tokens):
                 raise ValueError(
-                    f"{LOSS_WEIGHTS} of row {index} of the batch has {len(row)} values; accepted: {len(tokens)}, one per "
-                    "label."
+                    f"{LOSS_WEIGHTS} of row {index} of the batch has {len(row)} values; accepted: {len(tokens)}, one "
+                    "per label."
                 )
         if isinstance(self.collator, DataCollatorWithFlattening):
             return torch.cat(rows)[None]

@@ -63,8 +63,8 @@ def check_vocabulary(labels: Tensor, size: int) -> None:
     outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= size))
     if outside.any():
         raise ValueError(
-            f"labels hold {labels[outside][0].item()}; accepted: token ids from 0 to {size - 1}, the model's vocabulary, "
-            f"and {IGNORE_INDEX} where there is no target."
+            f"labels hold {labels[outside][0].item()}; accepted: token ids from 0 to {size - 1}, the model's "
+            f"vocabulary, and {IGNORE_INDEX} where there is no target."
         )
 
 
@@ -93,7 +93,8 @@ def token_regression_loss(predictions: Tensor, targets: Tensor, *, kind: str = "
         predictions = predictions.squeeze(-1)
     if predictions.shape != targets.shape:
         raise ValueError(
-            f"labels have shape {tuple(targets.shape)} and predictions {tuple(predictions.shape)}; accepted: equal shapes."
+            f"labels have shape {tuple(targets.shape)} and predictions {tuple(predictions.shape)}; accepted: equal "
+            "shapes."
         )
     if predictions.dtype != torch.float64:
         predictions = predictions.float()

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timeline import IGNORE_INDEX, target_positions
+from .losses import token_cross_entropy, token_regression_loss
+from .timeline import IGNORE_INDEX, shift_left, target_positions
 from .weighting import TemporalWeighting, document_max, wide_dtype
 
 PROFILE_NAME = "loss_by_position.json"
@@ -36,38 +37,57 @@ class PositionProfile:
         self._weighted: list[Tensor] = []
         self._has_accuracy = True
 
-    def update(
+    def add(
         self,
+        logits: Tensor,
+        labels: Tensor,
         positions: Tensor,
-        losses: Tensor,
-        correct: Tensor | None,
         *,
+        shifts_labels: bool,
         document_ids: Tensor | None = None,
         loss_weights: Tensor | None = None,
     ) -> None:
         """Add a batch.
 
         Args:
-            positions: t of each token, `[batch, time]`, 0 off the targets.
-            losses: the unweighted loss of each token, of the same shape.
-            correct: whether the most likely token is the label, of the same shape; None for float labels.
-            document_ids: of the same shape, for packed rows.
-            loss_weights: of the same shape, a data set's own weights.
+            logits: `[batch, time, vocabulary]`, or predictions of the shape of float labels.
+            labels: as the model is given them.
+            positions: t of each label, `[batch, time]`, 0 off the targets.
+            shifts_labels: whether the logits at i answer the label at i + 1.
+            document_ids: `[batch, time]`, for packed rows.
+            loss_weights: `[batch, time]`, a data set's own weights.
         """
-        losses = losses.to(wide_dtype(losses.device))
+        target = positions > 0
+        correct = torch.zeros_like(target)
+        if labels.is_floating_point():
+            self._has_accuracy = False
+            losses = token_regression_loss(logits, labels, kind=self.weighting.regression_loss)
+        else:
+            answers, wanted = logits[shift_left(target, False) if shifts_labels else target], labels[target]
+            losses = torch.zeros(labels.shape, device=labels.device)
+            losses[target] = token_cross_entropy(answers, wanted)
+            correct[target] = answers.argmax(-1) == wanted
+        self._add(losses.to(wide_dtype(losses.device)), correct, positions, document_ids, loss_weights)
+
+    def _add(
+        self,
+        losses: Tensor,
+        correct: Tensor,
+        positions: Tensor,
+        document_ids: Tensor | None,
+        loss_weights: Tensor | None,
+    ) -> None:
         target = positions > 0
         rank = target_positions(torch.where(target, 0, IGNORE_INDEX), document_ids=document_ids)
         last_rank, last_time = (document_max(values, document_ids) for values in (rank, positions))
         quarter = (last_rank + 3) // 4
         bins = (positions * BINS - 1).div(last_time.clamp(min=1), rounding_mode="floor").clamp(min=0)
-        self._has_accuracy = correct is not None
-        right = torch.zeros_like(target) if correct is None else correct
         parts = [target & (rank <= quarter), target & (rank > last_rank - quarter)]
         parts += [target & (bins == index) for index in range(BINS)]
         columns = [
             (values * part).sum(-1)
             for part in parts
-            for values in (losses, right.to(losses.dtype), target.to(losses.dtype))
+            for values in (losses, correct.to(losses.dtype), target.to(losses.dtype))
         ]
         rows = self._gather(torch.stack(columns, dim=-1))
         self._sums = rows.sum(0) if self._sums is None else self._sums + rows.sum(0)
@@ -129,7 +149,7 @@ def save_profile(path: str | os.PathLike[str], *, split: str, step: int, bins: l
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.tmp")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_profiles(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

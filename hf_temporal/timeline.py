@@ -85,6 +85,11 @@ def document_starts(target: Tensor, document_ids: Tensor | None) -> Tensor:
     return starts
 
 
+def shift_left(tensor: Tensor, fill: float) -> Tensor:
+    """Each row moved one place to the left: what belongs to label i + 1 stands at i, where its logits are."""
+    return torch.nn.functional.pad(tensor[..., 1:], (0, 1), value=fill)
+
+
 def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
     """The document of each token of a batch: 0, 1, … from the left of each row; None where rows are not packed.
 

@@ -7,7 +7,7 @@ import inspect
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,12 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from .collator import DOCUMENTS, LOSS_WEIGHTS, POSITIONS, TIMELINE_KEYS, Batch, Timeline, TimelineCollator, has_time
-from .lm_head import FusedHead, ModelLoss, answer_logits, base_model, read_model_loss, shift_left
-from .losses import token_cross_entropy, token_regression_loss, weighted_cross_entropy, weighted_regression_loss
+from .lm_head import FusedHead
+from .losses import weighted_cross_entropy, weighted_regression_loss
+from .model_loss import ModelLoss, answer_logits, base_model, read_model_loss
 from .profile import PROFILE_NAME, PositionProfile, save_profile
 from .schedules import power_at
-from .timeline import IGNORE_INDEX
+from .timeline import IGNORE_INDEX, shift_left
 from .training_args import _TemporalFields
 from .weighting import TemporalWeighting, wide_dtype
 
@@ -30,7 +31,13 @@ OWN_KEYS = (*TIMELINE_KEYS, WEIGHTS)
 SMALLEST_VOCABULARY_TO_FUSE = 1024
 
 
-class TemporalWeightMixin:
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class TemporalWeightMixin(_Trainer):
     """Put in front of a `Trainer` subclass, weights each target token's loss by t^p.
 
     The training loss is Σ_i w_i ℓ_i / D over the accumulated batch of all ranks, with w and D from
@@ -119,21 +126,24 @@ class TemporalWeightMixin:
         changed = [name for name, value in _temporal_fields(self.args).items() if value != before[name]]
         if changed and self._given_weighting is not None:
             raise ValueError(
-                f"{changed[0]} is searched beside an explicit weighting={self._given_weighting!r}, which overrides it; "
-                "accepted: one of the two."
+                f"{changed[0]} is searched beside an explicit weighting={self._given_weighting!r}, which overrides "
+                "it; accepted: one of the two."
             )
 
     # ---- t, made by the data loaders
 
     def get_train_dataloader(self) -> Any:
+        """The trainer's own, whose batches carry t."""
         with self._making_timelines():
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, whose batches carry t."""
         with self._making_timelines():
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, whose batches carry t."""
         with self._making_timelines():
             return super().get_test_dataloader(*args, **kwargs)
 
@@ -161,12 +171,14 @@ class TemporalWeightMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [key for key in (LOSS_WEIGHTS,) if key not in self._signature_columns]
+        columns: Any = self._signature_columns
+        if LOSS_WEIGHTS not in columns:
+            columns.append(LOSS_WEIGHTS)
 
     # ---- the model's own loss
 
     @property
-    def _root(self) -> nn.Module:
+    def _root(self) -> Any:
         """The model inside any wrapper of accelerate's, a `PeftModel` included."""
         return self.accelerator.unwrap_model(self.model) if self.is_fsdp_enabled else self.model
 
@@ -202,6 +214,7 @@ class TemporalWeightMixin:
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step with their weights, and D in place of the number of items."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         stock = bool(batches) and self._is_stock(batches[0])
         self.loss_is_scaled_for_ga = None if stock else True
@@ -246,6 +259,11 @@ class TemporalWeightMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
+        """Σ wℓ / D of a micro-batch in training, the trainer's own loss in evaluation.
+
+        `num_items_in_batch` is D as `get_batch_samples` returns it; a batch that did not come from there is weighted
+        by itself. With `return_outputs` the model's outputs are complete, logits included.
+        """
         if not model.training or self._is_stock(inputs):
             inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS}
             if not (model.training or self.label_smoother is not None or self._read_model_loss().counts_items):
@@ -271,7 +289,7 @@ class TemporalWeightMixin:
         inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS and key != "shift_labels"}
         if labels.is_floating_point():
             outputs = model(**inputs, labels=labels)
-            predictions = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+            predictions = _logits_of(outputs, labels)
             return weighted_regression_loss(predictions, labels, weights, kind=self.weighting.regression_loss)[
                 0
             ], outputs
@@ -287,8 +305,7 @@ class TemporalWeightMixin:
                 outputs = model(**inputs)
             return outputs["loss"], outputs
         outputs = model(**inputs)
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        logits = answer_logits(self._root, logits, labels.shape[1])
+        logits = answer_logits(self._root, _logits_of(outputs, labels), labels.shape[1])
         return weighted_cross_entropy(logits, labels, weights, label_smoothing=smoothing)[0], outputs
 
     def _decoder_inputs(self, inputs: Batch, labels: Tensor) -> Batch:
@@ -304,24 +321,19 @@ class TemporalWeightMixin:
         if mode == "off":
             return None
         head = self._read_model_loss().fused_head
-        usable = head is not None and head.is_known()
+        if isinstance(head, FusedHead) and head.is_known():
+            return head if mode == "on" or head.vocabulary >= SMALLEST_VOCABULARY_TO_FUSE else None
+        why = "its adapter is not a plain LoRA now" if isinstance(head, FusedHead) else head
+        problem = (
+            f"the LM head of {type(base_model(self._root)).__name__} cannot be fused exactly with the loss ({why})"
+        )
         if mode == "on":
-            if not usable:
-                raise ValueError(
-                    f"temporal_fused_head='on', but the LM head of {type(base_model(self._root)).__name__} cannot be "
-                    "replaced exactly; accepted for this model: 'auto' or 'off'."
-                )
-            return head
-        if not usable:
-            logger.warning_once(
-                f"The LM head of {type(base_model(self._root)).__name__} cannot be replaced exactly: the loss is computed "
-                "from the full logits. temporal_fused_head='off' silences this."
-            )
-            return None
-        assert head is not None
-        return head if head.vocabulary >= SMALLEST_VOCABULARY_TO_FUSE else None
+            raise ValueError(f"temporal_fused_head='on', but {problem}; accepted here: 'auto' or 'off'.")
+        logger.warning_once(f"The loss is computed from the full logits: {problem}.")
+        return None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds `temporal_power` and `effective_sample_size` to the logs of the training loss."""
         if self._sample_size and "loss" in logs:
             logs["temporal_power"] = self._power_in_force
             logs["effective_sample_size"] = torch.stack(self._sample_size).mean().item()
@@ -331,14 +343,15 @@ class TemporalWeightMixin:
     # ---- evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, plus weighted, head and tail loss and the profile by position."""
         self._profile = PositionProfile(self.weighting, self.accelerator.gather_for_metrics)
         try:
-            output = super().evaluation_loop(*args, **kwargs)
+            output: Any = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
             metrics = self._profile.metrics(prefix)
             output.metrics.update(metrics)
             if metrics and self.args.should_save:
-                path = Path(self.args.output_dir) / PROFILE_NAME
+                path = Path(str(self.args.output_dir)) / PROFILE_NAME
                 save_profile(path, split=prefix, step=self.state.global_step, bins=self._profile.bins())
         finally:
             self._profile = None
@@ -347,47 +360,36 @@ class TemporalWeightMixin:
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
+        """The trainer's own step, whose logits also go into the profile."""
         batch = self._timeline.add(inputs)
         timeline = {key: self._prepare_input(batch.pop(key)) for key in TIMELINE_KEYS if key in batch}
-        if self._profile is None or POSITIONS not in timeline or self._read_model_loss().unsupported:
+        loss = self._read_model_loss()
+        if self._profile is None or POSITIONS not in timeline or loss.unsupported:
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
-        outputs: deque[Any] = deque(maxlen=1)
-        hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        calls: deque[Any] = deque(maxlen=1)
+        hook = model.register_forward_hook(lambda *call: calls.append(call[-1]))
         try:
             result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         finally:
             hook.remove()
-        self._profile_batch(self._prepare_input(batch["labels"]), outputs[0], timeline)
+        labels = self._prepare_input(batch["labels"])
+        logits = _logits_of(calls[0], labels)
+        self._profile.add(
+            logits if labels.is_floating_point() else answer_logits(self._root, logits, labels.shape[1]),
+            labels,
+            timeline[POSITIONS],
+            shifts_labels=loss.shifts_labels,
+            document_ids=timeline.get(DOCUMENTS),
+            loss_weights=timeline.get(LOSS_WEIGHTS),
+        )
         return result
-
-    def _profile_batch(self, labels: Tensor, outputs: Any, timeline: Batch) -> None:
-        assert self._profile is not None
-        if isinstance(outputs, Mapping):
-            logits = outputs["logits"]
-        else:
-            logits = next(value for value in outputs if isinstance(value, Tensor) and value.dim() >= labels.dim())
-        positions, documents, own = (timeline.get(key) for key in (POSITIONS, DOCUMENTS, LOSS_WEIGHTS))
-        if labels.is_floating_point():
-            losses = token_regression_loss(logits, labels, kind=self.weighting.regression_loss)
-            self._profile.update(positions, losses, None, document_ids=documents, loss_weights=own)
-            return
-        logits = answer_logits(self._root, logits, labels.shape[1])
-        at_labels = positions > 0
-        at_logits = at_labels
-        if self._read_model_loss().shifts_labels:
-            at_logits = shift_left(at_labels, False)
-        answers, wanted = logits[at_logits], labels[at_labels]
-        losses = torch.zeros(labels.shape, device=labels.device)
-        losses[at_labels] = token_cross_entropy(answers, wanted)
-        correct = torch.zeros_like(at_labels)
-        correct[at_labels] = answers.argmax(-1) == wanted
-        self._profile.update(positions, losses, correct, document_ids=documents, loss_weights=own)
 
     # ---- what is saved
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves `temporal_weighting.json` beside the model."""
         if self.args.should_save:
-            self.weighting.save_pretrained(output_dir or self.args.output_dir)
+            self.weighting.save_pretrained(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, _internal_call)
 
 
@@ -405,10 +407,17 @@ def _check_liger(args: Any) -> None:
     config = getattr(args, "liger_kernel_config", None) or {}
     if config.get("fused_linear_cross_entropy", True) or config.get("cross_entropy", False):
         raise ValueError(
-            f"use_liger_kernel=True with liger_kernel_config={config or None}: Liger's cross-entropy knows no weights. "
-            "Accepted: liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}; the fused head "
-            "here takes its place."
+            f"use_liger_kernel=True with liger_kernel_config={config or None}: Liger's cross-entropy knows no "
+            "weights. Accepted: liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}; "
+            "the fused head here takes its place."
         )
+
+
+def _logits_of(outputs: Any, labels: Tensor) -> Tensor:
+    """The logits of a model's output, a mapping or a tuple with or without a loss in front."""
+    if isinstance(outputs, Mapping):
+        return outputs["logits"]
+    return next(value for value in outputs if isinstance(value, Tensor) and value.dim() >= labels.dim())
 
 
 def _temporal_fields(args: Any) -> dict[str, Any]:

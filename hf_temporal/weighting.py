@@ -115,11 +115,11 @@ class TemporalWeighting:
         """
         if positions.numel() == 0:
             return positions.new_zeros((len(positions), 1) if by_row else ())
-        dims = {"dim": -1, "keepdim": True} if by_row else {}
+        dims = (-1,) if by_row else tuple(range(positions.dim()))
         if self.power >= 0:
-            return positions.amax(**dims)
+            return positions.amax(dims, keepdim=by_row)
         far = torch.iinfo(positions.dtype).max
-        smallest = positions.where(positions > 0, far).amin(**dims)
+        smallest = positions.where(positions > 0, far).amin(dims, keepdim=by_row)
         return smallest.where(smallest != far, 0)
 
     def _raw(
@@ -185,7 +185,8 @@ class TemporalWeighting:
             raise ValueError(f"{', '.join(unknown)}: unknown; accepted: {', '.join(sorted(known))}.")
         if fields.get("weight_fn") is not None:
             raise ValueError(
-                f"weight_fn={fields['weight_fn']!r} is only a name in a file; make the TemporalWeighting with the function."
+                f"weight_fn={fields['weight_fn']!r} is only a name in a file; accepted: a TemporalWeighting made "
+                "with the function itself."
             )
         return cls(**{**fields, "power": float(fields.get("power", cls.power))})
 
