@@ -170,6 +170,8 @@ def _encoder_decoder() -> PreTrainedModel:
     model.config.pad_token_id = PAD
     model.config.eos_token_id = END
     model.config.vocab_size = VOCABULARY
+    model.generation_config.decoder_start_token_id = START
+    model.generation_config.pad_token_id = PAD
     nn.init.normal_(model.get_parameter("decoder.cls.predictions.bias"))
     return model
 
