@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from .losses import check_vocabulary
 from .timeline import IGNORE_INDEX
@@ -114,8 +114,7 @@ def weighted_linear_cross_entropy_terms(
     if chunk_size is None:
         chunk_size = default_chunk_size(vocabulary, device)
     options = _Options(logit_scale, softcap, label_smoothing, chunk_size, _product_dtypes(flat, device))
-    with torch.autocast(device, enabled=False):
-        return _WeightedLinearCrossEntropy.apply(options, targets, weights, bias, *flat)
+    return _WeightedLinearCrossEntropy.apply(options, targets, weights, bias, *flat)
 
 
 def default_chunk_size(vocabulary: int, device_type: str) -> int:
@@ -267,7 +266,10 @@ def _add_product_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    """The whole parameter; its gradient goes back as the mean over the ranks, as FSDP2 averages its own."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _product_dtypes(flat: Sequence[Tensor], device_type: str) -> list[torch.dtype]:

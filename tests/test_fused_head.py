@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
@@ -264,9 +268,10 @@ def test_without_a_target_loss_and_gradients_are_zero(N: int, masked: float) -> 
         assert not leaf.grad.any()
 
 
-def test_weights_that_are_all_zero_give_zero() -> None:
+@pytest.mark.parametrize("trainable", [False, True])
+def test_weights_that_are_all_zero_give_zero(trainable: bool) -> None:
     problem = make_problem()
-    problem = replace(problem, weights=torch.zeros(len(problem.targets)))
+    problem = replace(problem, weights=torch.zeros(len(problem.targets), requires_grad=trainable))
     loss = problem.loss()
     loss.backward()
     assert loss == 0
@@ -366,19 +371,27 @@ class Tiny(nn.Module):
         return weighted_linear_cross_entropy(hidden, self.head.weight, targets, weights) / 2 + hidden.sum() * 0.1
 
 
-def test_inside_a_compiled_module() -> None:
+def test_a_compiled_module_runs_the_loss_outside_its_graphs() -> None:
     torch.manual_seed(0)
     plain = Tiny()
-    compiled_module = copy.deepcopy(plain)
-    compiled: Callable[..., Tensor] = torch.compile(compiled_module, backend="aot_eager")
+    module = copy.deepcopy(plain)
+    traced: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled: Callable[..., Tensor] = torch.compile(module, backend=backend)
     problem = make_problem()
     x = torch.randn(len(problem.targets), 5)
     expected, loss = plain(x, problem.targets, problem.weights), compiled(x, problem.targets, problem.weights)
     torch.testing.assert_close(loss, expected)
     expected.backward()
     loss.backward()
-    for got, right in zip(compiled_module.parameters(), plain.parameters(), strict=True):
+    for got, right in zip(module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, right.grad)
+    assert any("tanh" in target for target in traced)
+    assert not any("nonzero" in target or "index_select" in target for target in traced)
 
 
 @pytest.fixture
@@ -401,6 +414,35 @@ def test_a_sharded_head_is_gathered(placement: Shard | Replicate) -> None:
     for got, right in zip(torch.autograd.grad(loss, [weight, bias]), expected, strict=True):
         assert isinstance(got, DTensor)
         assert torch.equal(got.full_tensor(), right)
+
+
+def test_a_head_sharded_over_two_ranks_gets_the_mean_of_their_gradients() -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    subprocess.run(run, check=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def _on_each_of_two_ranks() -> None:
+    """Half of the positions on each rank, the head a FSDP2 module of its own whose forward is never called."""
+    torch.distributed.init_process_group("gloo")
+    assert torch.distributed.get_world_size() == 2
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    plain = Tiny()
+    problem = make_problem(N=12)
+    x = torch.randn(12, 5)
+    whole = plain(x, problem.targets, problem.weights)
+    (whole / 2).backward()
+    sharded = copy.deepcopy(plain)
+    sharded.zero_grad()
+    fully_shard(sharded.head)
+    fully_shard(sharded)
+    half = slice(6 * rank, 6 * rank + 6)
+    sharded(x[half], problem.targets[half], problem.weights[half]).backward()
+    assert isinstance(sharded.head.weight, DTensor)
+    for got, right in zip(sharded.parameters(), plain.parameters(), strict=True):
+        assert isinstance(got.grad, DTensor)
+        torch.testing.assert_close(got.grad.full_tensor(), right.grad)
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -442,3 +484,7 @@ def test_terms_that_do_not_fit_the_first_one() -> None:
     for other in [(torch.zeros(7, 2), torch.zeros(5, 2)), (torch.zeros(6, 2), torch.zeros(9, 2))]:
         with pytest.raises(ValueError, match=r"terms hold .*; accepted: \[6, H_i\] and \[5, H_i\]"):
             weighted_linear_cross_entropy_terms([first, other], targets, weights)
+
+
+if __name__ == "__main__":
+    _on_each_of_two_ranks()
