@@ -1,0 +1,110 @@
+"""Every picture of the project. Figures are made without pyplot, so no global state of matplotlib is touched."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .weighting import TemporalWeighting
+
+# Okabe & Ito's palette, told apart under every common colour blindness; line styles tell them apart in print.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
+LINE_STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), "-")
+
+
+def plot_loss_by_position(
+    profiles: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str | None = None
+) -> Figure:
+    """Mean loss over t/T, and accuracy below it where there is one, at the first and the last evaluation.
+
+    Args:
+        profiles: as `hf_temporal.profile.load_profiles` returns them, oldest first; those of another split than the
+            first are left out.
+        path: where to write the PNG; folders are made.
+        title: above the picture.
+
+    Raises:
+        ValueError: `profiles` is empty.
+    """
+    if not profiles:
+        raise ValueError("profiles=[] holds no evaluation; accepted: one profile or more, as load_profiles returns.")
+    of_one_split = [profile for profile in profiles if profile["split"] == profiles[0]["split"]]
+    shown = of_one_split if len(of_one_split) == 1 else [of_one_split[0], of_one_split[-1]]
+    has_accuracy = any(value is not None for profile in shown for value in _column(profile, "accuracy"))
+    figure = Figure(figsize=(6.4, 5.6 if has_accuracy else 3.6), layout="constrained")
+    axes = figure.subplots(2 if has_accuracy else 1, 1, sharex=True, squeeze=False)[:, 0]
+    _draw_bins(axes[0], shown, "loss")
+    axes[0].set_ylabel("mean loss per token (nats)" if has_accuracy else "mean error per step")
+    axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+    if has_accuracy:
+        _draw_bins(axes[1], shown, "accuracy", percent=True)
+        axes[1].set_ylabel("next-token accuracy (%)")
+    axes[-1].set_xlabel("position in the target, t/T (0 is its beginning, 1 its end)")
+    axes[-1].set_xlim(0, 1)
+    axes[-1].set_xticks([index / 10 for index in range(11)])
+    if title is not None:
+        figure.suptitle(title)
+    return _saved(figure, path)
+
+
+def plot_weights(path: str | os.PathLike[str]) -> Figure:
+    """w = (t/T)^p rescaled to mean 1, over t/T for several p, written as a PNG; folders are made."""
+    powers, length, top = (-0.5, 0.0, 1.0, 2.0, 4.0, math.inf), 200, 5.5
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    positions = torch.arange(1, length + 1)[None]
+    time = (positions[0] / length).tolist()
+    for power, color, style in zip(powers, COLORS, LINE_STYLES, strict=True):
+        if math.isinf(power):
+            axes.annotate("", xy=(1, top), xytext=(1, 0), arrowprops={"arrowstyle": "->", "color": color, "lw": 2})
+            axes.plot([], [], color=color, lw=2, label="p = ∞ (last token alone)")
+        else:
+            weights = TemporalWeighting(power=power).weights(positions)[0].tolist()
+            label = f"p = {power:g}".replace("-", "−")
+            axes.plot(time, weights, color=color, linestyle=style, lw=2, label=label)
+    axes.set_xlabel("position in the target, t/T (0 is its beginning, 1 its end)")
+    axes.set_ylabel("weight w (mean 1)")
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, top)
+    axes.legend(frameon=False, loc="upper center", ncols=2)
+    _grid(axes)
+    return _saved(figure, path)
+
+
+def _column(profile: Mapping[str, Any], name: str) -> list[float | None]:
+    return [entry[name] for entry in profile["bins"]]
+
+
+def _draw_bins(axes: Axes, profiles: Sequence[Mapping[str, Any]], name: str, *, percent: bool = False) -> None:
+    """One line per profile through the middles of its bins, broken where a bin is empty."""
+    for profile, color, style, marker in zip(profiles, COLORS, LINE_STYLES, "os", strict=False):
+        middles = [(entry["from"] + entry["to"]) / 2 for entry in profile["bins"]]
+        scale = 100 if percent else 1
+        values = [math.nan if value is None else scale * value for value in _column(profile, name)]
+        axes.plot(middles, values, color=color, linestyle=style, marker=marker, lw=2, label=_label(profile))
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
+    _grid(axes)
+
+
+def _label(profile: Mapping[str, Any]) -> str:
+    step = profile["step"]
+    return f"{profile['split']}, before training" if step == 0 else f"{profile['split']}, step {step:,}"
+
+
+def _grid(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _saved(figure: Figure, path: str | os.PathLike[str]) -> Figure:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
+    return figure
