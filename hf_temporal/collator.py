@@ -23,7 +23,8 @@ from .weighting import check_weights
 POSITIONS = "temporal_positions"
 DOCUMENTS = "temporal_document_ids"
 LOSS_WEIGHTS = "loss_weights"
-TIMELINE_KEYS = (POSITIONS, DOCUMENTS, LOSS_WEIGHTS, "document_ids")
+KEPT_COLUMNS = (LOSS_WEIGHTS, "document_ids")
+TIMELINE_KEYS = (POSITIONS, DOCUMENTS, *KEPT_COLUMNS)
 
 PADDING_COLLATORS = (
     DataCollatorForSeq2Seq,
@@ -140,7 +141,7 @@ class TimelineCollator:
     A `loss_weights` column is carried around the collators that would raise on it or drop it: padded as they pad
     (`DataCollatorForSeq2Seq`, `DataCollatorWithPadding`, `DataCollatorForLanguageModeling`,
     `DataCollatorForTokenClassification`) or concatenated (`DataCollatorWithFlattening`). Any other collator has to
-    return it.
+    return it. A `document_ids` column that holds no list per row is another one of that name, and left out.
 
     Raises:
         ValueError: a collator that drops `loss_weights`; rows of them that are not as long as the row's labels.
@@ -151,8 +152,10 @@ class TimelineCollator:
 
     def __call__(self, features: list[Any]) -> Any:
         """The inner collator's batch, with its times."""
-        first = features[0] if len(features) else None
-        carried = isinstance(first, Mapping) and LOSS_WEIGHTS in first
+        first = features[0] if len(features) and isinstance(features[0], Mapping) else {}
+        carried = LOSS_WEIGHTS in first
+        if "document_ids" in first and not isinstance(first["document_ids"], (list, tuple, Tensor)):
+            features = [{key: value for key, value in row.items() if key != "document_ids"} for row in features]
         if carried and isinstance(self.collator, (*PADDING_COLLATORS, DataCollatorWithFlattening)):
             own = [feature[LOSS_WEIGHTS] for feature in features]
             features = [{key: value for key, value in row.items() if key != LOSS_WEIGHTS} for row in features]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import logging
 
 from .lm_head import FusedHead, config_number
@@ -58,8 +59,9 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
     """
     base = base_model(model)
     encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    named = LOSS_MAPPING.get(getattr(base, "loss_type", None), ForCausalLMLoss)  # type: ignore[arg-type]
     presumed = ModelLoss(
-        shifts_labels=not encoder_decoder and getattr(base, "loss_function", None) is ForCausalLMLoss,
+        shifts_labels=isinstance(base, PreTrainedModel) and not encoder_decoder and named is ForCausalLMLoss,
         counts_items=not encoder_decoder,
     )
     parameters = inspect.signature(base.forward).parameters

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
-from .collator import DOCUMENTS, LOSS_WEIGHTS, POSITIONS, TIMELINE_KEYS, Batch, Timeline, TimelineCollator, has_time
+from .collator import DOCUMENTS, KEPT_COLUMNS, LOSS_WEIGHTS, POSITIONS, TIMELINE_KEYS, Batch, Timeline, TimelineCollator, has_time
 from .lm_head import FusedHead
 from .losses import weighted_cross_entropy, weighted_regression_loss
 from .model_loss import ModelLoss, answer_logits, base_model, read_model_loss
@@ -172,8 +172,7 @@ class TemporalWeightMixin(_Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        if LOSS_WEIGHTS not in columns:
-            columns.append(LOSS_WEIGHTS)
+        columns.extend(key for key in KEPT_COLUMNS if key not in columns)
 
     # ---- the model's own loss
 
@@ -266,7 +265,9 @@ class TemporalWeightMixin(_Trainer):
         """
         if not model.training or self._is_stock(inputs):
             inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS}
-            if not (model.training or self.label_smoother is not None or self._read_model_loss().counts_items):
+            if self.label_smoother is not None and has_time(inputs.get("labels")):
+                inputs |= self._decoder_inputs(inputs, inputs["labels"])  # stock takes the labels out without them
+            elif not (model.training or self._read_model_loss().counts_items):
                 num_items_in_batch = None
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -329,7 +330,8 @@ class TemporalWeightMixin(_Trainer):
         )
         if mode == "on":
             raise ValueError(f"temporal_fused_head='on', but {problem}; accepted here: 'auto' or 'off'.")
-        logger.warning_once(f"The loss is computed from the full logits: {problem}.")
+        if (self._read_model_loss().vocabulary or 0) >= SMALLEST_VOCABULARY_TO_FUSE:
+            logger.warning_once(f"The loss is computed from the full logits: {problem}.")
         return None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

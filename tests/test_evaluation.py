@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+from hf_temporal import (
+    TemporalSeq2SeqTrainingArguments,
+    TemporalTrainingArguments,
+    TemporalWeighting,
+    TemporalWeightSeq2SeqTrainer,
+    TemporalWeightTrainer,
+)
+from hf_temporal.profile import load_profiles, save_profile
+from tests.tiny_models import PackCollator, PadCollator, examples, tiny_model
+
+SETTINGS: dict[str, Any] = {
+    "per_device_eval_batch_size": 3,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+ADDED = {"eval_temporal_loss", "eval_head_loss", "eval_tail_loss"}
+TIMINGS = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
+
+
+def token_losses(model: Any, rows: list[Any]) -> list[tuple[list[float], list[bool]]]:
+    """Loss and correctness of each row's target tokens in float64, one row at a time, without padding."""
+    result = []
+    for row in rows:
+        batch = PadCollator()([row])
+        with torch.no_grad():
+            logits = model(**batch).logits.double()
+        labels = batch["labels"]
+        if not model.config.is_encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        on = labels != -100
+        losses = -logits.log_softmax(-1)[on].gather(-1, labels[on][:, None])[:, 0]
+        result.append((losses.tolist(), (logits.argmax(-1)[on] == labels[on]).tolist()))
+    return result
+
+
+def weight(t: int, T: int, power: float) -> float:
+    return float(t == T) if math.isinf(power) else (t / T) ** power
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("power", [-1.0, 0.0, 2.0, math.inf])
+@pytest.mark.parametrize("normalization", ["sequence", "batch"])
+def test_evaluation_against_counting_by_hand(name: str, power: float, normalization: str, tmp_path: Path) -> None:
+    model, rows = tiny_model(name), examples(name, 8)
+    trainer = TemporalWeightTrainer(
+        model,
+        TemporalTrainingArguments(
+            str(tmp_path), temporal_power=power, temporal_normalization=normalization, **SETTINGS
+        ),
+        eval_dataset=rows,
+        data_collator=PadCollator(),
+    )
+    metrics = trainer.evaluate()
+    by_row = token_losses(model.eval(), rows)
+    latest = max(len(losses) for losses, _ in by_row)
+    total = count = 0.0
+    head, tail, bins = [], [], [[] for _ in range(10)]  # type: ignore[var-annotated]
+    for losses, correct in by_row:
+        n = len(losses)
+        quarter = math.ceil(n / 4)
+        head += losses[:quarter]
+        tail += losses[n - quarter :]
+        reference = n if normalization == "sequence" else latest if power >= 0 else 1
+        weights = [weight(t, reference, power) for t in range(1, n + 1)]
+        if normalization == "sequence":
+            weights = [w * n / sum(weights) for w in weights]
+        total += sum(w * loss for w, loss in zip(weights, losses, strict=True))
+        count += n if normalization == "sequence" else sum(weights)
+        for t, pair in enumerate(zip(losses, correct, strict=True), start=1):
+            bins[math.ceil(10 * t / n) - 1].append(pair)
+    assert metrics["eval_temporal_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert metrics["eval_head_loss"] == pytest.approx(sum(head) / len(head), rel=1e-5)
+    assert metrics["eval_tail_loss"] == pytest.approx(sum(tail) / len(tail), rel=1e-5)
+    (profile,) = load_profiles(tmp_path / "loss_by_position.json")
+    assert (profile["split"], profile["step"]) == ("eval", 0)
+    for entry, pairs in zip(profile["bins"], bins, strict=True):
+        assert entry["count"] == len(pairs)
+        if not pairs:
+            assert entry["loss"] is None
+            assert entry["accuracy"] is None
+            continue
+        assert entry["loss"] == pytest.approx(sum(loss for loss, _ in pairs) / len(pairs), rel=1e-5)
+        assert entry["accuracy"] == pytest.approx(sum(right for _, right in pairs) / len(pairs))
+
+
+@pytest.mark.parametrize(
+    ("name", "smoothing"), [("llama", 0.0), ("llama", 0.1), ("mixtral", 0.0), ("mixtral", 0.1), ("bart", 0.0)]
+)
+def test_no_value_of_stock_is_changed(name: str, smoothing: float, tmp_path: Path) -> None:
+    rows = examples(name, 8)
+    metrics = []
+    for trainer, arguments, extra in (
+        (Trainer, TrainingArguments, {}),
+        (TemporalWeightTrainer, TemporalTrainingArguments, {"temporal_power": 3.0}),
+    ):
+        args = arguments(str(tmp_path), label_smoothing_factor=smoothing, **extra, **SETTINGS)
+        one = trainer(tiny_model(name), args, eval_dataset=rows, data_collator=PadCollator())
+        metrics.append({key: value for key, value in one.evaluate().items() if key not in TIMINGS})
+    stock, ours = metrics
+    assert set(ours) - set(stock) == ADDED
+    assert {key: ours[key] for key in stock} == stock
+
+
+def test_label_smoothing_where_stock_leaves_the_decoder_without_inputs(tmp_path: Path) -> None:
+    rows = examples("bart", 6)
+    args = TemporalTrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **SETTINGS)
+    model = tiny_model("bart").eval()
+    metrics = TemporalWeightTrainer(model, args, eval_dataset=rows, data_collator=PadCollator()).evaluate()
+    batch_losses = []
+    for start in (0, 3):
+        batch = PadCollator()(rows[start : start + 3])
+        with torch.no_grad():
+            log_p = model(**batch).logits.double().log_softmax(-1)
+        on = batch["labels"] != -100
+        nll = -log_p[on].gather(-1, batch["labels"][on][:, None])[:, 0]
+        batch_losses.append((0.9 * nll - 0.1 * log_p[on].mean(-1)).mean().item())
+    assert metrics["eval_loss"] == pytest.approx(sum(batch_losses) / 2, rel=1e-5)
+
+
+def test_generation_gets_no_extra_keys_and_keeps_the_profile(tmp_path: Path) -> None:
+    rows = [{**row, "loss_weights": [1.0] * len(row["labels"])} for row in examples("t5", 7)]
+    metrics = []
+    for trainer, arguments in (
+        (Seq2SeqTrainer, Seq2SeqTrainingArguments),
+        (TemporalWeightSeq2SeqTrainer, TemporalSeq2SeqTrainingArguments),
+    ):
+        args = arguments(str(tmp_path), predict_with_generate=True, generation_max_length=6, **SETTINGS)
+        plain = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+        one = trainer(
+            tiny_model("t5"),
+            args,
+            eval_dataset=plain if trainer is Seq2SeqTrainer else rows,  # type: ignore[arg-type]
+            data_collator=PadCollator(),
+            compute_metrics=lambda prediction: {"tokens": float(prediction.predictions.sum())},
+        )
+        metrics.append({key: value for key, value in one.evaluate().items() if key not in TIMINGS})
+    stock, ours = metrics
+    assert set(ours) - set(stock) == ADDED
+    assert {key: ours[key] for key in stock} == stock
+    by_row = token_losses(one.model.eval(), rows)
+    heads = [loss for losses, _ in by_row for loss in losses[: math.ceil(len(losses) / 4)]]
+    assert ours["eval_head_loss"] == pytest.approx(sum(heads) / len(heads), rel=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "batch", "tokens"])
+def test_packing_changes_no_weighted_value(normalization: str, tmp_path: Path) -> None:
+    values = []
+    for collator in (PadCollator(), PadCollator(side="left", extra=2), PackCollator(rows=2)):
+        args = TemporalTrainingArguments(
+            str(tmp_path), temporal_power=2.0, temporal_normalization=normalization, **SETTINGS
+        )
+        trainer = TemporalWeightTrainer(
+            tiny_model("gpt2"), args, eval_dataset=examples("gpt2", 6), data_collator=collator
+        )
+        metrics = trainer.evaluate()
+        values.append([metrics[key] for key in sorted(ADDED)])
+    for other in values[1:]:
+        assert other == pytest.approx(values[0], rel=1e-5)
+
+
+def test_loss_weights_enter_the_weighted_loss_alone(tmp_path: Path) -> None:
+    model, rows = tiny_model("llama"), examples("llama", 4)
+    scaled = [{**row, "loss_weights": [0.5 * i for i in range(len(row["labels"]))]} for row in rows]
+    args = TemporalTrainingArguments(str(tmp_path), temporal_power=0.0, **SETTINGS)
+    metrics = TemporalWeightTrainer(model, args, eval_dataset=scaled, data_collator=PadCollator()).evaluate()
+    plain = TemporalWeightTrainer(model, args, eval_dataset=rows, data_collator=PadCollator()).evaluate()
+    total = count = 0.0
+    for row, (losses, _) in zip(scaled, token_losses(model.eval(), rows), strict=True):
+        labels, own = row["labels"][1:], row["loss_weights"][1:]
+        weights = [w for w, label in zip(own, labels, strict=True) if label != -100]
+        total += sum(w * loss for w, loss in zip(weights, losses, strict=True))
+        count += sum(weights)
+    assert metrics["eval_temporal_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert metrics["eval_loss"] == plain["eval_loss"]
+    assert metrics["eval_tail_loss"] == plain["eval_tail_loss"]
+
+
+def test_several_evaluation_sets_and_a_test_set(tmp_path: Path) -> None:
+    rows = examples("llama", 6)
+    trainer = TemporalWeightTrainer(
+        tiny_model("llama"),
+        TemporalTrainingArguments(str(tmp_path), **SETTINGS),
+        eval_dataset={"a": rows[:3], "b": rows[3:]},
+        data_collator=PadCollator(),
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_a_head_loss", "eval_b_tail_loss", "eval_a_temporal_loss"} <= set(metrics)
+    assert "test_head_loss" in trainer.predict(rows).metrics  # type: ignore[operator]
+    splits = [profile["split"] for profile in load_profiles(tmp_path / "loss_by_position.json")]
+    assert splits == ["eval_a", "eval_b", "test"]
+
+
+def test_profiles_of_later_steps_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "loss_by_position.json"
+    for step in (0, 5, 10):
+        save_profile(path, split="eval", step=step, bins=[])
+    save_profile(path, split="test", step=0, bins=[])
+    save_profile(path, split="eval", step=5, bins=[{"from": 0.0}])
+    kept = [(profile["split"], profile["step"], len(profile["bins"])) for profile in load_profiles(path)]
+    assert kept == [("eval", 0, 0), ("test", 0, 0), ("eval", 5, 1)]
+    assert [file.name for file in tmp_path.iterdir()] == ["loss_by_position.json"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 2, "profiles": []}'])
+def test_other_files_are_no_profiles(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "loss_by_position.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is not a loss_by_position.json of version 1"):
+        load_profiles(path)
+
+
+def test_final_power_is_evaluated_whatever_is_in_force(tmp_path: Path) -> None:
+    args = TemporalTrainingArguments(
+        str(tmp_path), temporal_power=4.0, temporal_power_schedule="linear", max_steps=4, **SETTINGS
+    )
+    rows = examples("llama", 4)
+    scheduled = TemporalWeightTrainer(tiny_model("llama"), args, eval_dataset=rows, data_collator=PadCollator())
+    constant = TemporalWeightTrainer(
+        tiny_model("llama"),
+        TrainingArguments(str(tmp_path), **SETTINGS),
+        eval_dataset=rows,
+        data_collator=PadCollator(),
+        weighting=TemporalWeighting(4.0),
+    )
+    assert scheduled.evaluate()["eval_temporal_loss"] == constant.evaluate()["eval_temporal_loss"]
+
+
+def test_profile_file_is_plain_json(tmp_path: Path) -> None:
+    trainer = TemporalWeightTrainer(
+        tiny_model("llama"),
+        TemporalTrainingArguments(str(tmp_path), **SETTINGS),
+        eval_dataset=examples("llama", 2),
+        data_collator=PadCollator(),
+    )
+    trainer.evaluate()
+    content = json.loads((tmp_path / "loss_by_position.json").read_text())
+    assert content["version"] == 1
+    assert [(entry["from"], entry["to"]) for entry in content["profiles"][0]["bins"]][-1] == (0.9, 1.0)

@@ -1,0 +1,564 @@
+"""What the trainer takes, refuses, logs and saves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from hf_temporal import (
+    TemporalTrainingArguments,
+    TemporalWeighting,
+    TemporalWeightMixin,
+    TemporalWeightTrainer,
+)
+from tests.tiny_models import PadCollator, causal_examples, tiny_model
+
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def trainer(folder: Path, *, weighting: TemporalWeighting | None = None, **kwargs: Any) -> TemporalWeightTrainer:
+    own = {key: kwargs.pop(key) for key in list(kwargs) if key in ("model", "compute_loss_func", "train_dataset")}
+    return TemporalWeightTrainer(
+        own.pop("model", None) or tiny_model("llama"),
+        TemporalTrainingArguments(str(folder), **{**SETTINGS, **kwargs}),
+        train_dataset=own.pop("train_dataset", None) or causal_examples(24),
+        data_collator=PadCollator(),
+        weighting=weighting,
+        **own,
+    )
+
+
+def losses(one: Trainer) -> list[dict[str, float]]:
+    return [logs for logs in one.state.log_history if "loss" in logs]
+
+
+# ---- where the weighting comes from
+
+
+def test_precedence_of_argument_fields_and_default(tmp_path: Path) -> None:
+    assert trainer(tmp_path, temporal_power=3.0).weighting == TemporalWeighting(3.0)
+    given = TemporalWeighting(2.0, normalization="batch")
+    assert trainer(tmp_path, temporal_power=3.0, weighting=given).weighting is given
+    plain = TemporalWeightTrainer(tiny_model("llama"), TrainingArguments(str(tmp_path), report_to="none"))
+    assert plain.weighting == TemporalWeighting()
+
+
+def test_fields_set_after_construction_count(tmp_path: Path) -> None:
+    one = trainer(tmp_path, temporal_power=0.0)
+    one.args.temporal_power = 2.0  # type: ignore[attr-defined]
+    assert one.weighting.power == 2.0
+
+
+def test_mixin_goes_in_front_of_any_trainer(tmp_path: Path) -> None:
+    class Counting(Trainer):
+        steps = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+    class Both(TemporalWeightMixin, Counting):
+        pass
+
+    args = TemporalTrainingArguments(str(tmp_path), temporal_power=2.0, **SETTINGS)
+    both = Both(tiny_model("llama"), args, train_dataset=causal_examples(12), data_collator=PadCollator())
+    both.train()
+    reference = trainer(tmp_path, temporal_power=2.0, train_dataset=causal_examples(12))
+    reference.train()
+    assert both.steps == 3
+    assert [logs["loss"] for logs in losses(both)] == [logs["loss"] for logs in losses(reference)]
+
+
+class OwnLoader(TemporalWeightTrainer):
+    """A loader of the user's own, whose batches carry no times."""
+
+    def get_train_dataloader(self) -> Any:
+        rows = causal_examples(12)
+        return self.accelerator.prepare(
+            torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=PadCollator())  # type: ignore[arg-type]
+        )
+
+
+def test_a_loader_of_the_users_own(tmp_path: Path) -> None:
+    args = TemporalTrainingArguments(str(tmp_path), temporal_power=2.0, **SETTINGS)
+    own = OwnLoader(tiny_model("llama"), args, train_dataset=causal_examples(12), data_collator=PadCollator())
+    own.train()
+    reference = trainer(
+        tmp_path, temporal_power=2.0, train_sampling_strategy="sequential", train_dataset=causal_examples(12)
+    )
+    reference.train()
+    assert [logs["loss"] for logs in losses(own)] == [logs["loss"] for logs in losses(reference)]
+
+
+def test_compute_loss_called_by_hand_weighs_the_batch_by_itself(tmp_path: Path) -> None:
+    one = trainer(tmp_path, temporal_power=2.0)
+    batch = PadCollator()(causal_examples(3))
+    one.model.train()  # type: ignore[union-attr]
+    loss, outputs = one.compute_loss(one.model, dict(batch), return_outputs=True)  # type: ignore[arg-type]
+    assert outputs["logits"].shape == (*batch["labels"].shape, 97)
+    (ready,), denominator = one._weigh([batch], torch.device("cpu"))
+    assert denominator == (batch["labels"][:, 1:] != -100).sum()
+    log_p = outputs["logits"].double().log_softmax(-1)[:, :-1]
+    nll = -log_p.gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+    weights = ready["temporal_weights"][:, 1:].double()
+    torch.testing.assert_close(loss.double(), (weights * nll).sum() / denominator, rtol=1e-6, atol=0)
+
+
+# ---- what is logged and saved
+
+
+def test_logs_power_in_force_and_effective_sample_size(tmp_path: Path) -> None:
+    one = trainer(tmp_path, temporal_power=2.0, temporal_power_schedule="linear", max_steps=4)
+    one.train()
+    logs = losses(one)
+    assert [entry["temporal_power"] for entry in logs] == [0.0, 0.5, 1.0, 1.5]
+    assert logs[0]["effective_sample_size"] == pytest.approx(1.0)
+    sizes = [entry["effective_sample_size"] for entry in logs]
+    assert all(0 < size < 1 for size in sizes[1:])
+
+
+def test_effective_sample_size_by_hand(tmp_path: Path) -> None:
+    rows = causal_examples(4)
+    one = trainer(tmp_path, temporal_power=2.0, max_steps=1, train_dataset=rows)
+    one.train()
+    weights = []
+    for row in rows:
+        n = sum(label != -100 for label in row["labels"][1:])
+        raw = [(t / n) ** 2 for t in range(1, n + 1)]
+        weights += [w * n / sum(raw) for w in raw]
+    expected = sum(weights) ** 2 / sum(w * w for w in weights) / len(weights)
+    assert losses(one)[0]["effective_sample_size"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_checkpoint_says_its_weighting(tmp_path: Path) -> None:
+    one = trainer(tmp_path, temporal_power=math.inf, save_strategy="steps", save_steps=2)
+    one.train()
+    one.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        assert json.loads((folder / "temporal_weighting.json").read_text())["power"] == "inf"
+        assert TemporalWeighting.from_pretrained(folder) == TemporalWeighting(math.inf)
+
+
+def test_saved_model_loads_plain(tmp_path: Path) -> None:
+    one = trainer(tmp_path, temporal_fused_head="on")
+    one.train()
+    one.save_model()
+    again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    batch = PadCollator()(causal_examples(2))
+    model: Any = one.model
+    torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits)
+
+
+# ---- loss_weights
+
+
+def test_loss_weights_survive_column_removal(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [
+        {**row, "loss_weights": [0.25 * (i % 5) for i in range(len(row["labels"]))], "title": "a"}
+        for row in causal_examples(4)
+    ]
+    logged = []
+    for data in (Dataset.from_list(rows), rows):
+        one = trainer(tmp_path, temporal_power=1.0, max_steps=1, train_dataset=data)
+        one.train()
+        logged.append(losses(one)[0]["loss"])
+    unweighted = trainer(tmp_path, temporal_power=1.0, max_steps=1, train_dataset=causal_examples(4))
+    unweighted.train()
+    assert logged[0] == logged[1] != losses(unweighted)[0]["loss"]
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "batch", "tokens"])
+def test_loss_weights_in_the_denominator(normalization: str, tmp_path: Path) -> None:
+    """Doubling every weight of a data set changes the loss where D counts tokens, and nowhere else."""
+    logged = []
+    for factor in (1.0, 2.0):
+        rows = [{**row, "loss_weights": [factor] * len(row["labels"])} for row in causal_examples(4)]
+        one = trainer(
+            tmp_path, temporal_power=1.0, temporal_normalization=normalization, max_steps=1, train_dataset=rows
+        )
+        one.train()
+        logged.append(losses(one)[0]["loss"])
+    assert logged[1] == pytest.approx(logged[0] * (2 if normalization == "tokens" else 1), rel=1e-6)
+
+
+# ---- a batch with nothing to predict
+
+
+def test_no_target_anywhere_contributes_zero(tmp_path: Path) -> None:
+    rows = [{"input_ids": [4, 5, 6], "labels": [-100] * 3} for _ in range(8)]
+    for fused in ("on", "off"):
+        one = trainer(tmp_path, temporal_power=2.0, train_dataset=rows, temporal_fused_head=fused)
+        before = {key: value.clone() for key, value in one.model.state_dict().items()}  # type: ignore[union-attr]
+        one.train()
+        assert [entry["loss"] for entry in losses(one)] == [0.0] * 3
+        for key, value in one.model.state_dict().items():  # type: ignore[union-attr]
+            torch.testing.assert_close(value, before[key])
+
+
+# ---- the model's own loss
+
+
+class Aligned(LlamaForCausalLM):
+    """Says that it is for causal language modelling, and compares the logits at i with the label at i."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        logits = super().forward(input_ids=input_ids, **kwargs).logits
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+class Shifting(nn.Module):
+    """A plain module that shifts its labels and says so nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(97, 16)
+        self.body = nn.GRU(16, 16, batch_first=True)
+        self.head = nn.Linear(16, 97)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        del attention_mask
+        logits = self.head(self.body(self.embed(input_ids))[0])
+        if labels is None:
+            return {"logits": logits}
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("model", [lambda: Aligned(tiny_model("llama").config), Shifting])
+def test_the_shift_follows_the_models_own_loss(model: Any, tmp_path: Path) -> None:
+    logged = []
+    for kind, arguments, extra in (
+        (Trainer, TrainingArguments, {}),
+        (TemporalWeightTrainer, TemporalTrainingArguments, {"temporal_power": 0.0}),
+    ):
+        torch.manual_seed(0)
+        args = arguments(str(tmp_path), **extra, **SETTINGS)
+        one = kind(model(), args, train_dataset=causal_examples(24), data_collator=PadCollator())
+        if kind is Trainer:
+            one.model_accepts_loss_kwargs = False
+        one.train()
+        logged.append([value for entry in losses(one) for value in (entry["loss"], entry["grad_norm"])])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+
+
+class Extra(LlamaForCausalLM):
+    """Adds to its loss what its logits do not show."""
+
+    def forward(self, labels: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        outputs = super().forward(labels=labels, **kwargs)
+        if labels is not None:
+            outputs.loss = outputs.loss + self.lm_head.weight.square().mean()
+        return outputs
+
+    forward.__signature__ = __import__("inspect").signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_is_no_cross_entropy(tmp_path: Path) -> None:
+    config = tiny_model("llama").config
+    with pytest.raises(ValueError, match="own loss is not the cross-entropy of its logits.*Accepted: power=0"):
+        trainer(tmp_path, model=Extra(config), temporal_power=1.0).train()
+    logged = []
+    for kind in (Trainer, TemporalWeightTrainer):
+        torch.manual_seed(0)
+        args = TemporalTrainingArguments(str(tmp_path), temporal_power=0.0, gradient_accumulation_steps=2, **SETTINGS)
+        one = kind(Extra(config), args, train_dataset=causal_examples(24), data_collator=PadCollator())
+        one.train()
+        logged.append([(entry["loss"], entry["grad_norm"]) for entry in losses(one)])
+    assert logged[0] == logged[1]
+
+
+# ---- labels without time
+
+
+TINY_BERT = BertConfig(
+    vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+
+
+def classification() -> tuple[nn.Module, list[dict[str, Any]], str]:
+    rows = [{"input_ids": [5, 6, 7 + i], "labels": i % 2} for i in range(12)]
+    return BertForSequenceClassification(TINY_BERT), rows, r"labels of shape \(4,\)"
+
+
+def answering() -> tuple[nn.Module, list[dict[str, Any]], str]:
+    rows = [{"input_ids": [5, 6, 7 + i], "start_positions": i % 3, "end_positions": 2} for i in range(12)]
+    return BertForQuestionAnswering(TINY_BERT), rows, "no labels"
+
+
+@pytest.mark.parametrize("task", [classification, answering])
+def test_labels_without_time_fall_through_at_power_zero_and_raise_else(task: Any, tmp_path: Path) -> None:
+    logged = []
+    for kind in (Trainer, TemporalWeightTrainer):
+        torch.manual_seed(0)
+        model, rows, message = task()
+        args = TemporalTrainingArguments(str(tmp_path), temporal_power=0.0, gradient_accumulation_steps=2, **SETTINGS)
+        one = kind(model, args, train_dataset=rows, eval_dataset=rows)
+        one.train()
+        logged.append([(entry["loss"], entry["grad_norm"]) for entry in losses(one)] + [one.evaluate()["eval_loss"]])
+    assert logged[0] == logged[1]
+    with pytest.raises(ValueError, match=f"{message}: there is no loss per time to weight"):
+        TemporalWeightTrainer(
+            model, TemporalTrainingArguments(str(tmp_path), temporal_power=1.0, **SETTINGS), train_dataset=rows
+        ).train()
+
+
+# ---- float labels
+
+
+class Regressor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.GRU(2, 8, batch_first=True)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.body(inputs)[0])
+        return {"logits": logits} if labels is None else {"loss": (logits - labels).square().mean(), "logits": logits}
+
+
+def series(count: int = 12) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(count):
+        labels = torch.randn(6, 1, generator=generator)
+        labels[: index % 3] = float("nan")
+        rows.append({"inputs": torch.randn(6, 2, generator=generator), "labels": labels})
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["squared", "absolute"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_float_labels(kind: str, accumulation: int, tmp_path: Path) -> None:
+    rows, model = series(), Regressor()
+    args = TemporalTrainingArguments(
+        str(tmp_path),
+        **{
+            **SETTINGS,
+            "per_device_train_batch_size": 12 // accumulation,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": 1,
+        },
+    )
+    weighting = TemporalWeighting(2.0, regression_loss=kind)
+    one = TemporalWeightTrainer(model, args, train_dataset=rows, eval_dataset=rows, weighting=weighting)  # type: ignore[arg-type]
+    metrics = one.evaluate()
+    total, count = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            error = (model(row["inputs"][None])["logits"][0] - row["labels"]).double()[:, 0]
+        each = (error.square() if kind == "squared" else error.abs())[~error.isnan()]
+        raw = (torch.arange(1, len(each) + 1).double() / len(each)) ** 2
+        total += float((raw * len(each) / raw.sum() * each).sum())
+        count += len(each)
+    assert metrics["eval_temporal_loss"] == pytest.approx(total / count, rel=1e-5)
+    one.train()
+    assert losses(one)[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert math.isfinite(losses(one)[0]["grad_norm"])
+
+
+# ---- what is refused
+
+
+def test_compute_loss_func_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compute_loss_func cannot be combined.*Accepted instead: TemporalWeighting"):
+        trainer(tmp_path, compute_loss_func=lambda *_, **__: torch.zeros(()))
+
+
+@pytest.mark.parametrize("config", [None, {"fused_linear_cross_entropy": False, "cross_entropy": True}])
+def test_liger_cross_entropy_is_refused(config: dict[str, bool] | None, tmp_path: Path) -> None:
+    args = TemporalTrainingArguments(str(tmp_path), **SETTINGS)
+    args.use_liger_kernel, args.liger_kernel_config = True, config
+    with pytest.raises(ValueError, match="Liger's cross-entropy knows no weights. Accepted: liger_kernel_config="):
+        TemporalWeightTrainer(tiny_model("llama"), args)
+
+
+def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TemporalTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="n_gpu=2: nn.DataParallel.*`accelerate launch`"):
+        TemporalWeightTrainer(tiny_model("llama"), TemporalTrainingArguments(str(tmp_path), **SETTINGS))
+
+
+def test_weighting_of_another_type(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="weighting=2 is a int; accepted: a TemporalWeighting"):
+        trainer(tmp_path, weighting=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temporal_power": math.nan}, "temporal_power=nan is out of range"),
+        ({"temporal_origin": "end"}, "temporal_origin='end' is not known; accepted: 'target', 'sequence', 'turn'"),
+        ({"temporal_normalization": "mean"}, "temporal_normalization='mean' is not known"),
+        ({"temporal_power_schedule": "step"}, "temporal_power_schedule='step' is not known"),
+        ({"temporal_fused_head": "yes"}, "temporal_fused_head='yes' is not known; accepted: 'auto', 'on', 'off'"),
+        (
+            {"temporal_power": math.inf, "temporal_power_schedule": "linear"},
+            "temporal_power=inf cannot be reached by temporal_power_schedule='linear'",
+        ),
+    ],
+)
+def test_bad_fields_are_named_when_the_arguments_are_made(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TemporalTrainingArguments(str(tmp_path), **fields)
+
+
+def test_a_schedule_cannot_reach_an_infinite_weighting(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="temporal_power=inf cannot be reached"):
+        trainer(tmp_path, weighting=TemporalWeighting(math.inf), temporal_power_schedule="cosine")
+
+
+def test_labels_out_of_the_vocabulary(tmp_path: Path) -> None:
+    rows = [{"input_ids": [4, 5, 6], "labels": [4, 97, 6]}]
+    with pytest.raises(ValueError, match="labels hold 97; accepted: token ids from 0 to 96"):
+        trainer(tmp_path, train_dataset=rows * 4).train()
+
+
+class Cutting(LlamaForCausalLM):
+    """Drops the last position of long rows."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        if outputs.logits.shape[1] > 8:
+            outputs.logits = outputs.logits[:, 1:]
+        return outputs
+
+    forward.__signature__ = __import__("inspect").signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+
+
+def test_labels_and_logits_of_different_length(tmp_path: Path) -> None:
+    one = trainer(tmp_path, model=Cutting(tiny_model("llama").config), temporal_fused_head="off")
+    with pytest.raises(ValueError, match=r"labels have length \d+ and logits \d+; accepted: equal lengths"):
+        one.train()
+
+
+def test_fused_head_on_where_it_is_not_exact(tmp_path: Path) -> None:
+    model = Shifting()
+    with pytest.raises(ValueError, match="temporal_fused_head='on', but the LM head of Shifting cannot be fused"):
+        trainer(tmp_path, model=model, temporal_fused_head="on").train()
+
+
+# ---- hyperparameter search
+
+
+def test_search_sets_the_fields_after_construction(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Spying(TemporalWeightTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().train(*args, **kwargs)
+            seen.append(losses(self)[0]["temporal_power"])
+            return result
+
+    one = Spying(
+        args=TemporalTrainingArguments(str(tmp_path), **{**SETTINGS, "max_steps": 1}),
+        train_dataset=causal_examples(8),
+        eval_dataset=causal_examples(8),
+        data_collator=PadCollator(),
+        model_init=lambda: tiny_model("llama"),
+    )
+    one.hyperparameter_search(
+        hp_space=lambda trial: {"temporal_power": trial.suggest_categorical("temporal_power", [3.0])},
+        n_trials=1,
+        direction="minimize",
+        backend="optuna",
+    )
+    assert seen == [3.0]
+
+
+def test_searching_a_field_beside_an_explicit_weighting(tmp_path: Path) -> None:
+    one = TemporalWeightTrainer(
+        args=TemporalTrainingArguments(str(tmp_path), **SETTINGS),
+        train_dataset=causal_examples(8),
+        eval_dataset=causal_examples(8),
+        data_collator=PadCollator(),
+        model_init=lambda: tiny_model("llama"),
+        weighting=TemporalWeighting(1.0),
+    )
+    with pytest.raises(ValueError, match="temporal_power is searched beside an explicit weighting="):
+        one.hyperparameter_search(
+            hp_space=lambda trial: {"temporal_power": trial.suggest_categorical("temporal_power", [3.0])},
+            n_trials=1,
+            direction="minimize",
+            backend="optuna",
+        )
+
+
+# ---- what Trainer offers, in combination
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"auto_find_batch_size": True},
+        {"train_sampling_strategy": "group_by_length"},
+        {"average_tokens_across_devices": False},
+        {"dataloader_num_workers": 1},
+    ],
+)
+def test_options_of_trainer(option: dict[str, Any], tmp_path: Path) -> None:
+    results = []
+    for settings in ({}, option):
+        one = trainer(
+            tmp_path, temporal_power=2.0, temporal_fused_head="on", max_steps=1, train_dataset=causal_examples(4),
+            **settings,
+        )  # fmt: skip
+        one.train()
+        results.append((losses(one)[0]["loss"], losses(one)[0]["grad_norm"]))
+    assert results[1] == pytest.approx(results[0], rel=2e-2 if "bf16" in option else 1e-6)
+
+
+def test_iterable_data_sets(tmp_path: Path) -> None:
+    class Rows(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(causal_examples(12))
+
+    one = trainer(tmp_path, temporal_power=2.0, train_dataset=Rows())
+    one.train()
+    reference = trainer(
+        tmp_path, temporal_power=2.0, train_sampling_strategy="sequential", train_dataset=causal_examples(12)
+    )
+    reference.train()
+    assert [entry["loss"] for entry in losses(one)] == [entry["loss"] for entry in losses(reference)]
