@@ -1,0 +1,241 @@
+"""The model card's section on temporal weighting: what was trained how, what came of it, whom to cite."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import cast
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from . import __version__
+from .weighting import TemporalWeighting
+
+CARD_NAME = "README.md"
+HEADING = "## Temporal weighting"
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
+CITATION = f"""\
+@article{{wang2023improve,
+  title   = {{Improve Long-term Memory Learning Through Rescaling the Error Temporally}},
+  author  = {{Wang, Shida and Yan, Zhanglu}},
+  journal = {{arXiv preprint arXiv:2307.11462}},
+  year    = {{2023}}
+}}
+
+@software{{hf_temporal,
+  title   = {{hf\\_temporal: position-weighted losses for the Hugging Face Trainer}},
+  author  = {{{{The hf\\_temporal authors}}}},
+  version = {{{__version__}}},
+  year    = {{2026}}
+}}"""
+
+ORIGIN_MEANINGS = {
+    "target": "t counts the target tokens of a document",
+    "sequence": "t is the token's place in its document, prompt included",
+    "turn": "t starts at 1 again with every turn",
+}
+NORMALIZATION_MEANINGS = {
+    "sequence": "weights have mean 1 over the target tokens of each document",
+    "batch": "the loss is divided by the sum of the weights of the batch",
+    "tokens": "the loss is divided by the number of target tokens of the batch",
+}
+
+_BEGIN, _END = "<!-- hf_temporal: begin -->", "<!-- hf_temporal: end -->"
+_SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_TOKEN_ARGUMENT = re.compile(r"((?:--(?:\w*(?:hub|auth|access)\w*_)?token|--\w*api_key)(?:=|\s+)|\w*TOKEN=)\S+")
+# two components or more, so that a lone /word of prose stays; no URL, no closing tag
+_LOCAL_PATH = re.compile(
+    r"(?:\bfile://|\b[A-Za-z]:|~|(?<![\w.~/<-]))(?:[/\\](?![/\\])[^\s\"'`()\[\],;|<>/\\]+){2,}[/\\]?"
+)
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"CPU, {os.cpu_count()} cores ({platform.machine()})"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a model card says of a run.
+
+    Args:
+        weighting: as the trainer resolved it; its `power` is the final one.
+        metrics: by name, one value or (before, after); natural units, losses in nats.
+        command: what was typed.
+        task: the Hub's identifier of the task, such as `"summarization"`.
+        dataset: Hub id or name of the data.
+        data: a sentence on the data.
+        data_hash: sha256 of the examples.
+        seed: of the run.
+        data_versions: versions of the packages that the data were made from.
+        schedule: of p, one of `hf_temporal.schedules.SCHEDULES`, from `power_start` over `power_warmup_ratio` of the
+            steps.
+        base_model: the Hub id or name of the model that was trained; stands in the card wherever its folder did.
+        base_model_note: a sentence on where those weights come from.
+        picture: name of a picture in the card's folder, such as `"loss_by_position.png"`.
+        hardware: that of this machine unless given.
+    """
+
+    weighting: TemporalWeighting
+    metrics: Mapping[str, float | tuple[float, float]]
+    command: str
+    task: str
+    dataset: str
+    data: str
+    data_hash: str
+    seed: int
+    data_versions: Mapping[str, str] = field(default_factory=dict)
+    schedule: str = "constant"
+    power_start: float = 0.0
+    power_warmup_ratio: float = 1.0
+    base_model: str | None = None
+    base_model_note: str | None = None
+    picture: str | None = None
+    hardware: str = field(default_factory=_hardware)
+
+
+def temporal_section(run: TrainingRun) -> str:
+    """The section in Markdown, free of tokens and of paths of this machine."""
+    parts = [
+        HEADING,
+        f"Trained with hf_temporal {__version__}: the loss of each target token is weighted by its position, w = t^p "
+        "([Wang & Yan, 2023](https://arxiv.org/abs/2307.11462)).",
+        _table(("setting", "value"), _settings(run)),
+        "### Results",
+        _results(run.metrics),
+    ]
+    if run.picture:
+        parts.append(f"![Loss by position in the target, before and after training]({run.picture})")
+    parts += [
+        "### How it was trained",
+        f"```bash\n{run.command}\n```",
+        _table(("", ""), _circumstances(run)),
+    ]
+    if run.data_versions:
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(run.data_versions.items()))
+        parts.append(f"<details><summary>Packages that the data were made from</summary>\n\n{versions}\n\n</details>")
+    parts += ["### Citation", f"```bibtex\n{CITATION}\n```"]
+    return _without_private("\n\n".join(parts))
+
+
+def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> None:
+    """Put the section, tags and results of a run into a folder's README.md, in place of those of an earlier call.
+
+    The card may come from `Trainer.create_model_card`, from PEFT or from nowhere. Tokens are blotted out and absolute
+    paths cut down to their last component in all of it; a base model recorded by its folder becomes `run.base_model`.
+    """
+    path = Path(folder) / CARD_NAME
+    name = path.resolve().parent.name
+    card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
+    data = cast("ModelCardData", card.data)
+    base_model = None if run.base_model is None or _is_private(run.base_model) else run.base_model
+    local_base = data.base_model if isinstance(data.base_model, str) and _is_private(data.base_model) else None
+
+    def renamed(text: str) -> str:
+        return text.replace(local_base, base_model) if local_base and base_model else text
+
+    tags = [renamed(tag) for tag in data.tags or []]
+    data.tags = sorted({*(tag for tag in tags if not _is_private(tag)), "hf_temporal"})
+    data.library_name = data.library_name or "transformers"
+    data.base_model = base_model or (None if local_base else data.base_model)
+    data.model_name = data.model_name or name
+    data.eval_results = [*_results_on_other_data(data, run), *_eval_results(run)]
+    text = renamed(_SECTION.sub("\n\n", card.text)).rstrip()
+    card.text = f"{text}\n\n{_BEGIN}\n{temporal_section(run)}\n{_END}\n"
+    path.write_text(_without_private(str(card)), encoding="utf-8")
+
+
+def _eval_results(run: TrainingRun) -> list[EvalResult]:
+    """The last value of each metric, as the Hub's model index takes it; it has no place for one that is not finite."""
+    return [
+        EvalResult(
+            task_type=run.task,
+            dataset_type=run.dataset,
+            dataset_name=run.dataset,
+            metric_type=name.removeprefix("eval_"),
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in ((name, float(values[-1])) for name, values in _by_time(run.metrics).items())
+        if math.isfinite(value)
+    ]
+
+
+def _results_on_other_data(data: ModelCardData, run: TrainingRun) -> list[EvalResult]:
+    this = (run.task, _without_private(run.dataset))
+    return [result for result in data.eval_results or [] if (result.task_type, result.dataset_type) != this]
+
+
+def _by_time(metrics: Mapping[str, float | tuple[float, float]]) -> dict[str, tuple[float, ...]]:
+    return {name: value if isinstance(value, tuple) else (value,) for name, value in metrics.items()}
+
+
+def _settings(run: TrainingRun) -> list[tuple[str, str]]:
+    weighting = run.weighting
+    if weighting.weight_fn is None:
+        rows = [("p", f"{weighting.power:g}"), ("schedule of p", run.schedule)]
+        if run.schedule != "constant":
+            span = f"from {run.power_start:g} over {run.power_warmup_ratio:.0%} of the steps"
+            rows[-1] = ("schedule of p", f"{run.schedule}, {span}")
+    else:
+        rows = [("weights, in place of t^p", f"`{weighting.to_dict()['weight_fn']}`")]
+    rows += [
+        ("origin", f"`{weighting.origin}`: {ORIGIN_MEANINGS[weighting.origin]}"),
+        ("normalization", f"`{weighting.normalization}`: {NORMALIZATION_MEANINGS[weighting.normalization]}"),
+    ]
+    if weighting.regression_loss != "squared":
+        rows.append(("regression_loss", f"`{weighting.regression_loss}`"))
+    return rows
+
+
+def _results(metrics: Mapping[str, float | tuple[float, float]]) -> str:
+    values = _by_time(metrics)
+    columns = max(map(len, values.values()), default=1)
+    header = ("metric", "before", "after") if columns == 2 else ("metric", "value")
+    return _table(header, [(name, *[""] * (columns - len(row)), *map(_number, row)) for name, row in values.items()])
+
+
+def _circumstances(run: TrainingRun) -> list[tuple[str, str]]:
+    versions = [f"{name} {metadata.version(name)}" for name in LIBRARIES]
+    model = " ".join(filter(None, [run.base_model and f"{run.base_model}.", run.base_model_note]))
+    return [
+        *([("base model", model)] if model else []),
+        ("data", f"{run.dataset}: {run.data}"),
+        ("sha256 of the data", f"`{run.data_hash}`"),
+        ("seed", str(run.seed)),
+        ("hardware", run.hardware),
+        ("versions", ", ".join([*versions, f"hf_temporal {__version__}", f"Python {platform.python_version()}"])),
+    ]
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
+
+
+def _without_private(text: str) -> str:
+    """The text with tokens blotted out and absolute paths cut down to their last component."""
+    text = _TOKEN.sub("<token>", _TOKEN_ARGUMENT.sub(r"\1<token>", text))
+    home = str(Path.home())
+    if len(Path(home).parts) > 1:
+        text = text.replace(home, "~")
+    return _LOCAL_PATH.sub(lambda found: re.split(r"[/\\]", found.group().rstrip("/\\"))[-1], text)
+
+
+def _is_private(text: str) -> bool:
+    return Path(text).is_absolute() or _without_private(text) != text
