@@ -17,8 +17,8 @@ def test_constant_is_the_final_power() -> None:
 )
 def test_ramps(step: int, linear: float, cosine: float) -> None:
     ramp = {"start": 1.0, "end": 5.0, "warmup_ratio": 0.4}
-    assert power_at(step, 100, schedule="linear", **ramp) == pytest.approx(linear)  # type: ignore[arg-type]
-    assert power_at(step, 100, schedule="cosine", **ramp) == pytest.approx(cosine)  # type: ignore[arg-type]
+    assert power_at(step, 100, schedule="linear", **ramp) == pytest.approx(linear)
+    assert power_at(step, 100, schedule="cosine", **ramp) == pytest.approx(cosine)
 
 
 def test_no_warmup_is_the_final_power_at_once() -> None:

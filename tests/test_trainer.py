@@ -228,7 +228,7 @@ def test_no_target_anywhere_contributes_zero(tmp_path: Path) -> None:
 class Aligned(LlamaForCausalLM):
     """Says that it is for causal language modelling, and compares the logits at i with the label at i."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
         logits = super().forward(input_ids=input_ids, **kwargs).logits
         loss = None
         if labels is not None:
@@ -263,10 +263,11 @@ class Shifting(nn.Module):
 @pytest.mark.parametrize("model", [lambda: Aligned(tiny_model("llama").config), Shifting])
 def test_the_shift_follows_the_models_own_loss(model: Any, tmp_path: Path) -> None:
     logged = []
-    for kind, arguments, extra in (
+    kinds: list[tuple[Any, Any, dict[str, float]]] = [
         (Trainer, TrainingArguments, {}),
         (TemporalWeightTrainer, TemporalTrainingArguments, {"temporal_power": 0.0}),
-    ):
+    ]
+    for kind, arguments, extra in kinds:
         torch.manual_seed(0)
         args = arguments(str(tmp_path), **extra, **SETTINGS)
         one = kind(model(), args, train_dataset=causal_examples(24), data_collator=PadCollator())
@@ -280,7 +281,7 @@ def test_the_shift_follows_the_models_own_loss(model: Any, tmp_path: Path) -> No
 class Extra(LlamaForCausalLM):
     """Adds to its loss what its logits do not show."""
 
-    def forward(self, labels: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, labels: Tensor | None = None, **kwargs: Any) -> Any:
         outputs = super().forward(labels=labels, **kwargs)
         if labels is not None:
             outputs.loss = outputs.loss + self.lm_head.weight.square().mean()
@@ -291,7 +292,7 @@ class Extra(LlamaForCausalLM):
 
 def test_a_loss_that_is_no_cross_entropy(tmp_path: Path) -> None:
     config = tiny_model("llama").config
-    with pytest.raises(ValueError, match="own loss is not the cross-entropy of its logits.*Accepted: power=0"):
+    with pytest.raises(ValueError, match=r"own loss is not the cross-entropy of its logits.*Accepted: power=0"):
         trainer(tmp_path, model=Extra(config), temporal_power=1.0).train()
     logged = []
     for kind in (Trainer, TemporalWeightTrainer):
@@ -378,7 +379,7 @@ def test_float_labels(kind: str, accumulation: int, tmp_path: Path) -> None:
         },
     )
     weighting = TemporalWeighting(2.0, regression_loss=kind)
-    one = TemporalWeightTrainer(model, args, train_dataset=rows, eval_dataset=rows, weighting=weighting)  # type: ignore[arg-type]
+    one = TemporalWeightTrainer(model, args, train_dataset=rows, eval_dataset=rows, weighting=weighting)
     metrics = one.evaluate()
     total, count = 0.0, 0
     for row in rows:
@@ -398,7 +399,7 @@ def test_float_labels(kind: str, accumulation: int, tmp_path: Path) -> None:
 
 
 def test_compute_loss_func_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="compute_loss_func cannot be combined.*Accepted instead: TemporalWeighting"):
+    with pytest.raises(ValueError, match=r"compute_loss_func cannot be combined.*Accepted instead: TemporalWeighting"):
         trainer(tmp_path, compute_loss_func=lambda *_, **__: torch.zeros(()))
 
 
@@ -406,13 +407,13 @@ def test_compute_loss_func_is_refused(tmp_path: Path) -> None:
 def test_liger_cross_entropy_is_refused(config: dict[str, bool] | None, tmp_path: Path) -> None:
     args = TemporalTrainingArguments(str(tmp_path), **SETTINGS)
     args.use_liger_kernel, args.liger_kernel_config = True, config
-    with pytest.raises(ValueError, match="Liger's cross-entropy knows no weights. Accepted: liger_kernel_config="):
+    with pytest.raises(ValueError, match=r"Liger's cross-entropy knows no weights\. Accepted: liger_kernel_config="):
         TemporalWeightTrainer(tiny_model("llama"), args)
 
 
 def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TemporalTrainingArguments, "n_gpu", 2)
-    with pytest.raises(ValueError, match="n_gpu=2: nn.DataParallel.*`accelerate launch`"):
+    with pytest.raises(ValueError, match=r"n_gpu=2: nn\.DataParallel.*`accelerate launch`"):
         TemporalWeightTrainer(tiny_model("llama"), TemporalTrainingArguments(str(tmp_path), **SETTINGS))
 
 

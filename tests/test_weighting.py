@@ -20,10 +20,7 @@ def by_hand(times: list[int], power: float, normalization: str, latest: int, ear
     if normalization == "sequence":
         latest, earliest = max(times), min(times)
     reference = latest if power >= 0 else earliest
-    if math.isinf(power):
-        raw = [float(t == reference) for t in times]
-    else:
-        raw = [(t / reference) ** power for t in times]
+    raw = [float(t == reference) if math.isinf(power) else (t / reference) ** power for t in times]
     if normalization == "sequence":
         return [w * len(raw) / sum(raw) for w in raw]
     return raw
@@ -43,7 +40,9 @@ def test_weights_equal_the_formula(documents: list[list[int]], power: float, nor
         positions = torch.tensor([everything])
         ids = torch.tensor([[index for index, times in enumerate(documents) for _ in times]])
         got = weighting.weights(positions, document_ids=ids)
-        torch.testing.assert_close(got, torch.tensor([sum(expected, [])]), rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(
+            got, torch.tensor([[weight for weights in expected for weight in weights]]), rtol=1e-5, atol=1e-30
+        )
         return
     width = max(map(len, documents))
     positions = torch.tensor([times + [0] * (width - len(times)) for times in documents])
@@ -114,10 +113,10 @@ def test_own_function() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda t, T: t - 2, "weight_fn's result holds -1.0; accepted: finite numbers ≥ 0"),
-        (lambda t, T: t / 0, "holds inf"),
-        (lambda t, T: t[:1], r"weight_fn returned \(1,\); accepted: a tensor of shape \(3,\)"),
-        (lambda t, T: 1.0, "weight_fn returned float"),
+        (lambda t, _: t - 2, "weight_fn's result holds -1.0; accepted: finite numbers ≥ 0"),
+        (lambda t, _: t / 0, "holds inf"),
+        (lambda t, _: t[:1], r"weight_fn returned \(1,\); accepted: a tensor of shape \(3,\)"),
+        (lambda *_: 1.0, "weight_fn returned float"),
     ],
 )
 def test_own_functions_that_go_wrong(returned: object, message: str) -> None:
@@ -156,7 +155,7 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
 
 def test_what_a_file_cannot_hold() -> None:
     fields = TemporalWeighting(weight_fn=torch.minimum).to_dict()
-    with pytest.raises(ValueError, match="weight_fn='.*minimum' is only a name"):
+    with pytest.raises(ValueError, match=r"weight_fn='.*minimum' is only a name"):
         TemporalWeighting.from_dict(fields)
     with pytest.raises(ValueError, match="exponent: unknown; accepted: "):
         TemporalWeighting.from_dict({"exponent": 1})
