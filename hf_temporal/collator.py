@@ -124,7 +124,9 @@ class Timeline:
         if packed:
             raise ValueError(f"{packed[0]}: packed rows of an encoder-decoder model; accepted: one document per row.")
         fed = batch.get("decoder_input_ids")
-        padding = ~is_target(labels[:, :1]) if fed is None else fed[:, 1:2] == self.pad_token_id
+        padding = ~is_target(labels[:, :1])
+        if fed is not None and fed.shape[1] > 1:
+            padding = fed[:, 1:2] == self.pad_token_id
         decoder = torch.cat([is_target(labels[:, :1]) | ~padding, is_target(labels[:, 1:])], dim=-1)
         for name, real in (("labels", decoder), ("attention_mask", batch.get("attention_mask"))):
             if isinstance(real, Tensor) and real.dim() == 2 and _is_left_padded(real):

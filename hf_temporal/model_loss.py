@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import logging
 
@@ -144,7 +144,7 @@ def _exact_stand_in(
         return "it has none, or one whose forward is replaced already"
     fused = FusedHead(head, base)
     if encoder_decoder:
-        inputs = {**inputs, "decoder_input_ids": base.prepare_decoder_input_ids_from_labels(labels)}
+        inputs = {**inputs, **decoder_inputs(base, labels)}
     try:
         replayed = fused.replay(model, inputs)
     except (TypeError, RuntimeError, ValueError) as error:
@@ -160,6 +160,15 @@ def _exact_stand_in(
 def base_model(model: nn.Module) -> Any:
     """The transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
+    """What an encoder-decoder model's own forward makes of `labels` for its decoder where it is given nothing else."""
+    ids = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    inputs = {"decoder_input_ids": ids}
+    if isinstance(base, EncoderDecoderModel):
+        inputs["decoder_attention_mask"] = (ids != base.config.pad_token_id).to(ids.dtype)
+    return inputs
 
 
 def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:

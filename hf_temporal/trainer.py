@@ -14,10 +14,20 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
-from .collator import DOCUMENTS, KEPT_COLUMNS, LOSS_WEIGHTS, POSITIONS, TIMELINE_KEYS, Batch, Timeline, TimelineCollator, has_time
+from .collator import (
+    DOCUMENTS,
+    KEPT_COLUMNS,
+    LOSS_WEIGHTS,
+    POSITIONS,
+    TIMELINE_KEYS,
+    Batch,
+    Timeline,
+    TimelineCollator,
+    has_time,
+)
 from .lm_head import FusedHead
 from .losses import weighted_cross_entropy, weighted_regression_loss
-from .model_loss import ModelLoss, answer_logits, base_model, read_model_loss
+from .model_loss import ModelLoss, answer_logits, base_model, decoder_inputs, read_model_loss
 from .profile import PROFILE_NAME, PositionProfile, save_profile
 from .schedules import power_at
 from .timeline import IGNORE_INDEX, shift_left
@@ -315,7 +325,7 @@ class TemporalWeightMixin(_Trainer):
             return {}
         if any(inputs.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds")):
             return {}
-        return {"decoder_input_ids": base.prepare_decoder_input_ids_from_labels(labels=labels)}
+        return {key: value for key, value in decoder_inputs(base, labels).items() if inputs.get(key) is None}
 
     def _fused_head(self) -> FusedHead | None:
         mode = self.args.temporal_fused_head if isinstance(self.args, _TemporalFields) else "auto"
