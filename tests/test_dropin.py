@@ -158,13 +158,13 @@ def test_plain_arguments_and_a_weighting_do_the_same(tmp_path: Path) -> None:
         "report_to": "none", "disable_tqdm": True, "use_cpu": True, "gradient_accumulation_steps": 2,
     }  # fmt: skip
     histories = []
-    for trainer_class, extra in (
+    stock_and_ours: list[tuple[Any, dict[str, Any]]] = [
         (Trainer, {}),
         (TemporalWeightTrainer, {"weighting": TemporalWeighting(power=0.0)}),
-    ):
-        model = tiny_model("llama")
+    ]
+    for trainer_class, extra in stock_and_ours:
         trainer = trainer_class(
-            model=model, args=TrainingArguments(output_dir=str(tmp_path), **settings),
+            model=tiny_model("llama"), args=TrainingArguments(output_dir=str(tmp_path), **settings),
             train_dataset=data("llama", 12, seed=0), data_collator=DataCollatorForSeq2Seq(tokenizer()), **extra,
         )  # fmt: skip
         trainer.train()

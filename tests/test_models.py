@@ -111,8 +111,7 @@ def test_no_trace_is_left_and_copies_saves_and_reloads_agree(name: str, adapter:
     )  # fmt: skip
     assert steps.trainer is not None
     steps.trainer.evaluate()
-    trained = steps.trainer.model
-    assert isinstance(trained, nn.Module)
+    trained: Any = steps.trainer.model
     assert marks(trained) == before
     assert steps.trainer.model_wrapped is trained
 

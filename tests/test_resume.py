@@ -40,8 +40,7 @@ class Interruption(TrainerCallback):
 
 def trainer_of(name: str, folder: Path, schedule: str, callbacks: list[TrainerCallback]) -> TemporalWeightTrainer:
     # Dropout, a shuffled order and Adam's moments: all of them have to be taken up again too.
-    dropout = {"gpt2": {"resid_pdrop": 0.1, "attn_pdrop": 0.1}, "t5": {"dropout_rate": 0.1}}[name.split("-")[0]]
-    model = tiny_model(name.split("-")[0], "lora" if name.endswith("-lora") else "plain", **dropout)
+    model = tiny_model(name.split("-")[0], "lora" if name.endswith("-lora") else "plain")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
