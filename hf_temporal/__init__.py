@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+__version__ = "0.1.0"
+
 from .fused_head import weighted_linear_cross_entropy
 from .losses import weighted_cross_entropy, weighted_regression_loss
+from .profile import load_profiles
 from .schedules import power_at
 from .timeline import document_ids_of, target_positions
 from .trainer import TemporalWeightMixin, TemporalWeightSeq2SeqTrainer, TemporalWeightTrainer
 from .training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 from .weighting import TemporalWeighting
-
-__version__ = "0.1.0"
 
 __all__ = [
     "TemporalSeq2SeqTrainingArguments",
@@ -19,7 +20,9 @@ __all__ = [
     "TemporalWeightSeq2SeqTrainer",
     "TemporalWeightTrainer",
     "TemporalWeighting",
+    "__version__",
     "document_ids_of",
+    "load_profiles",
     "power_at",
     "target_positions",
     "weighted_cross_entropy",
