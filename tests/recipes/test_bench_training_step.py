@@ -1,0 +1,51 @@
+"""The benchmarks of the training step and of the timeline run, at the size of a toy, and write what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, output: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    done = subprocess.run(
+        [sys.executable, f"recipes/benchmarks/{script}", "--output", str(output), "--threads", "1", *arguments],
+        cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    return json.loads(output.read_text(encoding="utf-8")), done.stdout
+
+
+def test_training_step(tmp_path: Path) -> None:
+    results, printed = run(
+        "training_step.py", tmp_path / "folder" / "step.json", "--model", "toy", "--repeats", "3", "--length", "64",
+        "--targets", "8", "--tuned", "lora",
+    )  # fmt: skip
+    rows = results["rows"]
+    assert [row["trainer"] for row in rows] == ["stock Trainer", "fused head", "full logits"]
+    for row in rows:
+        assert len(row["all_seconds"]) == 3
+        assert min(row["all_seconds"]) > 0.0
+        assert row["seconds"] == sorted(row["all_seconds"])[1]
+        assert row["MiB"] > 0.0
+        assert f"{row['seconds']:.3g}" in printed
+    assert rows[0]["time / stock"] == rows[0]["memory / stock"] == 1.0
+    assert results["settings"]["seed"] == 0
+    assert {"torch", "transformers"} <= results["versions"].keys()
+    assert results["hardware"]["processor"]
+
+
+def test_timeline(tmp_path: Path) -> None:
+    results, printed = run(
+        "timeline.py", tmp_path / "timeline.json", "--rows", "2", "--length", "300", "--repeats", "3"
+    )
+    assert len(results["rows"]) == 18
+    for row in results["rows"]:
+        assert row["both [ms]"] > max(row["t [ms]"], row["w [ms]"]) > 0.0
+        assert row["both [ms]"] >= row["fastest [ms]"]
+        assert f"{row['both [ms]']:.3g}" in printed
