@@ -1,4 +1,4 @@
-"""Gives each batch its times, where the whole sequence is still in sight: a wrapper around any data collator."""
+"""Gives each batch its times, in a wrapper around any data collator, and later its weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from transformers import (
 
 from .losses import check_vocabulary
 from .timeline import IGNORE_INDEX, document_ids_of, document_starts, is_target, target_positions, time_shape
-from .weighting import check_weights
+from .weighting import TemporalWeighting, check_weights, wide_dtype
 
 POSITIONS = "temporal_positions"
 DOCUMENTS = "temporal_document_ids"
 LOSS_WEIGHTS = "loss_weights"
 KEPT_COLUMNS = (LOSS_WEIGHTS, "document_ids")
 TIMELINE_KEYS = (POSITIONS, DOCUMENTS, *KEPT_COLUMNS)
+WEIGHTS = "temporal_weights"
 
 PADDING_COLLATORS = (
     DataCollatorForSeq2Seq,
@@ -192,6 +193,48 @@ class TimelineCollator:
         for target, row in zip(padded, rows, strict=True):
             target[len(target) - len(row) if left else 0 :][: len(row)] = row
         return padded
+
+
+def weigh_batches(
+    batches: list[Batch],
+    weighting: TemporalWeighting,
+    *,
+    gather: Callable[[Tensor], Tensor] | None,
+    device: torch.device,
+) -> tuple[list[Batch], Tensor, Tensor]:
+    """Put `temporal_weights` in place of the times of the micro-batches of one optimizer step.
+
+    Args:
+        batches: as `Timeline.add` returns them; they are changed.
+        weighting: at the power in force.
+        gather: concatenates a tensor of each rank, where D is that of all ranks.
+        device: where the weights are wanted.
+
+    Returns:
+        The batches; D, the denominator of the whole step, 1 where it holds no target; and the effective sample size
+        (Σw)²/Σw² as a share of the target tokens. D and the share are 0-dim float32.
+    """
+    reference = None
+    if weighting.normalization == "batch":
+        times = torch.stack([weighting.reference_time_of(batch[POSITIONS]).to(device) for batch in batches])
+        reference = weighting.reference_time_of(times if gather is None else gather(times))
+    sums = torch.zeros(4, dtype=wide_dtype(device), device=device)
+    for batch in batches:
+        positions, own = batch.pop(POSITIONS).to(device), batch.pop(LOSS_WEIGHTS, None)
+        documents = batch.pop(DOCUMENTS, None)
+        documents = None if documents is None else documents.to(device)
+        weights = weighting.weights(positions, document_ids=documents, reference_time=reference)
+        if own is not None:
+            weights = weights * own.to(weights)
+        terms = weighting.denominator_terms(weights, positions, has_loss_weights=own is not None)
+        wide = weights.to(sums.dtype)
+        sums += torch.stack([terms.sum(), wide.sum(), wide.square().sum(), (positions > 0).sum()])
+        batch[WEIGHTS] = weights
+    if gather is not None:
+        sums = gather(sums).view(-1, len(sums)).sum(0)
+    denominator, total, squares, count = sums.float()
+    share = total**2 / (squares * count).clamp(min=torch.finfo(torch.float32).tiny)
+    return batches, denominator.where(denominator > 0, 1.0), share
 
 
 def has_time(labels: Any) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -65,13 +65,14 @@ def _hardware() -> str:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a model card says of a run.
+    """What a model card says of a run; what is not given is left out.
 
     Args:
         weighting: as the trainer resolved it; its `power` is the final one.
         metrics: by name, one value or (before, after); natural units, losses in nats.
         command: what was typed.
-        task: the Hub's identifier of the task, such as `"summarization"`.
+        task: the Hub's identifier of the task, such as `"summarization"`; results go into the model index where it and
+            `dataset` are given.
         dataset: Hub id or name of the data.
         data: a sentence on the data.
         data_hash: sha256 of the examples.
@@ -86,13 +87,13 @@ class TrainingRun:
     """
 
     weighting: TemporalWeighting
-    metrics: Mapping[str, float | tuple[float, float]]
-    command: str
-    task: str
-    dataset: str
-    data: str
-    data_hash: str
-    seed: int
+    metrics: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
+    command: str | None = None
+    task: str | None = None
+    dataset: str | None = None
+    data: str | None = None
+    data_hash: str | None = None
+    seed: int | None = None
     data_versions: Mapping[str, str] = field(default_factory=dict)
     schedule: str = "constant"
     power_start: float = 0.0
@@ -102,6 +103,24 @@ class TrainingRun:
     picture: str | None = None
     hardware: str = field(default_factory=_hardware)
 
+    @classmethod
+    def of(cls, trainer: Any) -> TrainingRun:
+        """What a `TemporalWeightTrainer` knows of itself: weighting, schedule, seed and its last evaluations."""
+        args = trainer.args
+        return cls(
+            weighting=trainer.weighting,
+            metrics={
+                name: value
+                for logs in trainer.state.log_history
+                for name, value in logs.items()
+                if name.startswith("eval_") and name.endswith("_loss")
+            },
+            seed=args.seed,
+            schedule=getattr(args, "temporal_power_schedule", cls.schedule),
+            power_start=getattr(args, "temporal_power_start", cls.power_start),
+            power_warmup_ratio=getattr(args, "temporal_power_warmup_ratio", cls.power_warmup_ratio),
+        )
+
 
 def temporal_section(run: TrainingRun) -> str:
     """The section in Markdown, free of tokens and of paths of this machine."""
@@ -110,16 +129,15 @@ def temporal_section(run: TrainingRun) -> str:
         f"Trained with hf_temporal {__version__}: the loss of each target token is weighted by its position, w = t^p "
         "([Wang & Yan, 2023](https://arxiv.org/abs/2307.11462)).",
         _table(("setting", "value"), _settings(run)),
-        "### Results",
-        _results(run.metrics),
     ]
+    if run.metrics:
+        parts += ["### Results", _results(run.metrics)]
     if run.picture:
         parts.append(f"![Loss by position in the target, before and after training]({run.picture})")
-    parts += [
-        "### How it was trained",
-        f"```bash\n{run.command}\n```",
-        _table(("", ""), _circumstances(run)),
-    ]
+    parts.append("### How it was trained")
+    if run.command:
+        parts.append(f"```bash\n{run.command}\n```")
+    parts.append(_table(("", ""), _circumstances(run)))
     if run.data_versions:
         versions = ", ".join(f"{name} {version}" for name, version in sorted(run.data_versions.items()))
         parts.append(f"<details><summary>Packages that the data were made from</summary>\n\n{versions}\n\n</details>")
@@ -156,6 +174,8 @@ def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> No
 
 def _eval_results(run: TrainingRun) -> list[EvalResult]:
     """The last value of each metric, as the Hub's model index takes it; it has no place for one that is not finite."""
+    if run.task is None or run.dataset is None:
+        return []
     return [
         EvalResult(
             task_type=run.task,
@@ -171,7 +191,7 @@ def _eval_results(run: TrainingRun) -> list[EvalResult]:
 
 
 def _results_on_other_data(data: ModelCardData, run: TrainingRun) -> list[EvalResult]:
-    this = (run.task, _without_private(run.dataset))
+    this = (run.task, _without_private(run.dataset or ""))
     return [result for result in data.eval_results or [] if (result.task_type, result.dataset_type) != this]
 
 
@@ -209,9 +229,9 @@ def _circumstances(run: TrainingRun) -> list[tuple[str, str]]:
     model = " ".join(filter(None, [run.base_model and f"{run.base_model}.", run.base_model_note]))
     return [
         *([("base model", model)] if model else []),
-        ("data", f"{run.dataset}: {run.data}"),
-        ("sha256 of the data", f"`{run.data_hash}`"),
-        ("seed", str(run.seed)),
+        *([("data", ": ".join(filter(None, [run.dataset, run.data])))] if run.dataset or run.data else []),
+        *([("sha256 of the data", f"`{run.data_hash}`")] if run.data_hash else []),
+        *([("seed", str(run.seed))] if run.seed is not None else []),
         ("hardware", run.hardware),
         ("versions", ", ".join([*versions, f"hf_temporal {__version__}", f"Python {platform.python_version()}"])),
     ]

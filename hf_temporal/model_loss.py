@@ -171,6 +171,13 @@ def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
     return inputs
 
 
+def logits_of(outputs: Any, labels: Tensor) -> Tensor:
+    """The logits of a model's output, a mapping or a tuple with or without a loss in front."""
+    if isinstance(outputs, Mapping):
+        return outputs["logits"]
+    return next(value for value in outputs if isinstance(value, Tensor) and value.dim() >= labels.dim())
+
+
 def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:
     """The logits of the tokens of the batch: without those that prompt tuning puts in front of them.
 

@@ -20,23 +20,25 @@ from .collator import (
     LOSS_WEIGHTS,
     POSITIONS,
     TIMELINE_KEYS,
+    WEIGHTS,
     Batch,
     Timeline,
     TimelineCollator,
     has_time,
+    weigh_batches,
 )
 from .lm_head import FusedHead
 from .losses import weighted_cross_entropy, weighted_regression_loss
-from .model_loss import ModelLoss, answer_logits, base_model, decoder_inputs, read_model_loss
+from .model_card import TrainingRun, add_temporal_section
+from .model_loss import ModelLoss, answer_logits, base_model, decoder_inputs, logits_of, read_model_loss
 from .profile import PROFILE_NAME, PositionProfile, save_profile
 from .schedules import power_at
 from .timeline import IGNORE_INDEX, shift_left
 from .training_args import _TemporalFields
-from .weighting import TemporalWeighting, wide_dtype
+from .weighting import TemporalWeighting
 
 logger = logging.get_logger(__name__)
 
-WEIGHTS = "temporal_weights"
 OWN_KEYS = (*TIMELINE_KEYS, WEIGHTS)
 SMALLEST_VOCABULARY_TO_FUSE = 1024
 
@@ -234,32 +236,15 @@ class TemporalWeightMixin(_Trainer):
     def _weigh(self, batches: list[Any], device: torch.device) -> tuple[list[Batch], Tensor]:
         """The batches with their weights in place of their times, and the denominator D of all of them, all ranks."""
         self._power_in_force = self.temporal_power
-        weighting = self.weighting.at(self._power_in_force)
-        batches = [self._timeline.add(batch) for batch in batches]
         across_ranks = self.args.average_tokens_across_devices and self.args.world_size > 1
-        reference = None
-        if weighting.normalization == "batch":
-            times = torch.stack([weighting.reference_time_of(batch[POSITIONS]).to(device) for batch in batches])
-            times = self.accelerator.gather(times) if across_ranks else times
-            reference = weighting.reference_time_of(times)
-        sums = torch.zeros(4, dtype=wide_dtype(device), device=device)
-        for batch in batches:
-            positions, own = batch.pop(POSITIONS).to(device), batch.pop(LOSS_WEIGHTS, None)
-            documents = batch.pop(DOCUMENTS, None)
-            documents = None if documents is None else documents.to(device)
-            weights = weighting.weights(positions, document_ids=documents, reference_time=reference)
-            if own is not None:
-                weights = weights * own.to(weights)
-            terms = weighting.denominator_terms(weights, positions, has_loss_weights=own is not None)
-            wide = weights.to(sums.dtype)
-            sums += torch.stack([terms.sum(), wide.sum(), wide.square().sum(), (positions > 0).sum()])
-            batch[WEIGHTS] = weights
-        if across_ranks:
-            sums = self.accelerator.gather(sums).view(-1, 4).sum(0)
-        denominator, total, squares, count = sums.float()
-        self._sample_size.append(total**2 / (squares * count).clamp(min=torch.finfo(torch.float32).tiny))
-        replicas = self.get_tp_size()
-        return batches, denominator.where(denominator > 0, 1.0) / replicas
+        batches, denominator, sample_size = weigh_batches(
+            [self._timeline.add(batch) for batch in batches],
+            self.weighting.at(self._power_in_force),
+            gather=self.accelerator.gather if across_ranks else None,
+            device=device,
+        )
+        self._sample_size.append(sample_size)
+        return batches, denominator / self.get_tp_size()
 
     def compute_loss(
         self,
@@ -300,7 +285,7 @@ class TemporalWeightMixin(_Trainer):
         inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS and key != "shift_labels"}
         if labels.is_floating_point():
             outputs = model(**inputs, labels=labels)
-            predictions = _logits_of(outputs, labels)
+            predictions = logits_of(outputs, labels)
             return weighted_regression_loss(predictions, labels, weights, kind=self.weighting.regression_loss)[
                 0
             ], outputs
@@ -316,7 +301,7 @@ class TemporalWeightMixin(_Trainer):
                 outputs = model(**inputs)
             return outputs["loss"], outputs
         outputs = model(**inputs)
-        logits = answer_logits(self._root, _logits_of(outputs, labels), labels.shape[1])
+        logits = answer_logits(self._root, logits_of(outputs, labels), labels.shape[1])
         return weighted_cross_entropy(logits, labels, weights, label_smoothing=smoothing)[0], outputs
 
     def _decoder_inputs(self, inputs: Batch, labels: Tensor) -> Batch:
@@ -385,7 +370,7 @@ class TemporalWeightMixin(_Trainer):
         finally:
             hook.remove()
         labels = self._prepare_input(batch["labels"])
-        logits = _logits_of(calls[0], labels)
+        logits = logits_of(calls[0], labels)
         self._profile.add(
             logits if labels.is_floating_point() else answer_logits(self._root, logits, labels.shape[1]),
             labels,
@@ -403,6 +388,12 @@ class TemporalWeightMixin(_Trainer):
         if self.args.should_save:
             self.weighting.save_pretrained(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The trainer's own card with a section on the weighting."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_temporal_section(str(self.args.output_dir), TrainingRun.of(self))
 
 
 class TemporalWeightTrainer(TemporalWeightMixin, Trainer):
@@ -423,13 +414,6 @@ def _check_liger(args: Any) -> None:
             "weights. Accepted: liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}; "
             "the fused head here takes its place."
         )
-
-
-def _logits_of(outputs: Any, labels: Tensor) -> Tensor:
-    """The logits of a model's output, a mapping or a tuple with or without a loss in front."""
-    if isinstance(outputs, Mapping):
-        return outputs["logits"]
-    return next(value for value in outputs if isinstance(value, Tensor) and value.dim() >= labels.dim())
 
 
 def _temporal_fields(args: Any) -> dict[str, Any]:

@@ -174,6 +174,22 @@ def test_saved_model_loads_plain(tmp_path: Path) -> None:
     torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits)
 
 
+def test_card_says_how_it_was_weighted(tmp_path: Path) -> None:
+    one = trainer(
+        tmp_path, temporal_power=2.0, temporal_power_schedule="linear", temporal_power_warmup_ratio=0.5, max_steps=1
+    )
+    one.train()
+    one.evaluate(causal_examples(4))  # type: ignore[arg-type]
+    one.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "## Temporal weighting" in card
+    assert "| p | 2 |" in card
+    assert "linear, from 0 over 50% of the steps" in card
+    assert "| eval_head_loss |" in card
+    assert "2307.11462" in card
+    assert str(tmp_path) not in card
+
+
 # ---- loss_weights
 
 
