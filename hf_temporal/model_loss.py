@@ -172,10 +172,20 @@ def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
 
 
 def logits_of(outputs: Any, labels: Tensor) -> Tensor:
-    """The logits of a model's output, a mapping or a tuple with or without a loss in front."""
+    """The logits of a model's output, a mapping or a tuple with or without a loss in front.
+
+    Raises:
+        ValueError: there are none.
+    """
     if isinstance(outputs, Mapping):
-        return outputs["logits"]
-    return next(value for value in outputs if isinstance(value, Tensor) and value.dim() >= labels.dim())
+        values = [outputs.get("logits")]
+    else:
+        values = [value for value in outputs if isinstance(value, Tensor) and value.dim() >= labels.dim()]
+    if not values or values[0] is None:
+        raise ValueError(
+            f"the model returned no logits for labels of shape {tuple(labels.shape)}; accepted: outputs with them."
+        )
+    return values[0]
 
 
 def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:

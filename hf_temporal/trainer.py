@@ -285,10 +285,9 @@ class TemporalWeightMixin(_Trainer):
         inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS and key != "shift_labels"}
         if labels.is_floating_point():
             outputs = model(**inputs, labels=labels)
-            predictions = logits_of(outputs, labels)
-            return weighted_regression_loss(predictions, labels, weights, kind=self.weighting.regression_loss)[
-                0
-            ], outputs
+            kind = self.weighting.regression_loss
+            total, _ = weighted_regression_loss(logits_of(outputs, labels), labels, weights, kind=kind)
+            return total, outputs
         own = self._read_model_loss()
         inputs |= self._decoder_inputs(inputs, labels)
         labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
@@ -302,7 +301,8 @@ class TemporalWeightMixin(_Trainer):
             return outputs["loss"], outputs
         outputs = model(**inputs)
         logits = answer_logits(self._root, logits_of(outputs, labels), labels.shape[1])
-        return weighted_cross_entropy(logits, labels, weights, label_smoothing=smoothing)[0], outputs
+        total, _ = weighted_cross_entropy(logits, labels, weights, label_smoothing=smoothing)
+        return total, outputs
 
     def _decoder_inputs(self, inputs: Batch, labels: Tensor) -> Batch:
         base = base_model(self._root)
@@ -369,8 +369,13 @@ class TemporalWeightMixin(_Trainer):
             result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         finally:
             hook.remove()
-        labels = self._prepare_input(batch["labels"])
-        logits = logits_of(calls[0], labels)
+        batch = self._prepare_inputs(batch)
+        labels = batch.pop("labels")
+        outputs = calls[0]
+        if isinstance(outputs, Mapping) and outputs.get("logits") is None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**batch, **self._decoder_inputs(batch, labels))
+        logits = logits_of(outputs, labels)
         self._profile.add(
             logits if labels.is_floating_point() else answer_logits(self._root, logits, labels.shape[1]),
             labels,
