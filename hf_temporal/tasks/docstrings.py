@@ -5,24 +5,23 @@ Read with `ast` from the source files of the standard library and of the install
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import re
+import subprocess
+import sys
 import sysconfig
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from inspect import cleandoc
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub.utils import tqdm
 
+from . import docstring_reader
 from .cache import made_once
 
 EXTRACTION_VERSION = 1  # to be raised with every change of what is read, kept or how it is split
@@ -32,10 +31,7 @@ MAX_HELD_OUT_PACKAGE_SHARE = 0.02  # a larger package is always trained on
 STANDARD_LIBRARY = "python"
 
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "_vendor"})
-_PARAGRAPH_BREAK = re.compile(r"\n[ \t]*\n")
-_WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*[.,;:!?)]*")
-_NO_SUMMARY = re.compile(r"\w+:( |$)|\w+ \(")  # a section's title, a parameter's entry
-_MAX_WORKERS = 8  # each imports the main script anew, torch included
+_FILES_PER_PROCESS = 200
 
 
 class Pair(NamedTuple):
@@ -96,39 +92,31 @@ def installed_files() -> list[SourceFile]:
 
 def extract_pairs(files: list[SourceFile]) -> list[Pair]:
     """The pairs of `files` in their order, each body once, whichever package has it first."""
-    workers = min(os.cpu_count() or 1, _MAX_WORKERS)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        found = tqdm(pool.imap(pairs_of_file, files, chunksize=32), "Reading docstrings", len(files), unit="file")
-        unique: dict[str, Pair] = {}
-        for pairs in found:
-            for pair in pairs:
-                unique.setdefault(" ".join(pair.body.lower().split()), pair)
+    chunks = [files[start : start + _FILES_PER_PROCESS] for start in range(0, len(files), _FILES_PER_PROCESS)]
+    unique: dict[str, Pair] = {}
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(desc="Reading docstrings", total=len(files), unit="file") as progress,
+    ):
+        for chunk, found in zip(chunks, pool.map(_read, chunks), strict=True):
+            for file, pairs in zip(chunk, found, strict=True):
+                for body, summary in pairs:
+                    unique.setdefault(" ".join(body.lower().split()), Pair(file.package, body, summary))
+            progress.update(len(chunk))
     return list(unique.values())
 
 
-def pairs_of_file(file: SourceFile) -> list[Pair]:
-    """The pairs of one file; a file that is missing or cannot be parsed has none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler, about invalid escapes in other people's code
-            tree = ast.parse(file.path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return []
-    pairs = (split_docstring(docstring) for docstring in _docstrings(tree))
-    return [Pair(file.package, *pair) for pair in pairs if pair is not None]
-
-
-def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """(body, summary), or None where there is no body or one of them does not read like a text."""
-    summary, _, body = _PARAGRAPH_BREAK.sub("\n\n", cleandoc(docstring)).partition("\n\n")
-    summary, body = " ".join(summary.split()), body.strip()
-    if not 4 <= len(summary.split()) <= 40 or not summary[0].isalpha() or summary.endswith((":", ",")):
-        return None
-    if _NO_SUMMARY.match(summary):
-        return None
-    if len(body.split()) < 20 or min(_share_of_words(summary), _share_of_words(body)) < 0.6:
-        return None
-    return body, summary
+def _read(files: list[SourceFile]) -> list[list[list[str]]]:
+    """What `docstring_reader` finds in each file, in a process of its own."""
+    answer = subprocess.run(
+        [sys.executable, "-I", docstring_reader.__file__],
+        input=json.dumps([str(file.path) for file in files]),
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
+    )
+    return [json.loads(line) for line in answer.stdout.splitlines()]
 
 
 def split_by_package(pairs: list[Pair]) -> dict[str, list[Pair]]:
@@ -166,26 +154,9 @@ def _write(folder: Path, files: list[SourceFile], versions: dict[str, str]) -> N
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
-def _docstrings(tree: ast.Module) -> Iterator[str]:
-    """Docstrings of the module and of its classes and functions, in the order of the file."""
-    waiting: list[ast.stmt | ast.Module] = [tree]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            docstring = ast.get_docstring(node, clean=False)
-            if docstring is not None:
-                yield docstring
-        waiting.extend(reversed([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]))
-
-
 def _is_wanted(file: SourceFile) -> bool:
     folders = Path(file.name).parts[:-1]
     return _SKIPPED_FOLDERS.isdisjoint(folders) and not Path(file.name).name.startswith("test_")
-
-
-def _share_of_words(text: str) -> float:
-    pieces = text.split()
-    return sum(_WORD.fullmatch(piece) is not None for piece in pieces) / len(pieces)
 
 
 def _normalized(name: str) -> str:

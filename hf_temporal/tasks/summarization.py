@@ -180,12 +180,6 @@ def prompt_of(encoded: dict[str, list[int]]) -> list[int]:
     return encoded["input_ids"][: targets[0]]
 
 
-def decode_targets(labels: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each row of labels, special tokens and what is no target aside."""
-    kept = [[int(label) for label in row if label >= 0] for row in labels]
-    return [text.strip() for text in tokenizer.batch_decode(kept, skip_special_tokens=True)]
-
-
 @torch.no_grad()
 def generate_summaries(
     model: Any,
@@ -196,12 +190,15 @@ def generate_summaries(
     num_beams: int = 1,
     batch_size: int = 16,
     **generate_arguments: Any,
-) -> list[str]:
-    """Continue each prompt with a decoder-only `model`: batches of similar length, left-padded, no sampling."""
+) -> list[list[int]]:
+    """The tokens with which a decoder-only `model` continues each prompt, end and padding included.
+
+    Batches of similar length, left-padded, no sampling.
+    """
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    summaries = [""] * len(prompts)
+    summaries: list[list[int]] = [[]] * len(prompts)
     for start in tqdm(range(0, len(order), batch_size), "Generating summaries", leave=False):
         chosen = order[start : start + batch_size]
         batch: BatchEncoding = tokenizer.pad(
@@ -215,9 +212,8 @@ def generate_summaries(
             pad_token_id=tokenizer.pad_token_id,
             **generate_arguments,
         )
-        texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(chosen, texts, strict=True):
-            summaries[index] = text.strip()
+        for index, row in zip(chosen, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            summaries[index] = row
     model.train(was_training)
     return summaries
 
@@ -237,20 +233,24 @@ class SummaryScores:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """Score the generated tokens `prediction.predictions` against `prediction.label_ids`."""
-        return self.score(
-            decode_targets(prediction.predictions, self.tokenizer),
-            decode_targets(prediction.label_ids, self.tokenizer),
-        )
+        return self.score(prediction.predictions, prediction.label_ids)
 
-    def score(self, summaries: list[str], references: list[str]) -> dict[str, float]:
-        """Score one text per example."""
-        self.summaries, self.references = summaries, references
+    def score(self, generated: Any, labels: Any) -> dict[str, float]:
+        """Score rows of generated tokens against rows of labels; special and negative ones do not count."""
+        tokens = self._without_special_tokens(generated)
+        self.summaries, self.references = self._texts(tokens), self._texts(self._without_special_tokens(labels))
         rouge = self.rouge.compute(
-            predictions=[_one_sentence_per_line(text) for text in summaries],
-            references=[_one_sentence_per_line(text) for text in references],
+            predictions=[_one_sentence_per_line(text) for text in self.summaries],
+            references=[_one_sentence_per_line(text) for text in self.references],
         )
-        tokens = self.tokenizer(summaries, add_special_tokens=False).input_ids
         return {name: 100 * value for name, value in rouge.items()} | {"gen_len": float(np.mean([*map(len, tokens)]))}
+
+    def _without_special_tokens(self, rows: Any) -> list[list[int]]:
+        special = set(self.tokenizer.all_special_ids)
+        return [[int(token) for token in row if token >= 0 and int(token) not in special] for row in rows]
+
+    def _texts(self, rows: list[list[int]]) -> list[str]:
+        return [text.strip() for text in self.tokenizer.batch_decode(rows)]
 
 
 def _one_sentence_per_line(text: str) -> str:

@@ -1,0 +1,65 @@
+"""Arguments of a recipe: a YAML file, and flags that override it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, description: str | None = None) -> Any:
+    """One object of each dataclass in `kinds`, from `--config file.yaml` and from flags, which come last and win.
+
+    Values of the file are read as if they were given as flags.
+
+    Raises ValueError for a key of the file or a flag that no dataclass has, naming the nearest one.
+    """
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--config", type=Path)
+    config, flags = reader.parse_known_args(argv)
+    parser = HfArgumentParser(
+        kinds, description=description, usage="%(prog)s [--config FILE.yaml] [--name value ...]", allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of the arguments below; flags override it.")
+    names = [each.name for kind in kinds for each in fields(kind) if each.init]
+    settings = read_yaml(config.config, names) if config.config else {}
+    # the command line cannot say these, so they become the defaults that it overrides
+    parser.set_defaults(**{name: value for name, value in settings.items() if _is_compound(value)})
+    given = [f"--{name}={_as_flag(value)}" for name, value in settings.items() if not _is_compound(value)]
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        [*given, *flags], return_remaining_strings=True, look_for_args_file=False
+    )
+    for flag in unknown:
+        name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+        raise ValueError(f"{flag} is no argument of this recipe; the nearest is --{_nearest(name, names)}")
+    return tuple(parsed)
+
+
+def read_yaml(path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The settings in a YAML file; every key has to be one of `names`."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}; accepted: lines of the form `name: value`")
+    known = list(names)
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{path}: {key!r} is no argument of this recipe; the nearest is {_nearest(key, known)!r}")
+    return settings
+
+
+def _is_compound(value: Any) -> bool:
+    return value is None or isinstance(value, (list, dict))
+
+
+def _as_flag(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _nearest(name: Any, names: list[str]) -> str:
+    return difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]

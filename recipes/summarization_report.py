@@ -1,0 +1,142 @@
+"""What a summarization run found: evaluations kept in a file, a table and samples before and after, picture, card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from hf_temporal.model_card import CARD_NAME, TrainingRun, add_temporal_section
+from hf_temporal.plots import plot_loss_by_position
+from hf_temporal.profile import PROFILE_NAME, load_profiles
+
+EVALUATIONS_NAME = "evaluations.json"
+PICTURE_NAME = "loss_by_position.png"
+SAMPLES = 5
+METRICS = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "loss": "loss",
+    "temporal_loss": "weighted loss",
+    "head_loss": "loss, first quarter of the target",
+    "tail_loss": "loss, last quarter of the target",
+    "gen_len": "tokens per summary",
+}
+
+Evaluation = dict[str, Any]
+
+
+def save_evaluation(output_dir: Path, evaluation: Evaluation) -> None:
+    """Add an evaluation to `evaluations.json`, in place of any of its step or a later one.
+
+    `{"evaluations": [{"step": 0, "metrics": {...}, "summaries": [...], "references": [...]}, ...]}`
+    """
+    earlier = [each for each in load_evaluations(output_dir) if each["step"] < evaluation["step"]]
+    path = output_dir / EVALUATIONS_NAME
+    unfinished = path.with_suffix(".unfinished")
+    content = json.dumps({"evaluations": [*earlier, evaluation]}, indent=2, ensure_ascii=False)
+    unfinished.write_text(content + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def load_evaluations(output_dir: Path) -> list[Evaluation]:
+    """The evaluations of a run in the order of their steps."""
+    path = output_dir / EVALUATIONS_NAME
+    if not path.is_file():
+        return []
+    evaluations: list[Evaluation] = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
+    return evaluations
+
+
+def first_and_last(output_dir: Path) -> list[Evaluation]:
+    """The first evaluation of a run and, if there are more, its last."""
+    evaluations = load_evaluations(output_dir)
+    return evaluations[:1] + evaluations[1:][-1:]
+
+
+def before_and_after(output_dir: Path) -> dict[str, float | tuple[float, float]]:
+    """The `METRICS` of the first and the last evaluation, by their names in the logs; empty where there are none."""
+    shown = [each["metrics"] for each in first_and_last(output_dir)]
+    names = [f"eval_{name}" for name in METRICS]
+    if len(shown) == 2:
+        return {name: (shown[0][name], shown[1][name]) for name in names if name in shown[1]}
+    return {name: metrics[name] for metrics in shown for name in names if name in metrics}
+
+
+def report(output_dir: Path) -> str:
+    """Table and samples of the first and the last evaluation, in Markdown."""
+    shown = first_and_last(output_dir)
+    return f"{results_table(shown)}\n\n{sample_summaries(shown)}" if shown else ""
+
+
+def results_table(evaluations: list[Evaluation]) -> str:
+    """A row for each of `METRICS`, a column for each evaluation; ROUGE with its 95 % interval."""
+    rows = [["", *(f"step {each['step']}" for each in evaluations)]]
+    rows += [
+        [title, *(_cell(each["metrics"], f"eval_{name}") for each in evaluations)] for name, title in METRICS.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+def _cell(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return ""
+    if f"{name}_low" in metrics:
+        return f"{metrics[name]:.1f} [{metrics[f'{name}_low']:.1f}, {metrics[f'{name}_high']:.1f}]"
+    return f"{metrics[name]:.1f}" if name == "eval_gen_len" else f"{metrics[name]:.3f}"
+
+
+def sample_summaries(evaluations: list[Evaluation]) -> str:
+    """The first references, each above its summaries in every evaluation."""
+    lines = []
+    for index, reference in enumerate(evaluations[-1]["references"][:SAMPLES]):
+        lines.append(f"{index + 1}. reference: {_one_line(reference)}")
+        lines += [f"   - step {each['step']}: {_one_line(each['summaries'][index])}" for each in evaluations]
+    return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()) or "(nothing)"
+
+
+def draw_loss_by_position(output_dir: Path) -> str | None:
+    """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile."""
+    path = output_dir / PROFILE_NAME
+    profiles = [each for each in load_profiles(path) if each["split"] == "eval"] if path.is_file() else []
+    if not profiles:
+        return None
+    plot_loss_by_position(profiles, output_dir / PICTURE_NAME)
+    return PICTURE_NAME
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model card: what the model does, how to use it, samples, and the section on how it was trained."""
+
+    name: str
+    summary: str
+    usage: str
+    library: str
+    run: TrainingRun
+
+    def save(self, folder: Path) -> None:
+        """Write `README.md`."""
+        data = ModelCardData(
+            library_name=self.library,
+            pipeline_tag="summarization",
+            tags=["summarization"],
+            base_model=self.run.base_model,
+            model_name=self.name,
+        )
+        shown = first_and_last(folder)
+        samples = f"\n\n## Summaries of held-out texts\n\n{sample_summaries(shown)}" if shown else ""
+        text = f"# {self.name}\n\n{self.summary}\n\n## Use\n\n```python\n{self.usage}\n```{samples}\n"
+        (folder / CARD_NAME).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+        add_temporal_section(folder, self.run)
