@@ -1,0 +1,69 @@
+"""The benchmark of the loss head runs at the size of a toy, and writes what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.benchmarks import loss_head
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_writes_what_it_prints(tmp_path: Path) -> None:
+    output = tmp_path / "folder" / "loss_head.json"
+    done = subprocess.run(
+        [
+            sys.executable, "recipes/benchmarks/loss_head.py", "--shapes", "512,128,16384", "--masked", "0.75",
+            "--dtypes", "float32", "--repeats", "3", "--threads", "1", "--output", str(output),
+        ],
+        cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    results = json.loads(output.read_text(encoding="utf-8"))
+    rows = {row["peer"]: row for row in results["rows"]}
+    assert list(rows) == list(loss_head.PEERS)
+    assert len(results["rows"]) == len(rows)
+    for row in rows.values():
+        assert (row["N"], row["H"], row["V"], row["dtype"], row["masked"]) == (512, 128, 16384, "float32", 0.75)
+        assert len(row["all_seconds"]) == 3
+        assert min(row["all_seconds"]) > 0
+        assert row["seconds"] == sorted(row["all_seconds"])[1]
+        stock = rows["stock mean"]
+        ratios = [a / b for a, b in zip(row["all_seconds"], stock["all_seconds"], strict=True)]
+        assert row["time / stock"] == statistics.median(ratios)
+        assert row["memory / stock"] == row["MiB"] / stock["MiB"]
+        assert f"{row['seconds']:.3g}" in done.stdout
+    assert rows["three products"]["time / products"] == rows["… of the targets"]["time / products of targets"] == 1
+    head, logits = 128 * 16384 / 2**18, 512 * 16384 / 2**18
+    assert logits + head <= rows["three products"]["MiB"] <= 1.5 * (logits + head)
+    assert logits / 4 + head <= rows["ours"]["MiB"] < rows["stock mean"]["MiB"]
+    assert results["settings"]["seed"] == 0
+    assert "torch" in results["versions"]
+    assert results["hardware"]["processor"]
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.75])
+def test_peers_with_weights_have_the_same_gradients(masked: float) -> None:
+    gradients = []
+    for peer in (loss_head.weights_by_hand, loss_head.torch_chunked, loss_head.ours):
+        inputs = loss_head.Inputs.make(40, 8, 100, dtype=torch.float32, masked=masked, seed=0)
+        assert int((inputs.targets == -100).sum()) == 40 * masked
+        peer(inputs)
+        assert inputs.hidden.grad is not None
+        assert inputs.head.grad is not None
+        gradients.append((inputs.hidden.grad, inputs.head.grad))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0])
+
+
+def test_a_peer_that_dies_is_named() -> None:
+    with pytest.raises(RuntimeError, match="'ours' ended early with exit code 1"):
+        loss_head.Child("ours", {"no": "case"}, threads=1).run()
