@@ -80,6 +80,7 @@ _BERT_LIKE: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
     "pad_token_id": PAD,
+    "use_cache": False,
 }
 
 
@@ -102,10 +103,10 @@ def _qwen3() -> PreTrainedModel:
 
 
 def _gemma2() -> PreTrainedModel:
-    settings = {**_LLAMA_LIKE, "attn_implementation": "eager"}
     return Gemma2ForCausalLM(
         Gemma2Config(
-            **settings, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, final_logit_softcapping=2.0
+            **_LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, final_logit_softcapping=2.0,
+            attn_logit_softcapping=None,
         )
     )  # fmt: skip
 
