@@ -5,6 +5,7 @@ Read with `ast` from the source files of the standard library and of the install
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -81,11 +82,11 @@ def installed_files() -> list[SourceFile]:
         for path in standard_library.rglob("*.py")
     ]
     for distribution in metadata.distributions():
-        files += [
-            SourceFile(_normalized(distribution.name), entry.as_posix(), Path(str(entry.locate())))
-            for entry in distribution.files or []
-            if entry.suffix == ".py" and ".." not in entry.parts
-        ]
+        # the same as `distribution.files`, which takes ten times as long
+        record = csv.reader((distribution.read_text("RECORD") or "").splitlines())
+        names = [row[0] for row in record if row[0].endswith(".py") and not row[0].startswith("..")]
+        package = _normalized(distribution.name)
+        files += [SourceFile(package, name, Path(str(distribution.locate_file(name)))) for name in names]
     wanted = {(each.package, each.name): each for each in files if _is_wanted(each)}
     return [wanted[key] for key in sorted(wanted)]
 

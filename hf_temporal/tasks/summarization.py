@@ -115,6 +115,8 @@ def _two_columns(pairs: Dataset, split: str, arguments: SummarizationArguments, 
             raise ValueError(
                 f"{name}_column={column!r} is no column of the {split} data; accepted: {', '.join(pairs.column_names)}"
             )
+    if wanted["text"] == wanted["summary"]:
+        raise ValueError(f"text_column and summary_column are both {wanted['text']!r}; accepted: two columns")
     pairs = pairs.select_columns([*wanted.values()]).rename_columns({column: name for name, column in wanted.items()})
     return pairs.filter(_is_complete, desc=f"Looking through the {split} pairs")
 

@@ -1,0 +1,261 @@
+"""The main recipe from beginning to end on a tiny model: results, card, interruption, several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_temporal.profile import load_profiles
+from hf_temporal.tasks.embedded_model import EMBEDDED_MODEL
+from recipes import finetune_causal_lm
+from recipes.finetune_causal_lm import SummarizationTrainer, main
+
+from .conftest import Tiny
+
+ADAPTER = "adapter_model.safetensors"
+KILLED_AT_STEP_3 = """
+import os, signal, sys
+from recipes import finetune_causal_lm as recipe
+step = recipe.SummarizationTrainer.training_step
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+recipe.SummarizationTrainer.training_step = training_step
+recipe.main(sys.argv[1:])
+"""
+
+
+def evaluations(output_dir: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((output_dir / "evaluations.json").read_text("utf-8"))["evaluations"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one undisturbed run."""
+    output_dir = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs"))
+        main(tiny.flags(output_dir, "--report_to", "tensorboard", "--do_predict"))
+    return output_dir
+
+
+# ---- results
+
+
+def test_adapter_is_trained_and_loads(finished: Path, tiny: Tiny) -> None:
+    weights = load_file(finished / ADAPTER)
+    assert all(weight.abs().sum() > 0 for weight in weights.values())  # B is zero before training
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.model), finished)
+    adapted = {
+        name.rpartition(".lora_B")[0].rpartition(".")[2] for name, _ in model.named_modules() if "lora_B" in name
+    }
+    assert adapted - {""} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_before_and_after_are_kept_and_the_model_learned(finished: Path) -> None:
+    before, after = evaluations(finished)
+    assert (before["step"], after["step"]) == (0, 4)
+    assert after["metrics"]["eval_loss"] < before["metrics"]["eval_loss"] - 0.1
+    for each in (before, after):
+        names = {"rouge1", "rouge2", "rougeL", "gen_len", "loss", "temporal_loss", "head_loss", "tail_loss"}
+        assert {f"eval_{name}" for name in names} <= set(each["metrics"])
+        assert len(each["summaries"]) == len(each["references"]) == 7
+    assert before["references"] == after["references"]
+    assert before["references"][0].startswith("Take x24 from file 24")
+    assert before["summaries"] != after["summaries"]
+
+
+def test_picture_profile_log_and_predictions(finished: Path) -> None:
+    steps = [
+        profile["step"] for profile in load_profiles(finished / "loss_by_position.json") if profile["split"] == "eval"
+    ]
+    assert steps == [0, 4]
+    assert (finished / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
+    assert list((finished / "runs").glob("events.out.tfevents.*"))
+    predictions = (finished / "predictions.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["reference"][:8] for line in predictions] == [f"Take x{index}" for index in range(31, 36)]
+
+
+def test_card_says_what_was_done(finished: Path, tiny: Tiny) -> None:
+    card = ModelCard.load(finished / "README.md")
+    before, after = evaluations(finished)
+    sha256 = json.loads((finished / "run.json").read_text("utf-8"))["sha256_of_the_data"]
+    for expected in (
+        "| p | 1 |",
+        "`sequence`",
+        "24 train, 7 validation, 5 test pairs",
+        sha256,
+        "accelerate launch recipes/finetune_causal_lm.py",
+        "--max_steps 4",
+        f"torch {torch.__version__}",
+        "arXiv:2307.11462",
+        "loss_by_position.png",
+        f"| eval_loss | {before['metrics']['eval_loss']:.3f} | {after['metrics']['eval_loss']:.3f} |",
+        after["references"][4],
+        "PeftModel.from_pretrained",
+    ):
+        assert expected in card.text
+    assert str(tiny.model.parent) not in str(card)
+    assert card.data.library_name == "peft"
+    assert "hf_temporal" in card.data.tags
+    assert {result.metric_type for result in card.data.eval_results} >= {"rouge1", "rouge2", "rougeL", "loss"}
+
+
+def test_embedded_model_is_recorded_by_its_name(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune_causal_lm, "embedded_model_folder", lambda: tiny.model)
+    flags = tiny.flags(tmp_path / "run", "--max_steps", "1", "--do_eval", "false")
+    main(flags[2:])
+    assert (
+        json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"] == EMBEDDED_MODEL
+    )
+    card = (tmp_path / "run" / "README.md").read_text("utf-8")
+    assert f"base_model: {EMBEDDED_MODEL}" in card
+    assert "4-bit (Q4_1) GGUF" in card
+    for path in (tmp_path / "run").rglob("*.json"):
+        assert str(tiny.model) not in path.read_text("utf-8"), path
+
+
+def test_all_weights_are_trained_without_an_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    main(tiny.flags(tmp_path / "run", "--use_peft", "false", "--max_steps", "1", "--do_eval", "false"))
+    before = AutoModelForCausalLM.from_pretrained(tiny.model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    assert not [name for name in before if torch.equal(before[name], after[name])]
+
+
+# ---- interruption
+
+
+def test_killed_and_continued_ends_in_the_same_adapter(
+    finished: Path, tiny: Tiny, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    output_dir = tmp_path / "run"
+    command = [sys.executable, "-c", KILLED_AT_STEP_3, *tiny.flags(output_dir)]
+    killed = subprocess.run(command, env=child_environment, capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert not (output_dir / ADAPTER).exists()
+    (before,) = evaluations(output_dir)
+
+    main(tiny.flags(output_dir))
+
+    assert evaluations(output_dir)[0] == before
+    weights, expected = load_file(output_dir / ADAPTER), load_file(finished / ADAPTER)
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-7)
+    after, undisturbed = evaluations(output_dir)[1], evaluations(finished)[1]
+    assert after["summaries"] == undisturbed["summaries"]
+    assert after["metrics"]["eval_loss"] == pytest.approx(undisturbed["metrics"]["eval_loss"], rel=1e-5)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    main(tiny.flags(tmp_path / "run", "--do_eval", "false"))
+    weights = load_file(tmp_path / "run" / ADAPTER)
+    (tmp_path / "run" / ADAPTER).unlink()
+    last = tmp_path / "run" / "checkpoint-4"
+    (last / "trainer_state.json").write_text('{"global_step": 4, "max_st', encoding="utf-8")
+    (last / ADAPTER).write_bytes(b"")
+    main(tiny.flags(tmp_path / "run", "--do_eval", "false"))
+    for name, weight in load_file(tmp_path / "run" / ADAPTER).items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_finished_run_is_reported_and_not_trained_again(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(tiny.flags(tmp_path / "run"))
+    first = capsys.readouterr().out
+    weights = (tmp_path / "run" / ADAPTER).read_bytes()
+    (tmp_path / "run" / ADAPTER).unlink()
+    monkeypatch.setattr(SummarizationTrainer, "training_step", lambda *_: pytest.fail("trained again"))
+    main(tiny.flags(tmp_path / "run"))
+    table = capsys.readouterr().out
+    assert "| ROUGE-1" in table
+    assert table.strip().splitlines()[-20:] == first.strip().splitlines()[-20:]
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == weights
+
+
+def test_another_run_does_not_go_on_in_the_same_folder(tiny: Tiny, tmp_path: Path) -> None:
+    flags = tiny.flags(tmp_path / "run", "--max_steps", "2", "--do_eval", "false")
+    main(flags)
+    with pytest.raises(
+        ValueError, match=r"temporal_power=0\.0, but output_dir=.*holds a run with temporal_power=1\.0"
+    ):
+        main([*flags, "--temporal_power", "0"])
+
+
+def test_a_run_does_not_go_on_with_other_data(tiny: Tiny, tmp_path: Path) -> None:
+    train_file = tmp_path / "train.jsonl"
+    lines = Path(tiny.data_flags[1]).read_text("utf-8").splitlines(keepends=True)
+    train_file.write_text("".join(lines), encoding="utf-8")
+    flags = tiny.flags(tmp_path / "run", "--train_file", str(train_file), "--max_steps", "2", "--do_eval", "false")
+    main(flags)
+    train_file.write_text("".join(lines[:-1]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"sha256_of_the_data=.* holds a run with sha256_of_the_data="):
+        main(flags)
+
+
+# ---- what is wrong is said
+
+
+def test_adapter_modules_that_match_nothing_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    flags = tiny.flags(tmp_path / "run", "--lora_target_modules", "q_proj", "qkv")
+    with pytest.raises(ValueError, match=r"'qkv' is no module here; accepted: .*down_proj.*q_proj"):
+        main(flags)
+
+
+def test_missing_split_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    flags = tiny.flags(tmp_path / "run")
+    position = flags.index("--validation_file")
+    with pytest.raises(ValueError, match="do_eval=True needs a validation split, and the data have: train, test"):
+        main(flags[:position] + flags[position + 2 :])
+
+
+# ---- several processes
+
+
+def test_two_processes_evaluate_as_one_does(tiny: Tiny, tmp_path: Path, child_environment: dict[str, str]) -> None:
+    """The same examples a step, seven to evaluate on, which two do not divide."""
+    script = Path(finetune_causal_lm.__file__)
+    config = script.parent / "accelerate" / "ddp_cpu.yaml"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--main_process_port",
+        "0",
+    ]
+    flags = tiny.flags(tmp_path / "run", "--per_device_train_batch_size", "2", "--lora_dropout", "0")
+    run = subprocess.run(
+        [*launch, str(script), *flags],
+        env=child_environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    main(tiny.flags(tmp_path / "alone", "--lora_dropout", "0"))
+    assert "--num_processes 2" in (tmp_path / "run" / "README.md").read_text("utf-8")
+    for several, alone in zip(evaluations(tmp_path / "run"), evaluations(tmp_path / "alone"), strict=True):
+        assert several["references"] == alone["references"]
+        assert several["summaries"] == alone["summaries"]
+        for name in ("eval_rouge1", "eval_temporal_loss", "eval_head_loss", "eval_tail_loss", "eval_gen_len"):
+            assert several["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4), name
+    weights = load_file(tmp_path / "alone" / ADAPTER)
+    for name, weight in load_file(tmp_path / "run" / ADAPTER).items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-5)
+    assert run.stdout.count("| ROUGE-1") == 1

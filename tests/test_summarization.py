@@ -1,0 +1,224 @@
+"""Pairs are loaded, shown to a model, and its summaries generated and scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, EvalPrediction
+
+from hf_temporal.tasks import summarization
+from hf_temporal.tasks.small_t5 import train_tokenizer
+from hf_temporal.tasks.summarization import (
+    SummarizationArguments,
+    SummaryScores,
+    encode_for_causal_lm,
+    encode_for_seq2seq_lm,
+    generate_summaries,
+    load_pairs,
+    prompt_of,
+)
+from tests.tiny_summarization import PAIRS, tiny_llama, tiny_tokenizer, write_pairs
+
+PAIR = {"text": PAIRS[3]["article"], "summary": PAIRS[3]["highlights"]}
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> SummarizationArguments:
+    files = write_pairs(tmp_path)
+    return SummarizationArguments(
+        train_file=str(files["train"]),
+        validation_file=str(files["validation"]),
+        test_file=str(files["test"]),
+        source_prefix="Summarize:\n",
+        max_source_length=64,
+        max_target_length=32,
+    )
+
+
+# ---- loading
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+def test_every_file_type_gives_the_same_pairs(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"train.{suffix}"
+    rows = Dataset.from_list(PAIRS[:5])
+    write = {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(suffix, rows.to_json)
+    write(path)
+    pairs = load_pairs(SummarizationArguments(train_file=str(path))).splits["train"]
+    assert pairs.column_names == ["text", "summary"]
+    assert pairs["text"][:] == [pair["article"] for pair in PAIRS[:5]]
+    assert pairs["summary"][:] == [pair["highlights"] for pair in PAIRS[:5]]
+
+
+def test_columns_by_name_and_no_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"id": 1, "short": "A summary.", "long": "A text."}) + "\n")
+    arguments = SummarizationArguments(train_file=str(path), text_column="long", summary_column="short")
+    assert load_pairs(arguments).splits["train"][0] == {"text": "A text.", "summary": "A summary."}
+
+
+@pytest.mark.parametrize("name", ["text_column", "summary_column"])
+def test_missing_column_names_those_there_are(arguments: SummarizationArguments, name: str) -> None:
+    setattr(arguments, name, "body")
+    with pytest.raises(
+        ValueError, match=f"{name}='body' is no column of the train data; accepted: article, highlights"
+    ):
+        load_pairs(arguments)
+
+
+def test_first_samples_only_and_pairs_without_a_text_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = [{"article": "", "highlights": "x"}, {"article": "a", "highlights": None}, *PAIRS[:9]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = load_pairs(SummarizationArguments(train_file=str(path), max_train_samples=4)).splits["train"]
+    assert pairs["text"][:] == [pair["article"] for pair in PAIRS[:4]]
+
+
+def test_hash_is_that_of_the_pairs_in_use(arguments: SummarizationArguments) -> None:
+    whole = load_pairs(arguments).sha256
+    assert load_pairs(arguments).sha256 == whole
+    assert load_pairs(dataclasses.replace(arguments, max_eval_samples=3)).sha256 != whole
+    swapped = dataclasses.replace(arguments, text_column="highlights", summary_column="article")
+    assert load_pairs(swapped).sha256 != whole
+
+
+def test_a_text_is_not_its_own_summary(arguments: SummarizationArguments) -> None:
+    with pytest.raises(ValueError, match="text_column and summary_column are both 'highlights'"):
+        load_pairs(dataclasses.replace(arguments, text_column="highlights"))
+
+
+def test_docstrings_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    for split, path in files.items():
+        path.write_text(json.dumps({"package": "p", "body": f"{split} body", "summary": f"{split} summary"}) + "\n")
+    files["provenance"] = tmp_path / "provenance.json"
+    files["provenance"].write_text(json.dumps({"versions": {"p": "1.0"}}))
+    monkeypatch.setattr(summarization, "docstring_files", lambda *, overwrite: dict(files) if not overwrite else {})
+    data = load_pairs(SummarizationArguments())
+    assert data.splits["validation"][0] == {"text": "validation body", "summary": "validation summary"}
+    assert data.provenance == {"versions": {"p": "1.0"}}
+    assert "docstrings" in data.name
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_target_length": 0}, "max_target_length=0"),
+        ({"num_beams": 0}, "num_beams=0"),
+        ({"train_file": "pairs.txt"}, r"train_file='pairs.txt': \.csv, \.json, \.jsonl, \.parquet are accepted"),
+        ({"dataset_name": "news", "test_file": "pairs.csv"}, "dataset_name='news' and test_file"),
+    ],
+)
+def test_bad_arguments_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SummarizationArguments(**given)
+
+
+# ---- encoding
+
+
+def test_prompt_is_masked_and_the_end_is_learned(arguments: SummarizationArguments) -> None:
+    tokenizer = tiny_tokenizer()
+    encoded = encode_for_causal_lm(PAIR, tokenizer, arguments)
+    prompt = f"user: Summarize:\n{PAIR['text']}<end>assistant: "
+    assert tokenizer.decode(encoded["input_ids"]) == f"{prompt}{PAIR['summary']}<end>"
+    assert tokenizer.decode(prompt_of(encoded)) == prompt
+    targets = [label for label in encoded["labels"] if label != -100]
+    assert tokenizer.decode(targets) == f"{PAIR['summary']}<end>"
+    assert targets[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert encoded["labels"][len(prompt_of(encoded)) :] == encoded["input_ids"][len(prompt_of(encoded)) :]
+
+
+def test_padding_is_no_target_though_it_is_the_end_token(arguments: SummarizationArguments) -> None:
+    tokenizer = tiny_tokenizer()
+    short = {"text": "x.", "summary": "y."}
+    encoded = [encode_for_causal_lm(pair, tokenizer, arguments) for pair in (PAIR, short)]
+    batch = DataCollatorForSeq2Seq(tokenizer)(encoded)
+    length = len(encoded[1]["labels"])
+    assert length < batch["labels"].shape[1]
+    assert (batch["input_ids"][1, length:] == tokenizer.eos_token_id).all()
+    assert (batch["labels"][1, length:] == -100).all()
+    assert (batch["attention_mask"][1] == 0).sum() == batch["labels"].shape[1] - length
+    assert (batch["labels"] == tokenizer.eos_token_id).sum(1).tolist() == [1, 1]
+
+
+def test_long_texts_are_cut_and_the_template_stays_whole(arguments: SummarizationArguments) -> None:
+    tokenizer = tiny_tokenizer()
+    encoded = encode_for_causal_lm(PAIR, tokenizer, dataclasses.replace(arguments, max_source_length=7))
+    prompt = str(tokenizer.decode(prompt_of(encoded)))
+    assert prompt.startswith("user: Summarize:\n")
+    assert prompt.endswith("<end>assistant: ")
+    kept = prompt.removeprefix("user: Summarize:\n").removesuffix("<end>assistant: ")
+    assert PAIR["text"].startswith(kept)
+    assert len(tokenizer(kept).input_ids) == 7
+
+
+def test_a_summary_that_is_cut_has_no_end(arguments: SummarizationArguments) -> None:
+    tokenizer = tiny_tokenizer()
+    encoded = encode_for_causal_lm(PAIR, tokenizer, dataclasses.replace(arguments, max_target_length=4))
+    targets = [label for label in encoded["labels"] if label != -100]
+    assert len(targets) == 4
+    assert tokenizer.eos_token_id not in targets
+
+
+def test_without_a_chat_template_the_prompt_is_plain(arguments: SummarizationArguments) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    encoded = encode_for_causal_lm(PAIR, tokenizer, arguments)
+    expected = f"Summarize:\n{PAIR['text']}\n\nSummary:\n{PAIR['summary']}<end>"
+    assert tokenizer.decode(encoded["input_ids"]) == expected
+
+
+def test_seq2seq_source_and_target_are_closed(arguments: SummarizationArguments) -> None:
+    tokenizer = train_tokenizer([text for pair in PAIRS for text in pair.values()], 400)
+    encoded = encode_for_seq2seq_lm(PAIR, tokenizer, arguments)
+    assert tokenizer.decode(encoded["input_ids"]) == f"Summarize:\n{PAIR['text']}</s>"
+    assert tokenizer.decode(encoded["labels"]) == f"{PAIR['summary']}</s>"
+    cut = encode_for_seq2seq_lm(PAIR, tokenizer, dataclasses.replace(arguments, max_source_length=6))
+    assert len(cut["input_ids"]) == 6
+
+
+# ---- generation and scores
+
+
+def test_batched_left_padded_generation_equals_one_by_one(arguments: SummarizationArguments) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(len(tokenizer)).train()
+    texts = [PAIRS[index]["article"][: 10 + 30 * index] for index in (2, 0, 3, 1)]
+    encoded = [encode_for_causal_lm({"text": text, "summary": "y"}, tokenizer, arguments) for text in texts]
+    prompts = [prompt_of(each) for each in encoded]
+    assert len({len(prompt) for prompt in prompts}) > 2
+    together = generate_summaries(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
+    assert model.training
+    for prompt, generated in zip(prompts, together, strict=True):
+        with torch.no_grad():
+            inputs = torch.tensor([prompt])
+            alone = model.eval().generate(
+                input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=6, do_sample=False
+            )
+        expected = alone[0, len(prompt) :].tolist()
+        assert generated[: len(expected)] == expected
+        assert set(generated[len(expected) :]) <= {tokenizer.pad_token_id}
+
+
+def test_scores_count_neither_special_tokens_nor_what_is_no_target() -> None:
+    tokenizer = tiny_tokenizer()
+    scores = SummaryScores(tokenizer)
+    words = tokenizer("Take x3 from file").input_ids
+    end = tokenizer.eos_token_id
+    labels = np.array([[-100, *words, end]])
+    perfect = scores(EvalPrediction(predictions=np.array([[end, *words, -100]]), label_ids=labels))
+    assert perfect["rouge1"] == perfect["rougeL"] == 100
+    assert perfect["gen_len"] == len(words)
+    assert scores.summaries == scores.references == ["Take x3 from file"]
+    nothing = scores.score([[end]], [[*words]])
+    assert nothing["rouge1"] == 0
+    assert nothing["gen_len"] == 0
+    assert scores.summaries == [""]
