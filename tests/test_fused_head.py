@@ -328,7 +328,7 @@ def test_autocast_runs_products_in_bfloat16_and_keeps_float32_gradients(hidden_d
     assert largest_error(replace(problem, tensors=rounded.tensors), exact) < TOLERANCE[torch.bfloat16]
 
 
-def test_float16_autocast_does_not_touch_float64() -> None:
+def test_autocast_does_not_touch_float64() -> None:
     problem = make_problem(dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         error = largest_error(problem, problem.exact())
