@@ -69,6 +69,8 @@ def continue_run(training_args: TrainingArguments, settings: dict[str, Any]) -> 
     checkpoint, state = max(states.items(), key=lambda item: item[1]["global_step"])
     step, last_step = state["global_step"], state["max_steps"]
     finished = step >= last_step
+    if finished and training_args.load_best_model_at_end and state["best_model_checkpoint"]:
+        checkpoint = state["best_model_checkpoint"]
     what = "is not trained again; another output_dir starts anew" if finished else "goes on from there"
     logger.warning(f"output_dir={str(output_dir)!r} holds step {step} of {last_step} of this run, which {what}.")
     return Continuation(str(checkpoint), finished)

@@ -53,13 +53,16 @@ def begin(
     data_args: SummarizationArguments,
     data: SummarizationData,
 ) -> Continuation:
-    """Where training goes on in `output_dir`.
+    """Where training goes on in `output_dir`; a `hub_token` becomes the environment's HF_TOKEN.
 
     Raises ValueError where a split is missing that `do_train`, `do_eval` or `do_predict` needs.
     """
     for flag, split in (("do_train", "train"), ("do_eval", "validation"), ("do_predict", "test")):
         if getattr(training_args, flag) and split not in data.splits:
             raise ValueError(f"{flag}=True needs a {split} split, and the data have: {', '.join(data.splits)}")
+    if training_args.hub_token:
+        # training_args.bin is uploaded with the model and holds every argument
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if not training_args.do_train:
         return Continuation(None, finished=False)
     settings = asdict(model_args) | asdict(data_args) | {"sha256_of_the_data": data.sha256}
@@ -149,8 +152,8 @@ def carry_out(trainer: Any, run: Continuation, scores: SummaryScores, splits: Da
         trainer.train(resume_from_checkpoint=run.checkpoint)
     elif args.do_eval:
         trainer.evaluate()
-    if args.do_train:
-        trainer.save_model()
+    if args.load_best_model_at_end and args.do_eval and not run.finished:
+        trainer.evaluate()
     if args.do_predict:
         predict(trainer, scores, splits["test"])
     if args.do_eval and args.should_save:
@@ -187,7 +190,7 @@ def publish(
     base_model: str | None,
     base_model_note: str | None,
 ) -> None:
-    """Write the model card, and push to the Hub where `push_to_hub` says so.
+    """Save the model with its card, and push both to the Hub where `push_to_hub` says so.
 
     Args:
         trainer: has a `CardMixin` in front.
@@ -228,6 +231,7 @@ def publish(
     if args.push_to_hub:
         trainer.push_to_hub()
     else:
+        trainer.save_model()
         trainer.create_model_card()
 
 

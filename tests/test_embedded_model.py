@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,8 +72,13 @@ def test_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 def test_of_several_at_once_one_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TEMPORAL_CACHE", str(tmp_path))
     made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.1)
+
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: made_once("thing", made.append), range(16)))
+        folders = list(pool.map(lambda _: made_once("thing", make), range(16)))
     assert len(made) == 1
     assert set(folders) == {tmp_path / "thing"}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,6 +209,42 @@ def test_a_run_does_not_go_on_with_other_data(tiny: Tiny, tmp_path: Path) -> Non
         main(flags)
 
 
+# ---- the Hub
+
+
+def test_what_is_pushed_has_the_card_and_no_token(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[dict[str, bytes]] = []
+
+    def upload_folder(*, folder_path: str, token: str | None, **_: Any) -> None:
+        assert token is None
+        pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
+
+    hub = SimpleNamespace(
+        create_repo=lambda name, **_: SimpleNamespace(repo_id=f"me/{name}"), upload_folder=upload_folder
+    )
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    monkeypatch.setenv("HF_TOKEN", "")
+    push = ["--push_to_hub", "--hub_model_id", "x24", "--hub_token", "hf_secretsecretsecret", "--hub_strategy", "end"]
+    main(tiny.flags(tmp_path / "run", "--max_steps", "1", *push))
+    (files,) = pushed
+    assert {"README.md", ADAPTER, "adapter_config.json", "temporal_weighting.json", "loss_by_position.png"} <= set(
+        files
+    )
+    assert b"## Temporal weighting" in files["README.md"]
+    assert not [name for name, content in files.items() if b"hf_secret" in content]
+    assert os.environ["HF_TOKEN"] == "hf_secretsecretsecret"
+
+
+def test_reported_is_the_model_that_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    """The loss falls, so the highest is that of step 2."""
+    best = ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
+    main(tiny.flags(tmp_path / "run", "--eval_strategy", "steps", "--eval_steps", "2", *best))
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text("utf-8"))
+    last = evaluations(tmp_path / "run")[-1]
+    assert state["best_global_step"] == 2
+    assert last["metrics"]["eval_loss"] == pytest.approx(state["best_metric"], rel=1e-4)
+
+
 # ---- what is wrong is said
 
 
@@ -253,6 +291,7 @@ def test_two_processes_evaluate_as_one_does(tiny: Tiny, tmp_path: Path, child_en
     for several, alone in zip(evaluations(tmp_path / "run"), evaluations(tmp_path / "alone"), strict=True):
         assert several["references"] == alone["references"]
         assert several["summaries"] == alone["summaries"]
+        assert len(set(alone["summaries"])) > 3
         for name in ("eval_rouge1", "eval_temporal_loss", "eval_head_loss", "eval_tail_loss", "eval_gen_len"):
             assert several["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4), name
     weights = load_file(tmp_path / "alone" / ADAPTER)
