@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Timeline:
             of a row or document then never is a target.
         encoder_decoder: labels belong to the decoder.
         takes_position_ids: whether left-padded rows are given `position_ids` that start after the padding.
+        takes_packed_rows: whether the model keeps the documents of a row apart.
         vocabulary: labels have to lie below it; None where it is not known.
         pad_token_id: what the decoder is fed on padding; None where it is not known.
     """
@@ -55,11 +56,16 @@ class Timeline:
     shifts_labels: bool
     encoder_decoder: bool
     takes_position_ids: bool
+    takes_packed_rows: bool
     vocabulary: int | None
     pad_token_id: int | None
 
-    def add(self, batch: Mapping[str, Any]) -> Batch:
+    def add(self, batch: Mapping[str, Any], *, pads_left: bool = False) -> Batch:
         """The batch with its times; as it is where it has them, or has no labels over time.
+
+        Args:
+            batch: what a data collator returned.
+            pads_left: whether the collator pads rows on the left; else this is looked for.
 
         Raises:
             ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), packed or
@@ -76,16 +82,20 @@ class Timeline:
         mask = batch.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.shape == time_shape(labels) else None
         if self.encoder_decoder:
-            documents = None
             self._check_seq2seq(batch, labels)
-            mask = None
+            documents = mask = None
         else:
             documents = self._documents(batch)
         targets = self._without_first_tokens(labels, documents, mask)
         batch[POSITIONS] = target_positions(targets, origin=self.origin, document_ids=documents, attention_mask=mask)
-        if documents is not None:
-            batch[DOCUMENTS] = documents
-        if mask is not None and self.takes_position_ids and "position_ids" not in batch and _is_left_padded(mask):
+        if not self.encoder_decoder:  # in every batch, since a dispatching loader takes the keys of its first
+            batch[DOCUMENTS] = torch.zeros_like(batch[POSITIONS]) if documents is None else documents
+        if (
+            mask is not None
+            and self.takes_position_ids
+            and "position_ids" not in batch
+            and (pads_left or _is_left_padded(mask))
+        ):
             batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         if batch.get(LOSS_WEIGHTS) is not None:
             own = torch.as_tensor(batch[LOSS_WEIGHTS])
@@ -102,6 +112,8 @@ class Timeline:
         documents = document_ids_of(batch)
         if documents is None or not documents.any():
             return None
+        if not self.takes_packed_rows:
+            raise ValueError("several documents in a row, which prompt learning does not keep apart; accepted: one.")
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() == 2:
             raise ValueError(
@@ -156,43 +168,58 @@ class TimelineCollator:
     def __call__(self, features: list[Any]) -> Any:
         """The inner collator's batch, with its times."""
         first = features[0] if len(features) and isinstance(features[0], Mapping) else {}
-        carried = LOSS_WEIGHTS in first
-        if "document_ids" in first and not isinstance(first["document_ids"], (list, tuple, Tensor)):
-            features = [{key: value for key, value in row.items() if key != "document_ids"} for row in features]
-        if carried and isinstance(self.collator, (*PADDING_COLLATORS, DataCollatorWithFlattening)):
-            own = [feature[LOSS_WEIGHTS] for feature in features]
-            features = [{key: value for key, value in row.items() if key != LOSS_WEIGHTS} for row in features]
-            batch = dict(self.collator(features))
-            batch[LOSS_WEIGHTS] = self._padded(own, features, batch)
-        else:
-            batch = self.collator(features)
-            if not isinstance(batch, Mapping):
-                return batch
-        if carried and LOSS_WEIGHTS not in batch:
+        known = isinstance(self.collator, (*PADDING_COLLATORS, DataCollatorWithFlattening))
+        columns = {key: [row[key] for row in features] for key in KEPT_COLUMNS if key in first}
+        if "document_ids" in columns and not all(map(_is_sequence, columns["document_ids"])):
+            del columns["document_ids"]
+            features = _without(features, ("document_ids",))
+        batch = self.collator(_without(features, columns) if known else features)
+        if not isinstance(batch, Mapping):
+            return batch
+        batch = dict(batch)
+        if known and batch.get("labels") is not None:
+            batch |= {key: self._collated(key, rows, features, batch["labels"]) for key, rows in columns.items()}
+        if LOSS_WEIGHTS in columns and LOSS_WEIGHTS not in batch and not known:
+            name = getattr(self.collator, "__name__", type(self.collator).__name__)
             raise ValueError(
-                f"{type(self.collator).__name__} dropped the column {LOSS_WEIGHTS}; accepted: a collator that returns "
-                "it in the shape of the labels, or "
+                f"{name} dropped the column {LOSS_WEIGHTS}; accepted: a collator that returns it in the shape of the "
+                "labels, or "
                 f"{', '.join(kind.__name__ for kind in (*PADDING_COLLATORS, DataCollatorWithFlattening))}."
             )
-        return self.timeline.add(batch)
+        return self.timeline.add(batch, pads_left=self._pads_left)
 
-    def _padded(self, own: list[Any], features: list[Any], batch: Batch) -> Tensor:
-        shape = time_shape(batch["labels"])
-        rows = [torch.as_tensor(row, dtype=torch.float32) for row in own]
-        for index, (row, feature) in enumerate(zip(rows, features, strict=True)):
+    @property
+    def _pads_left(self) -> bool:
+        return getattr(getattr(self.collator, "tokenizer", None), "padding_side", "right") == "left"
+
+    def _collated(self, key: str, rows: list[Any], features: list[Any], labels: Tensor) -> Tensor:
+        dtype = torch.float32 if key == LOSS_WEIGHTS else torch.long
+        tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
+        for index, (row, feature) in enumerate(zip(tensors, features, strict=True)):
             tokens = feature["labels"] if feature.get("labels") is not None else feature["input_ids"]
             if len(row) != len(tokens):
                 raise ValueError(
-                    f"{LOSS_WEIGHTS} of row {index} of the batch has {len(row)} values; accepted: {len(tokens)}, one "
-                    "per label."
+                    f"{key} of row {index} of the batch has {len(row)} values; accepted: {len(tokens)}, one per label."
                 )
         if isinstance(self.collator, DataCollatorWithFlattening):
-            return torch.cat(rows)[None]
-        padded = torch.zeros(shape)
-        left = getattr(getattr(self.collator, "tokenizer", None), "padding_side", "right") == "left"
-        for target, row in zip(padded, rows, strict=True):
-            target[len(target) - len(row) if left else 0 :][: len(row)] = row
-        return padded
+            if key == LOSS_WEIGHTS:
+                return torch.cat(tensors)[None]
+            starts = [torch.cat([row.new_ones(1), (row[1:] != row[:-1]).long()]) for row in tensors]
+            return torch.cat(starts).cumsum(0)[None]
+        padded = []
+        for row in tensors:
+            missing, end = time_shape(labels)[1] - len(row), row[:1] if self._pads_left else row[-1:]
+            padding = row.new_zeros(missing) if key == LOSS_WEIGHTS else end.expand(missing)
+            padded.append(torch.cat([padding, row] if self._pads_left else [row, padding]))
+        return torch.stack(padded)
+
+
+def _without(features: list[Any], keys: Collection[str]) -> list[Any]:
+    return [{key: value for key, value in row.items() if key not in keys} for row in features] if keys else features
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, tuple, Tensor))
 
 
 def weigh_batches(

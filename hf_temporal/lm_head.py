@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class FusedHead:
         self._hidden: Tensor | None = None
         self._task: tuple[Tensor, Tensor, float] | None = None
         self._loss: Tensor | None = None
+        self._root: nn.Module | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -61,14 +63,14 @@ class FusedHead:
             labels: `[batch, time]`, aligned with the logits, −100 where there is no target.
             weights: `[batch, time]`.
         """
-        self._task = (labels, weights, label_smoothing)
+        self._task, self._root = (labels, weights, label_smoothing), model
         hook = model.register_forward_hook(self._hand_over, prepend=True)
         try:
             with self._swapped():
                 yield
         finally:
             hook.remove()
-            self._task = self._loss = None
+            self._task = self._loss = self._root = None
 
     @torch.no_grad()
     def replay(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -103,8 +105,8 @@ class FusedHead:
             self._hidden = hidden
             return
         labels, weights, label_smoothing = self._task
-        if hidden.shape[1] != labels.shape[1]:
-            hidden = hidden[:, -labels.shape[1] :]
+        assert self._root is not None
+        hidden = answer_logits(self._root, hidden, labels.shape[1])
         terms, bias = self._terms(hidden.reshape(-1, hidden.shape[-1]))
         self._loss = weighted_linear_cross_entropy_terms(
             terms,
@@ -138,6 +140,27 @@ class FusedHead:
         if (final := getattr(self.base, "final_logits_bias", None)) is not None:
             bias = final.flatten() if bias is None else bias + final.flatten()
         return terms, bias
+
+
+def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:
+    """The logits of the tokens of the batch: without those that prompt tuning puts in front of them.
+
+    Raises:
+        ValueError: logits and labels of different length.
+    """
+    if logits.shape[1] == length:
+        return logits
+    if logits.shape[1] > length and is_prompt_learner(model):
+        return logits[:, -length:]
+    raise ValueError(
+        f"labels have length {length} and logits {logits.shape[1]}; accepted: equal lengths. "
+        f"Does the collator cut the labels of {type(model).__name__}?"
+    )
+
+
+def is_prompt_learner(model: nn.Module) -> bool:
+    """Whether PEFT puts virtual tokens in front of the input."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 def _known_layer(head: Any) -> Any:

@@ -15,13 +15,14 @@ from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import logging
 
-from .lm_head import FusedHead, config_number
-from .losses import token_cross_entropy
+from .lm_head import FusedHead, answer_logits, config_number
+from .losses import token_cross_entropy, token_regression_loss
 from .timeline import IGNORE_INDEX, shift_left
+from .weighting import REGRESSION_LOSSES
 
 logger = logging.get_logger(__name__)
 
-PROBE_LABELS = (1, 0, 0, 1, 1, 0, 1, 0)
+PROBE_LABELS = (IGNORE_INDEX, 1, 0, 0, 1, 1, 0, 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +36,25 @@ class ModelLoss:
         fused_head: the head's stand-in, or why there is none that is exact for this model.
         unsupported: why the model's own loss is not the cross-entropy of its logits; empty where it is.
         vocabulary: the number of logits, None where it is not known.
+        is_read: False where this is only presumed, from the model's class.
     """
 
     shifts_labels: bool
     counts_items: bool
-    auxiliary_coefficient: float = 0.0
-    fused_head: FusedHead | str = "it could not be tried out"
+    auxiliary_coefficient: float
+    fused_head: FusedHead | str
     unsupported: str = ""
     vocabulary: int | None = None
+    is_read: bool = True
 
 
 def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
     """Find out what a model's own loss is by running eight tokens through it, without gradients, in eval mode.
 
-    The loss that the model reports is compared with the cross-entropy of its logits, aligned and shifted, with and
-    without its auxiliary loss, and with `num_items_in_batch` doubled; the head's stand-in with the logits
-    themselves. The state of the random number generators is left as it was.
+    The loss that the model reports is compared with the cross-entropy of its logits, aligned and shifted, with its
+    auxiliary loss, and with `num_items_in_batch` doubled; the head's stand-in with the logits themselves. The state of
+    the random number generators is left as it was. A model that cannot be run on tokens alone is presumed, until
+    `read_on_batch`.
 
     Args:
         model: the unwrapped model, a `PeftModel` included.
@@ -58,92 +62,120 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
             function then tells the shift, and no stand-in for the head is made.
     """
     base = base_model(model)
-    encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    named = LOSS_MAPPING.get(getattr(base, "loss_type", None), ForCausalLMLoss)  # type: ignore[arg-type]
+    loss_type = getattr(base, "loss_type", None)
+    named = LOSS_MAPPING.get(str(loss_type), None if can_run else ForCausalLMLoss)
     presumed = ModelLoss(
-        shifts_labels=isinstance(base, PreTrainedModel) and not encoder_decoder and named is ForCausalLMLoss,
-        counts_items=not encoder_decoder,
+        shifts_labels=isinstance(base, PreTrainedModel) and not _is_encoder_decoder(base) and named is ForCausalLMLoss,
+        counts_items=not _is_encoder_decoder(base),
+        auxiliary_coefficient=_auxiliary_coefficient(base),
+        fused_head="it could not be tried out" if can_run else "its weights are sharded",
+        is_read=not can_run,
     )
     parameters = inspect.signature(base.forward).parameters
-    if not can_run:
-        return dataclasses.replace(presumed, fused_head="its weights are sharded")
-    if not {"input_ids", "labels"} <= set(parameters) or not _takes_tokens(base):
+    if not can_run or not {"input_ids", "labels"} <= set(parameters) or not _takes_tokens(base):
         return presumed
-    takes_items = getattr(
-        base, "accepts_loss_kwargs", any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    )
-    with _undisturbed(model):
-        try:
-            return _probe(model, base, presumed, takes_items=takes_items, encoder_decoder=encoder_decoder)
-        except Exception as error:  # noqa: BLE001  a model may raise anything on inputs that are not its own
-            logger.warning(
-                f"{type(base).__name__} could not be run on eight tokens to read its loss ({type(error).__name__}: "
-                f"{error}); its labels are taken to be {'shifted' if presumed.shifts_labels else 'aligned'}, and the "
-                "loss is computed from the full logits."
-            )
-            return presumed
-
-
-def _probe(model: nn.Module, base: Any, presumed: ModelLoss, *, takes_items: bool, encoder_decoder: bool) -> ModelLoss:
-    parameter = next(base.parameters())
-    labels = torch.tensor([PROBE_LABELS], device=parameter.device)
+    labels = torch.tensor([PROBE_LABELS], device=next(base.parameters()).device)
     rows = base.get_input_embeddings().weight.shape[0]
-    input_ids = (torch.arange(labels.numel(), device=parameter.device) * 3 + 5)[None] % rows
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    if "attention_mask" not in inspect.signature(base.forward).parameters:
-        del inputs["attention_mask"]
+    inputs = {"input_ids": (torch.arange(labels.numel(), device=labels.device) * 3 + 5)[None] % rows}
+    if "attention_mask" in parameters:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    try:
+        with _undisturbed(model):
+            return _probe(model, presumed, inputs, labels)
+    except Exception as error:  # noqa: BLE001  a model may raise anything on inputs that are not its own
+        logger.info(f"{type(base).__name__} cannot be run on eight tokens: {type(error).__name__}: {error}")
+        return presumed
+
+
+def read_on_batch(model: nn.Module, presumed: ModelLoss, batch: Mapping[str, Any]) -> ModelLoss:
+    """The same on a batch of its own, for a model that could not be run on eight tokens."""
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
+    with _undisturbed(model):
+        found = _probe(model, presumed, inputs, labels)
+    if found.shifts_labels != presumed.shifts_labels and not found.unsupported:
+        return dataclasses.replace(found, unsupported="a shift of the labels that its class does not tell")
+    return found
+
+
+def regression_problem(model: nn.Module, batch: Mapping[str, Any]) -> str:
+    """Why a model's own loss on float labels is neither mean squared nor mean absolute error; empty where it is."""
+    labels = batch["labels"].where(~batch["labels"].isnan(), 0.0)
+    with _undisturbed(model):
+        outputs = model(**{**batch, "labels": labels})
+    own, logits = (outputs.get(key) if isinstance(outputs, Mapping) else None for key in ("loss", "logits"))
+    if own is None or logits is None:
+        return "no logits"
+    for kind in REGRESSION_LOSSES:
+        try:
+            mean = token_regression_loss(logits, labels, kind=kind).mean()
+        except ValueError:
+            return f"logits of shape {tuple(logits.shape)} for float labels of shape {tuple(labels.shape)}"
+        if torch.isclose(own.float(), mean.float(), rtol=1e-3, atol=1e-6):
+            return ""
+    return "an own loss on float labels that is neither their mean squared nor their mean absolute error"
+
+
+def _probe(model: nn.Module, presumed: ModelLoss, inputs: dict[str, Any], labels: Tensor) -> ModelLoss:
+    base = base_model(model)
     outputs = model(**inputs, labels=labels)
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    logits, own, auxiliary = (
+        outputs.get(key) if isinstance(outputs, Mapping) else None for key in ("logits", "loss", "aux_loss")
+    )
     if logits is None or own is None or logits.dim() != 3:
-        shape = None if logits is None else tuple(logits.shape)
-        return dataclasses.replace(presumed, unsupported=f"logits of shape {shape} for labels {tuple(labels.shape)}")
-    answered = logits[:, -labels.shape[1] :] if _lengthens_logits(model) else logits
-    auxiliary = outputs.get("aux_loss")
-    coefficient = _auxiliary_coefficient(base) if isinstance(auxiliary, Tensor) else 0.0
-    extra = coefficient * auxiliary if coefficient else 0.0
+        what = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+        return dataclasses.replace(presumed, unsupported=f"{what} for labels of shape {tuple(labels.shape)}")
+    answers = answer_logits(model, logits, labels.shape[1])
+    extra = presumed.auxiliary_coefficient * auxiliary if isinstance(auxiliary, Tensor) else 0.0
     tolerance = 16 * torch.finfo(own.dtype).eps
 
-    def mean_loss(shifts: bool) -> Tensor:
+    def target_losses(shifts: bool) -> Tensor:
         aligned = shift_left(labels, IGNORE_INDEX) if shifts else labels
-        return token_cross_entropy(answered, aligned).sum() / (aligned != IGNORE_INDEX).sum()
+        return token_cross_entropy(answers, aligned)[aligned != IGNORE_INDEX]
 
     for shifts in (presumed.shifts_labels, not presumed.shifts_labels):
-        if torch.isclose(own.float(), mean_loss(shifts) + extra, rtol=tolerance, atol=tolerance):
+        losses = target_losses(shifts)
+        if torch.isclose(own.float(), losses.mean() + extra, rtol=tolerance, atol=tolerance):
             break
     else:
-        return dataclasses.replace(
-            presumed, unsupported="the model's own loss is not the cross-entropy of its logits, plus its aux_loss"
-        )
+        return dataclasses.replace(presumed, unsupported="an own loss that is not the cross-entropy of its logits")
     counts_items = False
-    if takes_items:
-        items = labels.numel() - int(shifts)
-        halved = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(2 * items, device=own.device))["loss"]
+    if _takes_items(base):
+        items = torch.tensor(2 * len(losses), device=own.device)
+        halved = model(**inputs, labels=labels, num_items_in_batch=items)["loss"]
         counts_items = bool(torch.isclose((halved - extra) * 2, own - extra, rtol=4 * tolerance, atol=tolerance))
-    return ModelLoss(
+    return dataclasses.replace(
+        presumed,
         shifts_labels=shifts,
         counts_items=counts_items,
-        auxiliary_coefficient=coefficient,
-        fused_head=_exact_stand_in(model, base, inputs, labels, logits, encoder_decoder=encoder_decoder),
+        fused_head=_exact_stand_in(model, base, inputs, labels, logits),
         vocabulary=logits.shape[-1],
+        is_read=True,
     )
+
+
+def _takes_items(base: Any) -> bool:
+    parameters = inspect.signature(base.forward).parameters.values()
+    return getattr(base, "accepts_loss_kwargs", any(each.kind == inspect.Parameter.VAR_KEYWORD for each in parameters))
+
+
+def _is_encoder_decoder(base: Any) -> bool:
+    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
 
 
 def _exact_stand_in(
     model: nn.Module,
     base: Any,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     labels: Tensor,
     logits: Tensor,
-    *,
-    encoder_decoder: bool,
 ) -> FusedHead | str:
     """A `FusedHead` for the model if its replay gives the model's own logits, else why not."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None or "forward" in head.__dict__:
         return "it has none, or one whose forward is replaced already"
     fused = FusedHead(head, base)
-    if encoder_decoder:
+    if _is_encoder_decoder(base) and "decoder_input_ids" not in inputs:
         inputs = {**inputs, **decoder_inputs(base, labels)}
     try:
         replayed = fused.replay(model, inputs)
@@ -160,6 +192,15 @@ def _exact_stand_in(
 def base_model(model: nn.Module) -> Any:
     """The transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def takes_position_ids(base: Any) -> bool:
+    """Whether a causal model takes `position_ids` that count from 0; RoBERTa's count from its padding index on."""
+    offset = any(
+        isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name
+        for name, module in base.named_modules()
+    )
+    return not offset and "position_ids" in inspect.signature(base.forward).parameters
 
 
 def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
@@ -188,34 +229,15 @@ def logits_of(outputs: Any, labels: Tensor) -> Tensor:
     return values[0]
 
 
-def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:
-    """The logits of the tokens of the batch: without those that prompt tuning puts in front of them.
-
-    Raises:
-        ValueError: logits and labels of different length.
-    """
-    if logits.shape[1] == length:
-        return logits
-    if logits.shape[1] > length and _lengthens_logits(model):
-        return logits[:, -length:]
-    raise ValueError(
-        f"labels have length {length} and logits {logits.shape[1]}; accepted: equal lengths. "
-        f"Does the collator cut the labels of {type(model).__name__}?"
-    )
-
-
-def _lengthens_logits(model: nn.Module) -> bool:
-    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-
-
 def _takes_tokens(base: Any) -> bool:
     embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
     return isinstance(getattr(embeddings, "weight", None), Tensor)
 
 
 def _auxiliary_coefficient(base: Any) -> float:
-    config = base.config.get_text_config() if hasattr(base, "config") else None
-    return float(getattr(base, "router_aux_loss_coef", config_number(config, "router_aux_loss_coef", 0.0)))
+    config = base.config.get_text_config() if isinstance(base, PreTrainedModel) else None
+    named = config_number(config, "router_aux_loss_coef", config_number(config, "aux_loss_coef", 0.0))
+    return float(getattr(base, "router_aux_loss_coef", named))
 
 
 @contextlib.contextmanager

@@ -17,21 +17,23 @@ from .weighting import TemporalWeighting, document_max, wide_dtype
 
 PROFILE_NAME = "loss_by_position.json"
 BINS = 10
+WEIGHTED = ("sum", "denominator", "reference_time")
 
 
 class PositionProfile:
     """Sums, over the target tokens of a data set, of loss and accuracy by decile of t/T, head, tail and weighted loss.
 
-    Rows of a batch are kept apart until `gather` (`Accelerator.gather_for_metrics`) has taken out those that only fill
-    up the last batch of a process, so every token counts once on any number of processes.
+    The examples of a batch are kept apart until `gather` (`Accelerator.gather_for_metrics`) has taken out those that
+    only fill up the last batch of a process, so every token counts once on any number of processes.
 
     - weighted loss: Σ wℓ / D as in training, at the weighting given;
     - head and tail loss: mean ℓ over the first and the last ⌈T/4⌉ target tokens of each document;
     - bin k: the target tokens with k/10 < t/T ≤ (k + 1)/10.
     """
 
-    def __init__(self, weighting: TemporalWeighting, gather: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, weighting: TemporalWeighting, gather: Callable[[Tensor], Tensor], *, batch_size: int) -> None:
         self.weighting = weighting
+        self._batch_size = batch_size
         self._gather = gather
         self._sums: Tensor | None = None
         self._weighted: list[Tensor] = []
@@ -85,24 +87,42 @@ class PositionProfile:
         parts = [target & (rank <= quarter), target & (rank > last_rank - quarter)]
         parts += [target & (bins == index) for index in range(BINS)]
         columns = [
-            (values * part).sum(-1)
-            for part in parts
-            for values in (losses, correct.to(losses.dtype), target.to(losses.dtype))
+            values * part for part in parts for values in (losses, correct.to(losses.dtype), target.to(losses.dtype))
         ]
-        rows = self._gather(torch.stack(columns, dim=-1))
-        self._sums = rows.sum(0) if self._sums is None else self._sums + rows.sum(0)
-        self._weighted.append(self._gather(self._weighted_sums(positions, losses, document_ids, loss_weights)))
-
-    def _weighted_sums(
-        self, positions: Tensor, losses: Tensor, document_ids: Tensor | None, loss_weights: Tensor | None
-    ) -> Tensor:
-        """(Σ wℓ, D, time of the largest weight) of each row."""
         reference = self.weighting.reference_time_of(positions, by_row=True)
+        columns += self._weighted_terms(reference, positions, losses, document_ids, loss_weights)
+        example = self._examples(positions, document_ids)
+        sums = losses.new_zeros(int(example.max()) + 1, len(columns))
+        sums.index_add_(0, example.flatten(), torch.stack(columns, dim=-1).flatten(0, 1))
+        times = torch.zeros_like(sums[:, :1])
+        times[example.flatten(), 0] = reference.expand_as(example).flatten().to(times)
+        gathered = self._gather(torch.cat([sums, times], dim=-1))
+        unweighted = gathered[:, : -len(WEIGHTED)].sum(0)
+        self._sums = unweighted if self._sums is None else self._sums + unweighted
+        self._weighted.append(gathered[:, -len(WEIGHTED) :])
+
+    def _examples(self, positions: Tensor, document_ids: Tensor | None) -> Tensor:
+        """The index of the data set's example that each token is of: its row, or its document in flattened batches."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
+        if document_ids is None or len(positions) == self._batch_size:
+            return rows
+        documents = document_ids + (document_ids[:, -1:] + 1).cumsum(0) - document_ids[:, -1:] - 1
+        return documents if int(documents[-1, -1]) + 1 == self._batch_size else rows
+
+    def _weighted_terms(
+        self,
+        reference: Tensor,
+        positions: Tensor,
+        losses: Tensor,
+        document_ids: Tensor | None,
+        loss_weights: Tensor | None,
+    ) -> list[Tensor]:
+        """wℓ and what it adds to D, of each token, the largest weight of a row being that at its `reference` time."""
         weights = self.weighting.weights(positions, document_ids=document_ids, reference_time=reference).to(losses)
         if loss_weights is not None:
             weights = weights * loss_weights.to(losses)
         terms = self.weighting.denominator_terms(weights, positions, has_loss_weights=loss_weights is not None)
-        return torch.cat([(weights * losses).sum(-1, True), terms.sum(-1, True), reference.to(losses)], dim=-1)
+        return [weights * losses, terms.to(losses)]
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """`<prefix>_temporal_loss`, `<prefix>_head_loss` and `<prefix>_tail_loss`; empty where there was no target."""

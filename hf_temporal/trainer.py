@@ -27,10 +27,19 @@ from .collator import (
     has_time,
     weigh_batches,
 )
-from .lm_head import FusedHead
+from .lm_head import FusedHead, answer_logits, is_prompt_learner
 from .losses import weighted_cross_entropy, weighted_regression_loss
 from .model_card import TrainingRun, add_temporal_section
-from .model_loss import ModelLoss, answer_logits, base_model, decoder_inputs, logits_of, read_model_loss
+from .model_loss import (
+    ModelLoss,
+    base_model,
+    decoder_inputs,
+    logits_of,
+    read_model_loss,
+    read_on_batch,
+    regression_problem,
+    takes_position_ids,
+)
 from .profile import PROFILE_NAME, PositionProfile, save_profile
 from .schedules import power_at
 from .timeline import IGNORE_INDEX, shift_left
@@ -87,6 +96,8 @@ class TemporalWeightMixin(_Trainer):
         self._given_weighting = weighting
         self._model_loss: ModelLoss | None = None
         self._model_read: nn.Module | None = None
+        self._problem: str | None = None
+        self._eval_timeline: Timeline | None = None
         self._profile: PositionProfile | None = None
         self._sample_size: list[Tensor] = []
         self._power_in_force = 0.0
@@ -133,12 +144,13 @@ class TemporalWeightMixin(_Trainer):
         )
 
     def _hp_search_setup(self, trial: Any) -> None:
-        before = _temporal_fields(self.args)
         super()._hp_search_setup(trial)
-        changed = [name for name, value in _temporal_fields(self.args).items() if value != before[name]]
-        if changed and self._given_weighting is not None:
+        searched = [name for name in getattr(trial, "params", trial) or () if name.startswith("temporal_")]
+        if isinstance(self.args, _TemporalFields):
+            self.args.validate_temporal_fields()
+        if searched and self._given_weighting is not None:
             raise ValueError(
-                f"{changed[0]} is searched beside an explicit weighting={self._given_weighting!r}, which overrides "
+                f"{searched[0]} is searched beside an explicit weighting={self._given_weighting!r}, which overrides "
                 "it; accepted: one of the two."
             )
 
@@ -151,6 +163,9 @@ class TemporalWeightMixin(_Trainer):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, whose batches carry t."""
+        if self._eval_timeline != self._timeline:
+            self.__dict__.pop("_eval_dataloaders", None)  # kept alive by persistent workers, with the times of before
+            self._eval_timeline = self._timeline
         with self._making_timelines():
             return super().get_eval_dataloader(*args, **kwargs)
 
@@ -176,7 +191,8 @@ class TemporalWeightMixin(_Trainer):
             origin=self.weighting.origin,
             shifts_labels=loss.shifts_labels,
             encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
-            takes_position_ids="position_ids" in inspect.signature(base.forward).parameters,
+            takes_position_ids=loss.shifts_labels and takes_position_ids(base),
+            takes_packed_rows=not is_prompt_learner(self._root),
             vocabulary=loss.vocabulary,
             pad_token_id=getattr(config, "pad_token_id", None),
         )
@@ -196,9 +212,13 @@ class TemporalWeightMixin(_Trainer):
     def _read_model_loss(self) -> ModelLoss:
         root = self._root
         if self._model_loss is None or self._model_read is not root:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            self._model_loss, self._model_read = read_model_loss(root, can_run=not sharded), root
+            self._model_loss, self._model_read = read_model_loss(root, can_run=not self._weights_are_sharded), root
+            self._problem = None
         return self._model_loss
+
+    @property
+    def _weights_are_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _is_stock(self, batch: Mapping[str, Any]) -> bool:
         """Whether the trainer's own loss is used: p = 0 where there is nothing that t^p could weight.
@@ -206,19 +226,36 @@ class TemporalWeightMixin(_Trainer):
         Raises:
             ValueError: nothing to weight, and p ≠ 0.
         """
-        labels = batch.get("labels")
-        if not has_time(labels):
-            what = "no labels" if labels is None else f"labels of shape {tuple(getattr(labels, 'shape', ()))}"
-        else:
-            what = self._read_model_loss().unsupported
+        what = self._problem_with(batch)
         if not what:
             return False
-        if self.weighting.power == 0 and self.weighting.weight_fn is None and self.temporal_power == 0:
+        trivial = self.weighting.power == 0 and self.weighting.weight_fn is None and self.temporal_power == 0
+        if trivial and batch.get(LOSS_WEIGHTS) is None:
             return True
         raise ValueError(
             f"{type(base_model(self._root)).__name__} with {what}: there is no loss per time to weight. Accepted: "
-            "power=0 (the usual loss), or labels of shape [batch, time] and logits of shape [batch, time, vocabulary]."
+            f"power=0 without {LOSS_WEIGHTS} (the usual loss), or labels of shape [batch, time] and logits of shape "
+            "[batch, time, vocabulary]."
         )
+
+    def _problem_with(self, batch: Mapping[str, Any]) -> str:
+        """Why there is no loss per time to weight, else empty; where need be a model's loss is read on this batch."""
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            return "no labels" if labels is None else f"labels of type {type(labels).__name__}"
+        if not has_time(labels):
+            return f"labels of shape {tuple(labels.shape)}"
+        loss = self._read_model_loss()
+        if loss.is_read and not labels.is_floating_point():
+            return loss.unsupported
+        if self._problem is None:
+            inputs = self._prepare_inputs({key: value for key, value in batch.items() if key not in OWN_KEYS})
+            if labels.is_floating_point():
+                self._problem = "" if self._weights_are_sharded else regression_problem(self._root, inputs)
+            else:
+                self._model_loss = read_on_batch(self._root, loss, inputs)
+                self._problem = self._model_loss.unsupported
+        return self._problem
 
     # ---- training
 
@@ -238,7 +275,7 @@ class TemporalWeightMixin(_Trainer):
         self._power_in_force = self.temporal_power
         across_ranks = self.args.average_tokens_across_devices and self.args.world_size > 1
         batches, denominator, sample_size = weigh_batches(
-            [self._timeline.add(batch) for batch in batches],
+            [dict(batch) if POSITIONS in batch else self._timeline.add(batch) for batch in batches],
             self.weighting.at(self._power_in_force),
             gather=self.accelerator.gather if across_ranks else None,
             device=device,
@@ -267,6 +304,7 @@ class TemporalWeightMixin(_Trainer):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        self.loss_is_scaled_for_ga = WEIGHTS in inputs and num_items_in_batch is not None
         if WEIGHTS not in inputs or num_items_in_batch is None:
             (inputs,), num_items_in_batch = self._weigh([inputs], self.args.device)
         total, outputs = self._weighted_sum(model, dict(inputs), needs_outputs=return_outputs)
@@ -275,7 +313,7 @@ class TemporalWeightMixin(_Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         coefficient = self._read_model_loss().auxiliary_coefficient
         if coefficient and isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
-            steps = getattr(self, "current_gradient_accumulation_steps", 1)
+            steps = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
             loss = loss + coefficient * outputs["aux_loss"].to(loss.device) / steps
         return (loss, outputs) if return_outputs else loss
 
@@ -341,7 +379,12 @@ class TemporalWeightMixin(_Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, plus weighted, head and tail loss and the profile by position."""
-        self._profile = PositionProfile(self.weighting, self.accelerator.gather_for_metrics)
+        alone = self.accelerator.num_processes == 1
+        self._profile = PositionProfile(
+            self.weighting,
+            (lambda sums: sums) if alone else self.accelerator.gather_for_metrics,
+            batch_size=self.args.eval_batch_size,
+        )
         try:
             output: Any = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
@@ -358,10 +401,9 @@ class TemporalWeightMixin(_Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
         """The trainer's own step, whose logits also go into the profile."""
-        batch = self._timeline.add(inputs)
+        batch = dict(inputs) if POSITIONS in inputs else self._timeline.add(inputs)
         timeline = {key: self._prepare_input(batch.pop(key)) for key in TIMELINE_KEYS if key in batch}
-        loss = self._read_model_loss()
-        if self._profile is None or POSITIONS not in timeline or loss.unsupported:
+        if self._profile is None or POSITIONS not in timeline or self._problem_with(batch):
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         calls: deque[Any] = deque(maxlen=1)
         hook = model.register_forward_hook(lambda *call: calls.append(call[-1]))
@@ -380,7 +422,7 @@ class TemporalWeightMixin(_Trainer):
             logits if labels.is_floating_point() else answer_logits(self._root, logits, labels.shape[1]),
             labels,
             timeline[POSITIONS],
-            shifts_labels=loss.shifts_labels,
+            shifts_labels=self._read_model_loss().shifts_labels,
             document_ids=timeline.get(DOCUMENTS),
             loss_weights=timeline.get(LOSS_WEIGHTS),
         )
@@ -419,7 +461,3 @@ def _check_liger(args: Any) -> None:
             "weights. Accepted: liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}; "
             "the fused head here takes its place."
         )
-
-
-def _temporal_fields(args: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name.startswith("temporal_")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -54,7 +55,13 @@ class _TemporalFields:
     )
 
     def __post_init__(self) -> None:
-        self.temporal_power = float(self.temporal_power)
+        for name in ("temporal_power", "temporal_power_start", "temporal_power_warmup_ratio"):
+            setattr(self, name, _number(name, getattr(self, name)))
+        self.validate_temporal_fields()
+        super().__post_init__()  # type: ignore[misc]
+
+    def validate_temporal_fields(self) -> None:
+        """Raise a `ValueError` that names the field that is out of what is accepted."""
         if self.temporal_fused_head not in FUSED_HEAD_MODES:
             raise ValueError(
                 f"temporal_fused_head={self.temporal_fused_head!r} is not known; accepted: "
@@ -62,7 +69,6 @@ class _TemporalFields:
             )
         self.validate_schedule(self.temporal_power)
         self.temporal_weighting()
-        super().__post_init__()  # type: ignore[misc]
 
     def validate_schedule(self, power: float) -> None:
         """Raise a `ValueError` where the schedule cannot reach a power, or is not one."""
@@ -87,6 +93,14 @@ class _TemporalFields:
             )
         except ValueError as error:
             raise ValueError(f"temporal_{error}") from None
+
+
+def _number(name: str, value: Any) -> float:
+    """YAML reads 5e-1 as a string."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} is not a number; accepted: a float.") from None
 
 
 @dataclass

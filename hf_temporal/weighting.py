@@ -125,26 +125,26 @@ class TemporalWeighting:
     def _raw(
         self, positions: Tensor, target: Tensor, segments: Tensor | None, reference_time: Tensor | None
     ) -> Tensor:
-        time = positions.clamp(min=1).to(wide_dtype(positions.device))
         if self.weight_fn is not None:
-            return self._own(time, positions, segments)
+            return self._own(positions, segments)
         if self.normalization == "sequence":
             if self.power >= 0:
-                reference = _segment_max(positions, segments).clamp(min=1)
+                reference = _segment_max(positions, segments)
             else:
                 reference = -_segment_max(-positions.where(target, positions.amax()), segments)
-                reference = reference.clamp(min=1)
         elif self.normalization == "batch":
-            reference = (self.reference_time_of(positions) if reference_time is None else reference_time).clamp(min=1)
+            reference = self.reference_time_of(positions) if reference_time is None else reference_time
         else:
             self._check_range(positions)
-            reference = torch.ones((), device=time.device)
+            reference = torch.ones((), dtype=positions.dtype, device=positions.device)
+        time = positions.where(target, reference)
         if math.isinf(self.power):
-            return ((time == reference) & target).to(time.dtype)
-        return torch.exp(self.power * (time / reference).log()) * target
+            return ((time == reference) & target).to(wide_dtype(positions.device))
+        ratio = time.clamp(min=1).to(wide_dtype(positions.device)) / reference.clamp(min=1)
+        return torch.exp(self.power * ratio.log()) * target
 
-    def _own(self, time: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
-        target = positions > 0
+    def _own(self, positions: Tensor, segments: Tensor | None) -> Tensor:
+        target, time = positions > 0, positions.to(wide_dtype(positions.device))
         largest = _segment_max(positions, segments).to(time.dtype).expand_as(time)
         own = self.weight_fn(time[target], largest[target])  # type: ignore[misc]
         if not isinstance(own, Tensor) or own.shape != time[target].shape:

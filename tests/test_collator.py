@@ -18,10 +18,22 @@ from transformers import (
 from hf_temporal.collator import Timeline, TimelineCollator
 
 CAUSAL = Timeline(
-    origin="target", shifts_labels=True, encoder_decoder=False, takes_position_ids=True, vocabulary=50, pad_token_id=0
+    origin="target",
+    shifts_labels=True,
+    encoder_decoder=False,
+    takes_position_ids=True,
+    takes_packed_rows=True,
+    vocabulary=50,
+    pad_token_id=0,
 )
 SEQ2SEQ = Timeline(
-    origin="target", shifts_labels=False, encoder_decoder=True, takes_position_ids=False, vocabulary=50, pad_token_id=0
+    origin="target",
+    shifts_labels=False,
+    encoder_decoder=True,
+    takes_position_ids=False,
+    takes_packed_rows=True,
+    vocabulary=50,
+    pad_token_id=0,
 )
 
 
@@ -74,7 +86,7 @@ def test_a_collator_that_drops_the_column_is_told() -> None:
         return {"labels": torch.tensor([row["labels"] for row in features])}
 
     with pytest.raises(
-        ValueError, match="function dropped the column loss_weights; accepted: a collator that returns"
+        ValueError, match="forgetful dropped the column loss_weights; accepted: a collator that returns"
     ):
         TimelineCollator(forgetful, CAUSAL)([FEATURES[0]])
 

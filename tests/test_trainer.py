@@ -308,7 +308,7 @@ class Extra(LlamaForCausalLM):
 
 def test_a_loss_that_is_no_cross_entropy(tmp_path: Path) -> None:
     config = tiny_model("llama").config
-    with pytest.raises(ValueError, match=r"own loss is not the cross-entropy of its logits.*Accepted: power=0"):
+    with pytest.raises(ValueError, match=r"own loss that is not the cross-entropy of its logits.*Accepted: power=0"):
         trainer(tmp_path, model=Extra(config), temporal_power=1.0).train()
     logged = []
     for kind in (Trainer, TemporalWeightTrainer):

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import DataCollatorWithFlattening, Trainer
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
 from hf_temporal.profile import load_profiles
 from tests.tiny_models import PadCollator, examples, tiny_model
 
 EXACT = ("eval_temporal_loss", "eval_head_loss", "eval_tail_loss")
-CASES = [("llama", 2.0, "sequence"), ("llama", -1.0, "batch"), ("t5", 2.0, "tokens")]
+CASES = [("llama", 2.0, "sequence"), ("llama", -1.0, "batch"), ("t5", 2.0, "tokens"), ("gpt2", 2.0, "sequence")]
 
 
 def evaluate(kind: type[Trainer], case: tuple[str, float, str], folder: Path) -> dict[str, float]:
@@ -33,7 +33,8 @@ def evaluate(kind: type[Trainer], case: tuple[str, float, str], folder: Path) ->
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = kind(tiny_model(name), args, eval_dataset=examples(name, 11), data_collator=PadCollator())
+    collator: Any = DataCollatorWithFlattening() if name == "gpt2" else PadCollator()
+    trainer = kind(tiny_model(name), args, eval_dataset=examples(name, 11), data_collator=collator)
     return {**trainer.evaluate(), "world_size": args.world_size}
 
 
