@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -157,8 +157,9 @@ class Child:
     def step(self) -> float:
         """Take one step; its seconds."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # read() says why the process is gone
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         return self.read()
 
     def read(self) -> float:
@@ -172,7 +173,9 @@ class Child:
             if line.startswith(READY):
                 return float(line.removeprefix(READY))
         self.errors.seek(0)
-        raise RuntimeError(f"{self.name} ended early:\n{self.errors.read().decode()[-4000:]}")
+        raise RuntimeError(
+            f"{self.name} ended early, code {self.process.wait()}:\n{self.errors.read().decode()[-4000:]}"
+        )
 
 
 @contextmanager
