@@ -79,7 +79,7 @@ def test_classes_are_no_times(tmp_path: Path) -> None:
     def model() -> nn.Module:
         torch.manual_seed(0)
         return BertForSequenceClassification(
-            BertConfig(**TINY_BERT, num_labels=4, problem_type="multi_label_classification")
+            BertConfig(**TINY_BERT | {"num_labels": 4, "problem_type": "multi_label_classification"})
         )
 
     losses = []
