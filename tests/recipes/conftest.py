@@ -51,8 +51,3 @@ def child_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """Environment of child processes: the repository on the path, caches of their own."""
     folder = tmp_path_factory.mktemp("cache")
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(folder), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TEMPORAL_CACHE", str(tmp_path / "hf_temporal_cache"))

@@ -31,12 +31,12 @@ def evaluations(output_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture
-def _small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _small_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune_seq2seq, "VOCABULARY", 320)
+    monkeypatch.setenv("HF_TEMPORAL_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.usefixtures("_small_vocabulary")
 def test_small_t5_learns_and_is_reported(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,7 +64,6 @@ def test_small_t5_learns_and_is_reported(
         assert torch.equal(weight, weights[name]), name
 
 
-@pytest.mark.usefixtures("_small_vocabulary")
 def test_interrupted_run_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(flags(tiny, tmp_path / "undisturbed"))
     step = SummarizationTrainer.training_step
@@ -85,7 +84,6 @@ def test_interrupted_run_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest
     assert [each["step"] for each in evaluations(tmp_path / "run")] == [0, 4]
 
 
-@pytest.mark.usefixtures("_small_vocabulary")
 def test_a_model_that_is_there_is_trained_on(tiny: Tiny, tmp_path: Path) -> None:
     main(flags(tiny, tmp_path / "first", "--do_eval", "false", "--max_steps", "1"))
     folder = tmp_path / "first"
