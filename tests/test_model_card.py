@@ -81,7 +81,7 @@ def test_section_says_everything() -> None:
         "| eval_samples |  | 64 |",
         "```bash\naccelerate launch recipes/finetune_causal_lm.py --seed 7\n```",
         "body → first paragraph.",
-        RUN.data_hash,
+        str(RUN.data_hash),
         "| seed | 7 |",
         "one abacus",
         f"torch {torch.__version__}",
