@@ -30,6 +30,7 @@ MAX_PAIRS = 20_000
 HELD_OUT_SHARE = 0.05  # of the pairs, for validation and for test each
 MAX_HELD_OUT_PACKAGE_SHARE = 0.02  # a larger package is always trained on
 STANDARD_LIBRARY = "python"
+THIS = "hf-temporal"
 
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "_vendor"})
 _FILES_PER_PROCESS = 200
@@ -70,7 +71,7 @@ def docstring_files(*, overwrite: bool = False) -> dict[str, Path]:
 def package_versions() -> dict[str, str]:
     """Version of Python and of every installed distribution but this one, sorted by name."""
     installed = {_normalized(each.name): each.version for each in metadata.distributions()}
-    installed.pop("hf-temporal", None)
+    installed.pop(THIS, None)
     return dict(sorted((installed | {STANDARD_LIBRARY: platform.python_version()}).items()))
 
 
@@ -157,7 +158,8 @@ def _write(folder: Path, files: list[SourceFile], versions: dict[str, str]) -> N
 
 def _is_wanted(file: SourceFile) -> bool:
     folders = Path(file.name).parts[:-1]
-    return _SKIPPED_FOLDERS.isdisjoint(folders) and not Path(file.name).name.startswith("test_")
+    in_tests = not _SKIPPED_FOLDERS.isdisjoint(folders) or Path(file.name).name.startswith("test_")
+    return file.package != THIS and not in_tests
 
 
 def _normalized(name: str) -> str:
