@@ -79,7 +79,8 @@ class OnCommand(TrainerCallback):
         self._wait()
 
     def _wait(self) -> None:
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            sys.exit("the process that measures is gone")
         self.start = time.perf_counter()
 
 
@@ -155,7 +156,7 @@ class Child:
         )  # fmt: skip
 
     def step(self) -> float:
-        """Take one step; its seconds."""
+        """Take one step; its seconds. After the last one: the memory in bytes."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # read() says why the process is gone
             self.process.stdin.write("\n")
@@ -202,10 +203,7 @@ def measure(settings: argparse.Namespace, tuned: str) -> list[dict[str, Any]]:
             for turn in range(len(workers)):
                 which = (repeat + turn) % len(workers)
                 seconds[which].append(workers[which].step())
-        for worker in workers:  # each waits for a command after its last step too
-            assert worker.process.stdin is not None
-            worker.process.stdin.close()
-        memory = [worker.read() / 2**20 for worker in workers]
+        memory = [worker.step() / 2**20 for worker in workers]  # the command after the last step ends the training
     stock = seconds[0]
     return [
         {
