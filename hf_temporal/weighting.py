@@ -228,8 +228,9 @@ def _segment_sum(values: Tensor, segments: Tensor | None) -> Tensor:
     """The sum over each token's document, broadcastable to `values`."""
     if segments is None:
         return values.sum(-1, keepdim=True)
-    sums = values.new_zeros(values.numel())
-    return sums.index_add_(0, segments.flatten(), values.flatten())[segments]
+    flat = segments.flatten()
+    sums = values.new_zeros(values.numel()).index_add_(0, flat, values.flatten())
+    return sums.index_select(0, flat).view(values.shape)
 
 
 def _segment_max(values: Tensor, segments: Tensor | None) -> Tensor:
@@ -240,9 +241,8 @@ def _segment_max(values: Tensor, segments: Tensor | None) -> Tensor:
     """
     if segments is None:
         return values.amax(-1, keepdim=True)
-    flat, document = values.flatten(), segments.flatten()
-    span = flat.amax() - flat.amin() + 1
-    ahead = (flat + document * span).cummax(0).values - document * span
-    document = document[-1] - document
-    behind = ((flat + document * span).flip(0).cummax(0).values).flip(0) - document * span
+    flat = values.flatten()
+    rising = segments.flatten() * (flat.amax() - flat.amin() + 1)
+    ahead = (flat + rising).cummax(0).values - rising
+    behind = (flat - rising).flip(0).cummax(0).values.flip(0) + rising
     return ahead.maximum(behind).view(values.shape)
