@@ -7,6 +7,8 @@ import evaluate
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
+from hf_temporal.tasks.rouge_tokenizer import ROUGE_TOKENIZERS, CharacterTokenizer
+
 ROUGE_TYPES = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 RESAMPLES = 1000
 
@@ -15,7 +17,9 @@ _INPUTS = """
 Args:
     predictions: list of texts. For rougeLsum, sentences are separated by newlines.
     references: list of texts.
-    use_stemmer: compare Porter stems instead of words.
+    use_stemmer: compare Porter stems instead of words; characters have none.
+    tokenizer: "default" for words of a-z and 0-9; "char" for single characters, as Chinese and Japanese need it, where
+        the default finds no words and every score is 0.
 Returns:
     For each of rouge1, rouge2, rougeL, rougeLsum: its mean F1 between 0 and 1, and under `<name>_low` and
     `<name>_high` the ends of its interval.
@@ -44,8 +48,18 @@ class Rouge(evaluate.Metric):
             codebase_urls=["https://github.com/google-research/google-research/tree/master/rouge"],
         )
 
-    def _compute(self, predictions: list[str], references: list[str], *, use_stemmer: bool = True) -> dict[str, float]:
-        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=use_stemmer)
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str],
+        *,
+        use_stemmer: bool = True,
+        tokenizer: str = "default",
+    ) -> dict[str, float]:
+        if tokenizer not in ROUGE_TOKENIZERS:
+            raise ValueError(f"tokenizer={tokenizer!r}; accepted: {', '.join(ROUGE_TOKENIZERS)}")
+        by_character = CharacterTokenizer() if tokenizer == "char" else None
+        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=use_stemmer, tokenizer=by_character)
         scores = [scorer.score(*texts) for texts in zip(references, predictions, strict=True)]
         f1 = np.array([[score[name].fmeasure for name in ROUGE_TYPES] for score in scores])
         resamples = np.random.default_rng(0).integers(len(f1), size=(RESAMPLES, len(f1)))
