@@ -16,9 +16,12 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
+from .profile import PROFILE_NAME, load_profiles
 from .weighting import TemporalWeighting
 
 CARD_NAME = "README.md"
+PICTURE_NAME = "loss_by_position.png"
+TAGS = ("hf-temporal", "arxiv:2307.11462")
 HEADING = "## Temporal weighting"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
 CITATION = f"""\
@@ -47,14 +50,22 @@ NORMALIZATION_MEANINGS = {
     "tokens": "the loss is divided by the number of target tokens of the batch",
 }
 
+_SPEED = re.compile(r"_(runtime|per_second|preparation_time)$")
 _BEGIN, _END = "<!-- hf_temporal: begin -->", "<!-- hf_temporal: end -->"
+_BLANK = "\n\n"
 _SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(?:/[\w-][\w.-]{0,95})?")
 _TOKEN_ARGUMENT = re.compile(r"((?:--(?:\w*(?:hub|auth|access)\w*_)?token|--\w*api_key)(?:=|\s+)|\w*TOKEN=)\S+")
-# two components or more, so that a lone /word of prose stays; no URL, no closing tag
+# two components or more, so that a lone /word of prose stays, and one behind ~; no URL, no closing tag; backslashes
+# only behind a drive or in a pair, and not those of an escape sequence such as \n
+_NAME = r"[^\s\"'`()\[\],;|<>/\\]+"
 _LOCAL_PATH = re.compile(
-    r"(?:\bfile://|\b[A-Za-z]:|~|(?<![\w.~/<-]))(?:[/\\](?![/\\])[^\s\"'`()\[\],;|<>/\\]+){2,}[/\\]?"
+    rf"(?:\bfile://|\b[A-Za-z]:|~|(?<![\w.~/<-]))(?:/(?!/){_NAME}){{2,}}/?|(?<!\w)~/{_NAME}"
+    rf"|(?:\b[A-Za-z]:(?!\\[nrt](?![a-z]))|(?<![\w.\\])\\)(?:\\{_NAME}){{2,}}\\?"
 )
+
+_QUOTED_PATH = re.compile(r"(['\"](?:--?[\w-]+=)?)~?(?:/(?!/)[^\n'\"`/\\]+){2,}/?(?=['\"])")
 
 
 def _hardware() -> str:
@@ -80,10 +91,13 @@ class TrainingRun:
         data_versions: versions of the packages that the data were made from.
         schedule: of p, one of `hf_temporal.schedules.SCHEDULES`, from `power_start` over `power_warmup_ratio` of the
             steps.
-        base_model: the Hub id or name of the model that was trained; stands in the card wherever its folder did.
+        base_model: the model that was trained: its Hub id, which stands in the card wherever its folder did, or that
+            folder, of which the card gives the name.
         base_model_note: a sentence on where those weights come from.
         picture: name of a picture in the card's folder, such as `"loss_by_position.png"`.
         hardware: that of this machine unless given.
+        license: the Hub's identifier of it, such as `"apache-2.0"`; unless given, what the card says already.
+        effective_sample_size: (Σw)²/Σw² as a share of the target tokens, as last logged.
     """
 
     weighting: TemporalWeighting
@@ -102,20 +116,24 @@ class TrainingRun:
     base_model_note: str | None = None
     picture: str | None = None
     hardware: str = field(default_factory=_hardware)
+    license: str | None = None
+    effective_sample_size: float | None = None
 
     @classmethod
     def of(cls, trainer: Any) -> TrainingRun:
-        """What a `TemporalWeightTrainer` knows of itself: weighting, schedule, seed and its last evaluations."""
+        """What a `TemporalWeightTrainer` knows of itself: weighting, schedule, model, seed and what it last logged."""
         args = trainer.args
+        logged = {name: value for logs in trainer.state.log_history for name, value in logs.items()}
         return cls(
             weighting=trainer.weighting,
             metrics={
                 name: value
-                for logs in trainer.state.log_history
-                for name, value in logs.items()
-                if name.startswith("eval_") and name.endswith("_loss")
+                for name, value in logged.items()
+                if name.startswith("eval_") and isinstance(value, int | float) and not _SPEED.search(name)
             },
             seed=args.seed,
+            base_model=getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None,
+            effective_sample_size=logged.get("effective_sample_size"),
             schedule=getattr(args, "temporal_power_schedule", cls.schedule),
             power_start=getattr(args, "temporal_power_start", cls.power_start),
             power_warmup_ratio=getattr(args, "temporal_power_warmup_ratio", cls.power_warmup_ratio),
@@ -142,34 +160,62 @@ def temporal_section(run: TrainingRun) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in sorted(run.data_versions.items()))
         parts.append(f"<details><summary>Packages that the data were made from</summary>\n\n{versions}\n\n</details>")
     parts += ["### Citation", f"```bibtex\n{CITATION}\n```"]
-    return _without_private("\n\n".join(parts))
+    return without_private("\n\n".join(parts), folder="path/to/")
 
 
 def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> None:
     """Put the section, tags and results of a run into a folder's README.md, in place of those of an earlier call.
 
-    The card may come from `Trainer.create_model_card`, from PEFT or from nowhere. Tokens are blotted out and absolute
-    paths cut down to their last component in all of it; a base model recorded by its folder becomes `run.base_model`.
+    The card may come from `Trainer.create_model_card`, from PEFT or from nowhere; all of it becomes a `public_card`.
     """
     path = Path(folder) / CARD_NAME
     name = path.resolve().parent.name
     card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
     data = cast("ModelCardData", card.data)
-    base_model = None if run.base_model is None or _is_private(run.base_model) else run.base_model
-    local_base = data.base_model if isinstance(data.base_model, str) and _is_private(data.base_model) else None
-
-    def renamed(text: str) -> str:
-        return text.replace(local_base, base_model) if local_base and base_model else text
-
-    tags = [renamed(tag) for tag in data.tags or []]
-    data.tags = sorted({*(tag for tag in tags if not _is_private(tag)), "hf_temporal"})
+    data.tags = sorted({*(data.tags or []), *TAGS})
     data.library_name = data.library_name or "transformers"
-    data.base_model = base_model or (None if local_base else data.base_model)
+    data.license = run.license or data.license
     data.model_name = data.model_name or name
+    if "/" in (run.dataset or "") and hub_id(run.dataset):
+        data.datasets = sorted({*_listed(data.datasets), str(run.dataset)})
     data.eval_results = [*_results_on_other_data(data, run), *_eval_results(run)]
-    text = renamed(_SECTION.sub("\n\n", card.text)).rstrip()
-    card.text = f"{text}\n\n{_BEGIN}\n{temporal_section(run)}\n{_END}\n"
-    path.write_text(_without_private(str(card)), encoding="utf-8")
+    card.text = f"{_SECTION.sub(_BLANK, card.text).rstrip()}\n\n{_BEGIN}\n{temporal_section(run)}\n{_END}\n"
+    path.write_text(public_card(str(card), run.base_model), encoding="utf-8")
+
+
+def public_card(content: str, base_model: str | None = None) -> str:
+    """The card without tokens and without paths of this machine.
+
+    An absolute path becomes `path/to/` and its last component, in the metadata that component alone. A base model
+    recorded by its folder becomes `base_model` if that is a Hub id; otherwise its name stays in the text, and the
+    metadata say nothing of it.
+    """
+    card = ModelCard(content)
+    data = cast("ModelCardData", card.data)
+    recorded = data.base_model if isinstance(data.base_model, str) else None
+    known = hub_id(base_model)
+    if recorded is not None and hub_id(recorded) is None:
+        data.tags = [
+            tag.replace(recorded, known) if known else tag for tag in data.tags or [] if known or recorded not in tag
+        ]
+        card.text = card.text.replace(recorded, known or last_component(recorded))
+        data.base_model = None
+    data.base_model = known or data.base_model
+    data.tags = sorted({tag for tag in data.tags or [] if without_private(tag) == tag})
+    metadata, between, text = str(card).partition("\n---\n")
+    return without_private(metadata) + between + without_private(text, folder="path/to/")
+
+
+def draw_loss_by_position(folder: str | os.PathLike[str]) -> str | None:
+    """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile."""
+    from .plots import plot_loss_by_position  # matplotlib takes its time
+
+    path = Path(folder) / PROFILE_NAME
+    profiles = [each for each in load_profiles(path) if each["split"] == "eval"] if path.is_file() else []
+    if not profiles:
+        return None
+    plot_loss_by_position(profiles, path.with_name(PICTURE_NAME))
+    return PICTURE_NAME
 
 
 def _eval_results(run: TrainingRun) -> list[EvalResult]:
@@ -191,7 +237,7 @@ def _eval_results(run: TrainingRun) -> list[EvalResult]:
 
 
 def _results_on_other_data(data: ModelCardData, run: TrainingRun) -> list[EvalResult]:
-    this = (run.task, _without_private(run.dataset or ""))
+    this = (run.task, without_private(run.dataset or ""))
     return [result for result in data.eval_results or [] if (result.task_type, result.dataset_type) != this]
 
 
@@ -214,6 +260,8 @@ def _settings(run: TrainingRun) -> list[tuple[str, str]]:
     ]
     if weighting.regression_loss != "squared":
         rows.append(("regression_loss", f"`{weighting.regression_loss}`"))
+    if run.effective_sample_size is not None:
+        rows.append(("effective sample size", f"{run.effective_sample_size:.1%} of the target tokens"))
     return rows
 
 
@@ -226,7 +274,8 @@ def _results(metrics: Mapping[str, float | tuple[float, float]]) -> str:
 
 def _circumstances(run: TrainingRun) -> list[tuple[str, str]]:
     versions = [f"{name} {metadata.version(name)}" for name in LIBRARIES]
-    model = " ".join(filter(None, [run.base_model and f"{run.base_model}.", run.base_model_note]))
+    base = run.base_model and (hub_id(run.base_model) or f"{last_component(run.base_model)}, a folder")
+    model = " ".join(filter(None, [base and f"{base}.", run.base_model_note]))
     return [
         *([("base model", model)] if model else []),
         *([("data", ": ".join(filter(None, [run.dataset, run.data])))] if run.dataset or run.data else []),
@@ -248,14 +297,28 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
 
 
-def _without_private(text: str) -> str:
-    """The text with tokens blotted out and absolute paths cut down to their last component."""
+def hub_id(name: str | None) -> str | None:
+    """The name if it can be one of the Hub's, None for a path or what is a file or folder here."""
+    return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def last_component(path: str) -> str:
+    """What stands behind the last slash, or backslash, of a path."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def without_tokens(text: str) -> str:
+    """The text with tokens blotted out, and the home folder written as ~."""
     text = _TOKEN.sub("<token>", _TOKEN_ARGUMENT.sub(r"\1<token>", text))
     home = str(Path.home())
-    if len(Path(home).parts) > 1:
-        text = text.replace(home, "~")
-    return _LOCAL_PATH.sub(lambda found: re.split(r"[/\\]", found.group().rstrip("/\\"))[-1], text)
+    return text.replace(home, "~") if len(Path(home).parts) > 1 else text
 
 
-def _is_private(text: str) -> bool:
-    return Path(text).is_absolute() or _without_private(text) != text
+def without_private(text: str, *, folder: str = "") -> str:
+    """The text with tokens blotted out and `folder` in place of that of every absolute path."""
+    text = _QUOTED_PATH.sub(lambda found: found[1] + folder + last_component(found[0]), without_tokens(text))
+    return _LOCAL_PATH.sub(lambda found: folder + last_component(found[0]), text)
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else names or []

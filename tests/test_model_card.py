@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_temporal
-from hf_temporal.model_card import HEADING, TrainingRun, add_temporal_section, temporal_section
+from hf_temporal.model_card import HEADING, TrainingRun, add_temporal_section, public_card, temporal_section
 from hf_temporal.weighting import TemporalWeighting
 
 RUN = TrainingRun(
@@ -105,6 +105,12 @@ def test_schedule_is_spelt_out() -> None:
     assert "| schedule of p | linear, from 0.25 over 50% of the steps |" in temporal_section(run)
 
 
+def test_effective_sample_size_is_a_share() -> None:
+    run = dataclasses.replace(RUN, effective_sample_size=0.7512)
+    assert "| effective sample size | 75.1% of the target tokens |" in temporal_section(run)
+    assert "effective" not in temporal_section(RUN)
+
+
 def test_own_weights_take_the_place_of_p() -> None:
     run = dataclasses.replace(RUN, weighting=TemporalWeighting(weight_fn=torch.minimum, origin="turn"))
     section = temporal_section(run)
@@ -139,7 +145,7 @@ def test_card_is_made_where_there_is_none(tmp_path: Path) -> None:
     text = add_twice(folder, RUN)
     assert "\n# my-model\n" in text
     card = ModelCard.load(folder / "README.md")
-    assert card.data.tags == ["hf_temporal"]
+    assert card.data.tags == ["arxiv:2307.11462", "hf-temporal"]
     assert card.data.library_name == "transformers"
     assert card.data.base_model == RUN.base_model
     results = {result.metric_type: result for result in card.data.eval_results}
@@ -165,16 +171,46 @@ def test_peft_card_keeps_its_text_and_loses_the_local_base_model(adapter_folder:
     assert data.base_model == RUN.base_model
     assert data.tags is not None
     assert f"base_model:adapter:{RUN.base_model}" in data.tags
-    assert {"hf_temporal", "lora"} <= set(data.tags)
+    assert {"hf-temporal", "arxiv:2307.11462", "lora"} <= set(data.tags)
 
 
 def test_local_base_model_without_a_name_is_left_out(adapter_folder: Path, base_folder: Path) -> None:
     for base_model in (None, str(base_folder)):
         text = add_twice(adapter_folder, dataclasses.replace(RUN, base_model=base_model))
         assert str(base_folder) not in text
+        assert (f"| base model | {base_folder.name}, a folder. |" in text) == (base_model is not None)
         data = ModelCard.load(adapter_folder / "README.md").data
         assert data.base_model is None
         assert not any(tag.startswith("base_model") for tag in data.tags or [])
+
+
+def test_a_folder_named_relatively_is_no_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "mine").mkdir(parents=True)
+    card = public_card(
+        "---\nbase_model: outputs/mine\ntags: ['base_model:adapter:outputs/mine']\n---\nof outputs/mine\n"
+    )
+    assert "outputs" not in card
+    assert card.endswith("---\nof mine\n")
+    add_temporal_section(tmp_path, dataclasses.replace(RUN, base_model="outputs/mine", dataset="outputs/mine"))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model is None
+    assert data.datasets is None
+    assert "| base model | mine, a folder. |" in card_text(tmp_path)
+
+
+def test_metadata_hold_no_path_and_no_placeholder(tmp_path: Path) -> None:
+    add_twice(tmp_path, dataclasses.replace(RUN, dataset="/srv/ann/train.json", license="mit"))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert {result.dataset_type for result in data.eval_results or []} == {"train.json"}
+    assert data.datasets is None
+    assert data.license == "mit"
+    assert "| data | path/to/train.json: " in card_text(tmp_path)
+
+
+def test_data_set_of_the_hub_is_named_in_the_metadata(tmp_path: Path) -> None:
+    add_twice(tmp_path, dataclasses.replace(RUN, dataset="abisee/cnn_dailymail"))
+    assert ModelCard.load(tmp_path / "README.md").data.datasets == ["abisee/cnn_dailymail"]
 
 
 def test_trainer_card_keeps_its_text(base_folder: Path, tmp_path: Path) -> None:
@@ -188,7 +224,7 @@ def test_trainer_card_keeps_its_text(base_folder: Path, tmp_path: Path) -> None:
     assert "seed: 41" in before
     text = add_twice(folder, RUN)
     assert before.split("---\n", 2)[2].strip() in text
-    assert {"mine", "hf_temporal"} <= set(ModelCard.load(folder / "README.md").data.tags or [])
+    assert {"mine", "hf-temporal"} <= set(ModelCard.load(folder / "README.md").data.tags or [])
 
 
 def test_results_on_other_data_stay(tmp_path: Path) -> None:
@@ -227,12 +263,17 @@ def test_values_that_are_not_finite_stay_out_of_the_model_index(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        ("run --train_file /srv/people/ann/train.json --seed 1", "run --train_file train.json --seed 1"),
-        ("run --output_dir=/srv/people/ann/out/", "run --output_dir=out"),
-        ("run '/srv/ann/my file'", "run 'my file'"),
-        ("run ~/secret/place/x.yaml", "run x.yaml"),
-        (r"run C:\Users\ann\x.yaml", "run x.yaml"),
-        ("run file:///srv/people/x.yaml", "run x.yaml"),
+        ("run --train_file /srv/people/ann/train.json --seed 1", "run --train_file path/to/train.json --seed 1"),
+        ("run --output_dir=/srv/people/ann/out/", "run --output_dir=path/to/out"),
+        ("run '/srv/ann/my file'", "run 'path/to/my file'"),
+        ("run '--output_dir=/srv/Ann Onymous/out' --a='b'", "run '--output_dir=path/to/out' --a='b'"),
+        ("run --output_dir=/srv/ann/out --a='b'", "run --output_dir=path/to/out --a='b'"),
+        ("run ~/secret/place/x.yaml ~/y", "run path/to/x.yaml path/to/y"),
+        (r"run C:\Users\ann\x.yaml", "run path/to/x.yaml"),
+        (r"run \\server\people\x.yaml", "run path/to/x.yaml"),
+        (r"run --source_prefix 'Summarize:\n\n'", r"run --source_prefix 'Summarize:\n\n'"),
+        (r"run --source_prefix 'Q:\n\n'", r"run --source_prefix 'Q:\n\n'"),
+        ("run file:///srv/people/x.yaml", "run path/to/x.yaml"),
         ("run --hub_token abc123 --seed 1", "run --hub_token <token> --seed 1"),
         ("HF_TOKEN=abc123 run", "HF_TOKEN=<token> run"),
         ("run --note hf_AbCdEfGhIjKlMnOpQrSt", "run --note <token>"),
@@ -254,6 +295,6 @@ def test_home_stays_out_whatever_is_in_it(tmp_path: Path, monkeypatch: pytest.Mo
     run = dataclasses.replace(RUN, command='run "/people/Ann Onymous/x.json"', dataset="/people/Ann Onymous/d/t.csv")
     text = add_twice(tmp_path, run)
     assert "Ann" not in text
-    assert 'run "~/x.json"' in text
+    assert 'run "path/to/x.json"' in text
     results = ModelCard.load(tmp_path / "README.md").data.eval_results
     assert {result.dataset_type for result in results or []} == {"t.csv"}
