@@ -7,7 +7,7 @@ import inspect
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ from .collator import (
     has_time,
     weigh_batches,
 )
+from .hub import HubMixin
 from .lm_head import FusedHead, answer_logits, is_prompt_learner
 from .losses import weighted_cross_entropy, weighted_regression_loss
-from .model_card import TrainingRun, add_temporal_section
 from .model_loss import (
     ModelLoss,
     base_model,
@@ -52,13 +52,7 @@ OWN_KEYS = (*TIMELINE_KEYS, WEIGHTS)
 SMALLEST_VOCABULARY_TO_FUSE = 1024
 
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
-
-
-class TemporalWeightMixin(_Trainer):
+class TemporalWeightMixin(HubMixin):
     """Put in front of a `Trainer` subclass, weights each target token's loss by t^p.
 
     The training loss is Σ_i w_i ℓ_i / D over the accumulated batch of all ranks, with w and D from
@@ -435,12 +429,6 @@ class TemporalWeightMixin(_Trainer):
         if self.args.should_save:
             self.weighting.save_pretrained(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, _internal_call)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The trainer's own card with a section on the weighting."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            add_temporal_section(str(self.args.output_dir), TrainingRun.of(self))
 
 
 class TemporalWeightTrainer(TemporalWeightMixin, Trainer):
