@@ -1,6 +1,7 @@
-r"""Train an encoder–decoder to summarize, each target token's loss weighted by t^p.
+r"""Train an encoder–decoder, each target token's loss weighted by t^p.
 
-A small T5 from scratch on docstrings, minutes on two CPU cores, no model hub needed. It learns; it is not good:
+A small T5 from scratch learns to summarize docstrings, minutes on two CPU cores, no model hub needed. It learns; it is
+not good:
 
     accelerate launch recipes/finetune_seq2seq.py --config recipes/configs/summarization/t5_small_docstrings.yaml
 
@@ -8,6 +9,10 @@ A look at the whole way in about a minute:
 
     accelerate launch recipes/finetune_seq2seq.py --config recipes/configs/summarization/t5_small_docstrings.yaml \
         --max_steps 2 --max_eval_samples 4 --output_dir outputs/t5_small_docstrings_look
+
+One from scratch learns to copy ten digits over a blank of a hundred:
+
+    accelerate launch recipes/finetune_seq2seq.py --config recipes/configs/copying/small_t5.yaml
 
 Any model and data set of the Hub, or files of your own, on the GPUs of one machine:
 
@@ -26,7 +31,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import (
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -37,100 +41,92 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hf_temporal.tasks.data import IGNORED
 from hf_temporal.tasks.small_t5 import small_t5_config, tokenizer_folder
-from hf_temporal.tasks.summarization import (
-    IGNORED,
-    SummarizationArguments,
-    SummarizationData,
-    SummaryScores,
-    encode_for_seq2seq_lm,
-    load_pairs,
-)
 from hf_temporal.trainer import TemporalWeightSeq2SeqTrainer
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments
+from recipes.adapters import add_adapter, check_mergeable, merge_adapter
 from recipes.configuration import parse
-from recipes.summarization_run import (
-    CardMixin,
-    ModelArguments,
-    begin,
-    carry_out,
-    command_line,
-    encode,
-    publish,
-    share_cores,
-)
+from recipes.models import Seq2SeqModelArguments, load_seq2seq_lm, require_4bit
+from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores
+from recipes.tasks import TASK_KINDS, Summarization, Task, load_task
+from recipes.usage import usage
 
 VOCABULARY = 8192
-USAGE = '''
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-model = AutoModelForSeq2SeqLM.from_pretrained({name!r})
-tokenizer = AutoTokenizer.from_pretrained({name!r})
-inputs = tokenizer("""{prefix}""" + text, truncation=True, max_length={max_length}, return_tensors="pt")
-tokens = model.generate(**inputs, max_new_tokens={max_new_tokens}, num_beams={num_beams})
-print(tokenizer.decode(tokens[0], skip_special_tokens=True))
-'''.strip()
 
 
-class SummarizationTrainer(CardMixin, TemporalWeightSeq2SeqTrainer):
+class Seq2SeqTrainer(CardMixin, TemporalWeightSeq2SeqTrainer):
     """The trainer, with the recipe's model card."""
 
 
-def load_model(arguments: ModelArguments, data: SummarizationData) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, from the Hub or a folder; else a small T5 from scratch, its tokenizer trained."""
-    if arguments.model_name_or_path is None:
-        pairs = data.splits["train"]
-        texts = (f"{pair['text']}\n{pair['summary']}" for pair in pairs)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(data.sha256[:16], texts, VOCABULARY))
-        return T5ForConditionalGeneration(small_t5_config(len(tokenizer))), tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
-    model = AutoModelForSeq2SeqLM.from_pretrained(
-        arguments.model_name_or_path, revision=arguments.model_revision, dtype=arguments.dtype
-    )
-    return model, tokenizer
+def load_model(arguments: Seq2SeqModelArguments, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that is named, with its tokenizer; else a small T5 from scratch, its tokenizer trained on the texts.
+
+    Raises ValueError where none is named and the task has no texts.
+    """
+    named = arguments.model_name_or_path or arguments.encoder_model_name_or_path or arguments.model_type
+    if named:
+        return load_seq2seq_lm(arguments, task.tokenizer(arguments.tokenizer_name))
+    if not isinstance(task, Summarization) or "train" not in task.data.splits:
+        raise ValueError("model_name_or_path=None: a small T5 is made from training texts alone; accepted: a model")
+    pairs = task.data.splits["train"]
+    texts = (f"{pair['text']}\n{pair['summary']}" for pair in pairs)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(task.data.sha256[:16], texts, VOCABULARY))
+    return T5ForConditionalGeneration(small_t5_config(len(tokenizer))), tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate before and after, and report."""
     argv = sys.argv[1:] if argv is None else argv
-    kinds = (ModelArguments, SummarizationArguments, TemporalSeq2SeqTrainingArguments)
-    model_args, data_args, training_args = parse(kinds, argv, description=__doc__)
-    training_args.generation_max_length = training_args.generation_max_length or data_args.max_target_length
-    training_args.generation_num_beams = training_args.generation_num_beams or data_args.num_beams
+    kinds = (Seq2SeqModelArguments, *TASK_KINDS, TemporalSeq2SeqTrainingArguments)
+    *arguments, training_args = parse(kinds, argv, description=__doc__)
+    model_args, _, _, summarization_args, _, _ = arguments
+    require_4bit(model_args)
     share_cores()
     set_seed(training_args.seed)
+    task = load_task(arguments[1:], training_args)
+    generates = training_args.predict_with_generate
+    training_args.generation_max_length = training_args.generation_max_length or task.answer_length + 1
+    training_args.generation_num_beams = training_args.generation_num_beams or summarization_args.num_beams
+    run = begin(training_args, arguments, task)
     with training_args.main_process_first():
-        data = load_pairs(data_args)
-    run = begin(training_args, model_args, data_args, data)
-    with training_args.main_process_first():
-        model, tokenizer = load_model(model_args, data)
-    splits = encode(data, encode_for_seq2seq_lm, tokenizer, training_args, data_args)
-    scores = SummaryScores(tokenizer)
-    trainer = SummarizationTrainer(
-        model,
+        model, tokenizer = load_model(model_args, task)
+        splits = task.encode(tokenizer, model.config)
+    scores = task.scores(tokenizer, model.config)
+    trainer = Seq2SeqTrainer(
+        add_adapter(model, model_args, "SEQ_2_SEQ_LM") if model_args.use_peft else model,
         training_args,
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
         processing_class=tokenizer,
-        compute_metrics=scores if training_args.predict_with_generate else None,
+        compute_metrics=scores if generates else None,
     )
-    carry_out(trainer, run, scores, splits)
+    if model_args.merge_adapter:
+        check_mergeable(trainer)
+    carry_out(trainer, run, task, scores if generates else None, splits)
     if training_args.do_train:
+        if model_args.merge_adapter:
+            merge_adapter(trainer)
+        pair = (model_args.encoder_model_name_or_path, model_args.decoder_model_name_or_path)
+        base = model_args.model_name_or_path
+        made = " and ".join(filter(None, pair)) or model_args.model_type or "a small T5"
+        what = f"a LoRA adapter of rank {model_args.lora_r}" if model_args.use_peft else "all its weights"
         publish(
             trainer,
-            data,
+            task,
             command=command_line(__file__, argv, training_args),
-            summary=f"{model_args.model_name_or_path or 'A small T5'} trained to summarize: {data.name}.",
-            usage=USAGE.format(
+            usage=usage(
+                task,
+                model_args,
+                tokenizer,
+                model.config,
                 name=Path(str(training_args.output_dir)).name,
-                prefix=data_args.source_prefix,
-                max_length=data_args.max_source_length,
-                max_new_tokens=training_args.generation_max_length,
                 num_beams=training_args.generation_num_beams,
             ),
-            base_model=model_args.model_name_or_path,
-            base_model_note=None if model_args.model_name_or_path else "A small T5 from scratch.",
+            trained=f"{base or made} with {what}",
+            base_model=base,
+            base_model_note=None if base else f"A new model: {made}.",
         )
 
 

@@ -4,62 +4,85 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hf_temporal.tasks.summarization import SummarizationArguments
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 from recipes.configuration import parse
-from recipes.finetune_causal_lm import CausalModelArguments
-from recipes.summarization_run import ModelArguments
+from recipes.models import ModelArguments, Seq2SeqModelArguments
+from recipes.tasks import TASK_KINDS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CAUSAL = (CausalModelArguments, SummarizationArguments, TemporalTrainingArguments)
-SEQ2SEQ = (ModelArguments, SummarizationArguments, TemporalSeq2SeqTrainingArguments)
+CAUSAL = (ModelArguments, *TASK_KINDS, TemporalTrainingArguments)
+SEQ2SEQ = (Seq2SeqModelArguments, *TASK_KINDS, TemporalSeq2SeqTrainingArguments)
 KINDS = {"finetune_causal_lm.py": CAUSAL, "finetune_seq2seq.py": SEQ2SEQ}
+COMMAND = re.compile(
+    r"accelerate launch (?:--config_file (?P<engine>\S+) |--num_processes \d+ )?recipes/(?P<script>\S+)"
+    r"(?P<flags>(?:\\\n|[^\n])*)"
+)
 
 
-def script_of(config: str) -> str:
-    """The script whose docstring runs the file."""
-    scripts = [path.name for path in RECIPES.glob("*.py") if config in path.read_text("utf-8")]
-    assert len(scripts) == 1, f"{config} belongs to {scripts}"
-    return scripts[0]
+def parsed(script: str, flags: str) -> dict[str, Any]:
+    """The arguments of a command by name, without the flags that need a GPU."""
+    argv = [flag for flag in shlex.split(flags.replace("\\\n", " ")) if flag != "--bf16"]
+    argv = [str(RECIPES.parent / flag) if flag.endswith(".yaml") else flag for flag in argv]
+    return {name: value for each in parse(KINDS[script], argv) for name, value in vars(each).items()}
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("configs/summarization/*.yaml")), ids=lambda path: path.name)
-def test_every_config_is_read_by_its_script(path: Path) -> None:
-    config = path.relative_to(RECIPES.parent).as_posix()
-    model_args, data_args, training_args = parse(KINDS[script_of(config)], ["--config", str(path)])
-    assert model_args.model_name_or_path is None
-    assert data_args.dataset_name is None
-    assert training_args.temporal_power == 1
-    assert training_args.output_dir == f"outputs/{path.stem}"
-    assert training_args.do_train
-    assert training_args.do_eval
-    assert data_args.max_eval_samples >= 64
+@pytest.fixture(autouse=True)
+def _as_if_there_were_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("accelerate/*cpu*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("configs/*/*.yaml")), ids=lambda path: path.stem)
+def test_every_config_opens_with_its_command(path: Path) -> None:
+    comment = "\n".join(line[1:] for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
+    (command,) = COMMAND.finditer(comment)
+    arguments = parsed(command["script"], command["flags"])
+    assert command["flags"].strip().endswith(path.relative_to(RECIPES.parent).as_posix())
+    assert arguments["task"] == ("copying" if path.parent.name == "copying" else "summarization")
+    assert arguments["output_dir"].startswith("outputs/")
+    assert arguments["temporal_power"] == 1
+    assert arguments["do_train"]
+    assert arguments["do_eval"]
+    assert arguments["max_eval_samples"] >= 64
+    assert command["engine"] is None or load_config_from_file(str(RECIPES.parent / command["engine"]))
+
+
+ENGINES = {
+    "cpu": ("NO", 1),
+    "ddp": ("MULTI_GPU", 8),
+    "ddp_cpu": ("MULTI_GPU", 2),
+    "deepspeed_zero2": ("DEEPSPEED", 8),
+    "deepspeed_zero3": ("DEEPSPEED", 8),
+    "fsdp2": ("FSDP", 8),
+}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("accelerate/*.yaml")), ids=lambda path: path.stem)
 def test_every_accelerate_config_is_read(path: Path) -> None:
     config = load_config_from_file(str(path))
-    assert config.use_cpu
-    assert config.num_processes == (2 if path.stem.startswith("ddp") else 1)
+    assert (config.distributed_type.value, config.num_processes) == ENGINES[path.stem]
+    assert config.use_cpu == ("cpu" in path.stem)
+    if path.stem.startswith("deepspeed"):
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
 
 
 @pytest.mark.parametrize("script", sorted(KINDS))
 def test_recipes_open_with_commands_that_parse(script: str) -> None:
     """One that is full, one for a look; the flags of every command are those of the recipe."""
-    text = (RECIPES / script).read_text("utf-8").split('"""')[1]
-    commands = re.findall(r"accelerate launch (?:--num_processes \d+ )?recipes/(\S+)((?:[^\n]|\\\n)*)", text)
-    assert len(commands) == 3
-    for name, flags in commands:
-        assert name == script
-        argv = [flag.strip('"') for flag in re.findall(r'"[^"]*"|[^\s\\]+', flags.replace("\\\n", " "))]
-        argv = [str(RECIPES.parent / flag) if flag.endswith(".yaml") else flag for flag in argv]
-        parse(KINDS[script], [flag for flag in argv if flag != "--bf16"])
+    text = (RECIPES / script).read_text("utf-8").split('"""')[1].replace("$'", "'")
+    commands = [*COMMAND.finditer(text)]
+    assert len(commands) == 4
+    for command in commands:
+        assert command["script"] == script
+        parsed(script, command["flags"])
 
 
 @pytest.fixture
@@ -81,12 +104,12 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_values_of_a_file_are_read_as_flags_are(config: Path) -> None:
-    model_args, data_args, training_args = parse(CAUSAL, ["--config", str(config)])
+    model_args, _, data_args, summarization_args, *_, training_args = parse(CAUSAL, ["--config", str(config)])
     assert training_args.learning_rate == 1e-4  # YAML 1.1 takes it for a text
     assert training_args.temporal_power == math.inf
     assert training_args.do_eval is False
-    assert data_args.num_beams == 3
-    assert data_args.source_prefix == "- in short: "
+    assert summarization_args.num_beams == 3
+    assert summarization_args.source_prefix == "- in short: "
     assert data_args.max_eval_samples is None
     assert model_args.use_peft is True
     assert model_args.lora_target_modules == ["q_proj", "v_proj"]
@@ -96,8 +119,9 @@ def test_values_of_a_file_are_read_as_flags_are(config: Path) -> None:
 def test_flags_override_the_file(config: Path, first: bool) -> None:
     flags = ["--num_beams", "5", "--temporal-power", "0.5", "--use_peft", "false", "--lora_target_modules", "k_proj"]
     argv = ["--config", str(config)]
-    model_args, data_args, training_args = parse(CAUSAL, [*argv, *flags] if first else [*flags, *argv])
-    assert data_args.num_beams == 5
+    parsed = parse(CAUSAL, [*argv, *flags] if first else [*flags, *argv])
+    model_args, _, _, summarization_args, *_, training_args = parsed
+    assert summarization_args.num_beams == 5
     assert training_args.temporal_power == 0.5
     assert training_args.learning_rate == 1e-4
     assert model_args.use_peft is False

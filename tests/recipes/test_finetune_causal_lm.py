@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_temporal.profile import load_profiles
 from hf_temporal.tasks.embedded_model import EMBEDDED_MODEL
-from recipes import finetune_causal_lm
-from recipes.finetune_causal_lm import SummarizationTrainer, main
+from recipes import finetune_causal_lm, models
+from recipes.finetune_causal_lm import CausalTrainer, main
 
 from .conftest import Tiny
 
@@ -28,12 +28,12 @@ ADAPTER = "adapter_model.safetensors"
 KILLED_AT_STEP_3 = """
 import os, signal, sys
 from recipes import finetune_causal_lm as recipe
-step = recipe.SummarizationTrainer.training_step
+step = recipe.CausalTrainer.training_step
 def training_step(self, *args, **kwargs):
     if self.state.global_step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *args, **kwargs)
-recipe.SummarizationTrainer.training_step = training_step
+recipe.CausalTrainer.training_step = training_step
 recipe.main(sys.argv[1:])
 """
 
@@ -73,10 +73,10 @@ def test_before_and_after_are_kept_and_the_model_learned(finished: Path) -> None
     for each in (before, after):
         names = {"rouge1", "rouge2", "rougeL", "gen_len", "loss", "temporal_loss", "head_loss", "tail_loss"}
         assert {f"eval_{name}" for name in names} <= set(each["metrics"])
-        assert len(each["summaries"]) == len(each["references"]) == 7
+        assert len(each["generated"]) == len(each["references"]) == 7
     assert before["references"] == after["references"]
     assert before["references"][0].startswith("Take x24 from file 24")
-    assert before["summaries"] != after["summaries"]
+    assert before["generated"] != after["generated"]
 
 
 def test_picture_profile_log_and_predictions(finished: Path) -> None:
@@ -97,7 +97,7 @@ def test_card_says_what_was_done(finished: Path, tiny: Tiny) -> None:
     for expected in (
         "| p | 1 |",
         "`sequence`",
-        "24 train, 7 validation, 5 test pairs",
+        "24 train, 7 validation, 5 test examples",
         sha256,
         "accelerate launch recipes/finetune_causal_lm.py",
         "--max_steps 4",
@@ -111,12 +111,12 @@ def test_card_says_what_was_done(finished: Path, tiny: Tiny) -> None:
         assert expected in card.text
     assert str(tiny.model.parent) not in str(card)
     assert card.data.library_name == "peft"
-    assert "hf_temporal" in card.data.tags
+    assert {"hf-temporal", "arxiv:2307.11462"} <= set(card.data.tags)
     assert {result.metric_type for result in card.data.eval_results} >= {"rouge1", "rouge2", "rougeL", "loss"}
 
 
 def test_embedded_model_is_recorded_by_its_name(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune_causal_lm, "embedded_model_folder", lambda: tiny.model)
+    monkeypatch.setattr(models, "embedded_model_folder", lambda: tiny.model)
     flags = tiny.flags(tmp_path / "run", "--max_steps", "1", "--do_eval", "false")
     main(flags[2:])
     assert (
@@ -158,7 +158,7 @@ def test_killed_and_continued_ends_in_the_same_adapter(
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-7)
     after, undisturbed = evaluations(output_dir)[1], evaluations(finished)[1]
-    assert after["summaries"] == undisturbed["summaries"]
+    assert after["generated"] == undisturbed["generated"]
     assert after["metrics"]["eval_loss"] == pytest.approx(undisturbed["metrics"]["eval_loss"], rel=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_a_finished_run_is_reported_and_not_trained_again(
     first = capsys.readouterr().out
     weights = (tmp_path / "run" / ADAPTER).read_bytes()
     (tmp_path / "run" / ADAPTER).unlink()
-    monkeypatch.setattr(SummarizationTrainer, "training_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(CausalTrainer, "training_step", lambda *_: pytest.fail("trained again"))
     main(tiny.flags(tmp_path / "run"))
     table = capsys.readouterr().out
     assert "| ROUGE-1" in table
@@ -290,8 +290,8 @@ def test_two_processes_evaluate_as_one_does(tiny: Tiny, tmp_path: Path, child_en
     assert "--num_processes 2" in (tmp_path / "run" / "README.md").read_text("utf-8")
     for several, alone in zip(evaluations(tmp_path / "run"), evaluations(tmp_path / "alone"), strict=True):
         assert several["references"] == alone["references"]
-        assert several["summaries"] == alone["summaries"]
-        assert len(set(alone["summaries"])) > 3
+        assert several["generated"] == alone["generated"]
+        assert len(set(alone["generated"])) > 3
         for name in ("eval_rouge1", "eval_temporal_loss", "eval_head_loss", "eval_tail_loss", "eval_gen_len"):
             assert several["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4), name
     weights = load_file(tmp_path / "alone" / ADAPTER)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from recipes import finetune_seq2seq
-from recipes.finetune_seq2seq import SummarizationTrainer, main
+from recipes.finetune_seq2seq import Seq2SeqTrainer, main
 
 from .conftest import Tiny
 
@@ -47,18 +47,18 @@ def test_small_t5_learns_and_is_reported(
     assert after["metrics"]["eval_loss"] < before["metrics"]["eval_loss"] - 0.1
     for name in ("rouge1", "rougeL", "temporal_loss", "head_loss", "tail_loss", "gen_len"):
         assert f"eval_{name}" in after["metrics"]
-    assert len(after["summaries"]) == len(after["references"]) == 7
+    assert len(after["generated"]) == len(after["references"]) == 7
     assert after["references"][0].startswith("Take x24 from file 24")
     assert len((run / "predictions.jsonl").read_text("utf-8").splitlines()) == 5
     assert (run / "loss_by_position.png").exists()
     card = (run / "README.md").read_text("utf-8")
-    assert "A small T5 from scratch." in card
+    assert "A new model: a small T5." in card
     assert "AutoModelForSeq2SeqLM" in card
     assert "| ROUGE-1" in capsys.readouterr().out
 
     weights = load_file(run / WEIGHTS)
     (run / WEIGHTS).unlink()
-    monkeypatch.setattr(SummarizationTrainer, "training_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Seq2SeqTrainer, "training_step", lambda *_: pytest.fail("trained again"))
     main(flags(tiny, run))
     for name, weight in load_file(run / WEIGHTS).items():
         assert torch.equal(weight, weights[name]), name
@@ -66,17 +66,17 @@ def test_small_t5_learns_and_is_reported(
 
 def test_interrupted_run_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(flags(tiny, tmp_path / "undisturbed"))
-    step = SummarizationTrainer.training_step
+    step = Seq2SeqTrainer.training_step
 
     def broken_off(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 3:
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(SummarizationTrainer, "training_step", broken_off)
+    monkeypatch.setattr(Seq2SeqTrainer, "training_step", broken_off)
     with pytest.raises(KeyboardInterrupt):
         main(flags(tiny, tmp_path / "run"))
-    monkeypatch.setattr(SummarizationTrainer, "training_step", step)
+    monkeypatch.setattr(Seq2SeqTrainer, "training_step", step)
     main(flags(tiny, tmp_path / "run"))
     expected = load_file(tmp_path / "undisturbed" / WEIGHTS)
     for name, weight in load_file(tmp_path / "run" / WEIGHTS).items():

@@ -1,71 +1,55 @@
-"""What the summarization recipes share: the model's arguments, evaluation before and after training, the card."""
+"""What the recipes share: evaluation before and after training, going on, what is written at the end."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import load_checkpoint_in_model
-from datasets import Dataset, DatasetDict
 from peft import PeftModel
-from transformers import (
-    IntervalStrategy,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_temporal.model_card import TrainingRun
-from hf_temporal.tasks.summarization import SummarizationArguments, SummarizationData, SummaryScores
 from recipes.continuation import Continuation, continue_run
-from recipes.summarization_report import Card, before_and_after, draw_loss_by_position, report, save_evaluation
+from recipes.report import (
+    Card,
+    before_and_after,
+    draw_loss_by_position,
+    load_evaluations,
+    report,
+    save_evaluation,
+)
+from recipes.tasks import Scores, Task
 
 PREDICTIONS_NAME = "predictions.jsonl"
+RESULTS_NAME = "all_results.json"
 FREE_SETTINGS = ("overwrite_cache", "preprocessing_num_workers")  # a run stays the same one when they change
 
 
-@dataclass
-class ModelArguments:
-    """Which model is trained."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model on the Hub, or folder; unset: the recipe's own."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Of the weights when loaded.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
-
-
-def begin(
-    training_args: TrainingArguments,
-    model_args: ModelArguments,
-    data_args: SummarizationArguments,
-    data: SummarizationData,
-) -> Continuation:
+def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task) -> Continuation:
     """Where training goes on in `output_dir`; a `hub_token` becomes the environment's HF_TOKEN.
+
+    `arguments` are the dataclasses that, beside the training's, make a run the same one.
 
     Raises ValueError where a split is missing that `do_train`, `do_eval` or `do_predict` needs.
     """
+    there = task.data.splits
     for flag, split in (("do_train", "train"), ("do_eval", "validation"), ("do_predict", "test")):
-        if getattr(training_args, flag) and split not in data.splits:
-            raise ValueError(f"{flag}=True needs a {split} split, and the data have: {', '.join(data.splits)}")
+        if getattr(training_args, flag) and split not in there:
+            raise ValueError(f"{flag}=True needs a {split} split, and the data have: {', '.join(there)}")
     if training_args.hub_token:
-        # training_args.bin is uploaded with the model and holds every argument
+        # training_args.bin holds every argument
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if not training_args.do_train:
         return Continuation(None, finished=False)
-    settings = asdict(model_args) | asdict(data_args) | {"sha256_of_the_data": data.sha256}
+    settings = {name: value for each in arguments for name, value in asdict(each).items()}
+    settings["sha256_of_the_data"] = task.data.sha256
     return continue_run(training_args, {name: settings[name] for name in settings if name not in FREE_SETTINGS})
 
 
@@ -83,7 +67,7 @@ def share_cores() -> None:
 class EvaluationLog(TrainerCallback):
     """Evaluates after the last step, and keeps what every evaluation found, so that an interruption loses none."""
 
-    def __init__(self, scores: SummaryScores) -> None:
+    def __init__(self, scores: Scores | None) -> None:
         self.scores = scores
 
     def on_step_end(
@@ -99,12 +83,8 @@ class EvaluationLog(TrainerCallback):
     ) -> TrainerControl:
         """Write the evaluation down."""
         if state.is_world_process_zero:
-            evaluation = {
-                "step": state.global_step,
-                "metrics": arguments["metrics"],
-                "summaries": self.scores.summaries,
-                "references": self.scores.references,
-            }
+            record = self.scores.record if self.scores else {}
+            evaluation = {"step": state.global_step, "metrics": arguments["metrics"], **record}
             save_evaluation(Path(str(args.output_dir)), evaluation)
         return control
 
@@ -122,25 +102,7 @@ class CardMixin:
             self.card.save(Path(self.args.output_dir))
 
 
-def encode(
-    data: SummarizationData,
-    function: Callable[..., dict[str, list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
-    training_args: TrainingArguments,
-    data_args: SummarizationArguments,
-) -> DatasetDict:
-    """Tokenize every split with `function(pair, tokenizer=, arguments=)`."""
-    with training_args.main_process_first():
-        return data.splits.map(
-            functools.partial(function, tokenizer=tokenizer, arguments=data_args),
-            remove_columns=["text", "summary"],
-            num_proc=data_args.preprocessing_num_workers,
-            load_from_cache_file=not data_args.overwrite_cache,
-            desc="Tokenizing",
-        )
-
-
-def carry_out(trainer: Any, run: Continuation, scores: SummaryScores, splits: DatasetDict) -> None:
+def carry_out(trainer: Any, run: Continuation, task: Task, scores: Scores | None, splits: dict[str, Any]) -> None:
     """Train with an evaluation before and after, predict, and report: whatever `do_train` and the like ask for."""
     args = trainer.args
     if args.do_eval:
@@ -157,7 +119,7 @@ def carry_out(trainer: Any, run: Continuation, scores: SummaryScores, splits: Da
     if args.do_predict:
         predict(trainer, scores, splits["test"])
     if args.do_eval and args.should_save:
-        print(f"\n{report(Path(args.output_dir))}\n")
+        print(f"\n{report(Path(args.output_dir), task.metrics)}\n")
 
 
 def restore_weights(model: Any, checkpoint: str) -> None:
@@ -169,54 +131,57 @@ def restore_weights(model: Any, checkpoint: str) -> None:
         model.tie_weights()
 
 
-def predict(trainer: Any, scores: SummaryScores, pairs: Dataset) -> None:
-    """Print the metrics of the test pairs, and write their summaries into `predictions.jsonl`."""
-    trainer.log_metrics("predict", trainer.predict(pairs, metric_key_prefix="predict").metrics)
-    if trainer.args.should_save:
+def predict(trainer: Any, scores: Scores | None, examples: Any) -> None:
+    """Print the metrics of the test examples, and write their answers into `predictions.jsonl`."""
+    trainer.log_metrics("predict", trainer.predict(examples, metric_key_prefix="predict").metrics)
+    if trainer.args.should_save and scores is not None:
         lines = [
-            json.dumps({"summary": summary, "reference": reference}, ensure_ascii=False) + "\n"
-            for summary, reference in zip(scores.summaries, scores.references, strict=True)
+            json.dumps({"generated": generated, "reference": reference}, ensure_ascii=False) + "\n"
+            for generated, reference in zip(scores.record["generated"], scores.record["references"], strict=True)
         ]
         (Path(trainer.args.output_dir) / PREDICTIONS_NAME).write_text("".join(lines), encoding="utf-8")
 
 
 def publish(
     trainer: Any,
-    data: SummarizationData,
+    task: Task,
     *,
     command: str,
-    summary: str,
     usage: str,
+    trained: str,
     base_model: str | None,
     base_model_note: str | None,
 ) -> None:
-    """Save the model with its card, and push both to the Hub where `push_to_hub` says so.
+    """Save the model with its card, push both to the Hub where `push_to_hub` says so, and close the run.
+
+    `all_results.json`, the last of all files, tells that nothing is left to do.
 
     Args:
         trainer: has a `CardMixin` in front.
-        data: what it was trained on.
+        task: what was learned.
         command: what was typed.
-        summary: the card's first sentences.
-        usage: Python code that summarizes with the model.
+        usage: Python code that uses the model.
+        trained: what of which model was trained, for the card's first sentence.
         base_model: Hub id of the model that was trained; None for one from scratch.
         base_model_note: a sentence on where its weights come from.
     """
-    args = trainer.args
+    args, data = trainer.args, task.data
     output_dir = Path(args.output_dir)
-    pairs = ", ".join(f"{len(data.splits[split]):,} {split}" for split in data.splits)
+    sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in data.splits.items())
     by_package = "; no package is in two of these" if data.provenance else ""
     trainer.card = Card(
         name=output_dir.name,
-        summary=summary,
+        summary=f"{trained} trained to {task.verb}: {data.name}.",
         usage=usage,
         library="peft" if isinstance(trainer.model, PeftModel) else "transformers",
+        pipeline_tag=task.pipeline_tag,
         run=TrainingRun(
             weighting=trainer.weighting,
-            metrics=before_and_after(output_dir),
+            metrics=before_and_after(output_dir, task.metrics),
             command=command,
-            task="summarization",
+            task=task.pipeline_tag,
             dataset=data.name,
-            data=f"{pairs} pairs{by_package}",
+            data=f"{sizes} examples{by_package}",
             data_hash=data.sha256,
             data_versions=(data.provenance or {}).get("versions", {}),
             seed=args.seed,
@@ -233,6 +198,15 @@ def publish(
     else:
         trainer.save_model()
         trainer.create_model_card()
+    if args.should_save:
+        close(output_dir, trainer.state.log_history)
+
+
+def close(output_dir: Path, logs: list[dict[str, float]]) -> None:
+    """Write the last evaluation's metrics and the training's into `all_results.json`."""
+    results = {name: value for log in logs if "train_runtime" in log for name, value in log.items()}
+    results |= {name: value for each in load_evaluations(output_dir)[-1:] for name, value in each["metrics"].items()}
+    (output_dir / RESULTS_NAME).write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def command_line(script: str, argv: Sequence[str], training_args: TrainingArguments) -> str:

@@ -1,4 +1,4 @@
-"""What a summarization run found: evaluations kept in a file, a table and samples before and after, picture, card."""
+"""What a run found: evaluations kept in a file, a table and samples before and after, picture, card."""
 
 from __future__ import annotations
 
@@ -16,24 +16,15 @@ from hf_temporal.profile import PROFILE_NAME, load_profiles
 EVALUATIONS_NAME = "evaluations.json"
 PICTURE_NAME = "loss_by_position.png"
 SAMPLES = 5
-METRICS = {
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "loss": "loss",
-    "temporal_loss": "weighted loss",
-    "head_loss": "loss, first quarter of the target",
-    "tail_loss": "loss, last quarter of the target",
-    "gen_len": "tokens per summary",
-}
 
+Metrics = dict[str, tuple[str, int]]  # name in the logs: title, decimals
 Evaluation = dict[str, Any]
 
 
 def save_evaluation(output_dir: Path, evaluation: Evaluation) -> None:
     """Add an evaluation to `evaluations.json`, in place of any of its step or a later one.
 
-    `{"evaluations": [{"step": 0, "metrics": {...}, "summaries": [...], "references": [...]}, ...]}`
+    `{"evaluations": [{"step": 0, "metrics": {...}, "generated": [...], "references": [...]}, ...]}`
     """
     earlier = [each for each in load_evaluations(output_dir) if each["step"] < evaluation["step"]]
     path = output_dir / EVALUATIONS_NAME
@@ -58,47 +49,47 @@ def first_and_last(output_dir: Path) -> list[Evaluation]:
     return evaluations[:1] + evaluations[1:][-1:]
 
 
-def before_and_after(output_dir: Path) -> dict[str, float | tuple[float, float]]:
-    """The `METRICS` of the first and the last evaluation, by their names in the logs; empty where there are none."""
+def before_and_after(output_dir: Path, metrics: Metrics) -> dict[str, float | tuple[float, float]]:
+    """The `metrics` of the first and the last evaluation, by their names in the logs; empty where there are none."""
     shown = [each["metrics"] for each in first_and_last(output_dir)]
-    names = [f"eval_{name}" for name in METRICS]
+    names = [f"eval_{name}" for name in metrics]
     if len(shown) == 2:
-        return {name: (shown[0][name], shown[1][name]) for name in names if name in shown[1]}
-    return {name: metrics[name] for metrics in shown for name in names if name in metrics}
+        return {name: (shown[0][name], shown[1][name]) for name in names if name in shown[0].keys() & shown[1].keys()}
+    return {name: found[name] for found in shown for name in names if name in found}
 
 
-def report(output_dir: Path) -> str:
+def report(output_dir: Path, metrics: Metrics) -> str:
     """Table and samples of the first and the last evaluation, in Markdown."""
     shown = first_and_last(output_dir)
-    return f"{results_table(shown)}\n\n{sample_summaries(shown)}" if shown else ""
+    return f"{results_table(shown, metrics)}\n\n{samples(shown)}".rstrip() if shown else ""
 
 
-def results_table(evaluations: list[Evaluation]) -> str:
-    """A row for each of `METRICS`, a column for each evaluation; ROUGE with its 95 % interval."""
+def results_table(evaluations: list[Evaluation], metrics: Metrics) -> str:
+    """A row for each of `metrics`, a column for each evaluation; with 95 % intervals where there are any."""
     rows = [["", *(f"step {each['step']}" for each in evaluations)]]
-    rows += [
-        [title, *(_cell(each["metrics"], f"eval_{name}") for each in evaluations)] for name, title in METRICS.items()
-    ]
+    for name, (title, decimals) in metrics.items():
+        cells = [_cell(each["metrics"], f"eval_{name}", decimals) for each in evaluations]
+        rows += [[title, *cells]] if any(cells) else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
-def _cell(metrics: dict[str, float], name: str) -> str:
+def _cell(metrics: dict[str, float], name: str, decimals: int) -> str:
     if name not in metrics:
         return ""
-    if f"{name}_low" in metrics:
-        return f"{metrics[name]:.1f} [{metrics[f'{name}_low']:.1f}, {metrics[f'{name}_high']:.1f}]"
-    return f"{metrics[name]:.1f}" if name == "eval_gen_len" else f"{metrics[name]:.3f}"
+    ends = [metrics[end] for end in (f"{name}_low", f"{name}_high") if end in metrics]
+    interval = f" [{', '.join(f'{end:.{decimals}f}' for end in ends)}]" if ends else ""
+    return f"{metrics[name]:.{decimals}f}{interval}"
 
 
-def sample_summaries(evaluations: list[Evaluation]) -> str:
-    """The first references, each above its summaries in every evaluation."""
+def samples(evaluations: list[Evaluation]) -> str:
+    """The first references, each above the answers in every evaluation."""
     lines = []
-    for index, reference in enumerate(evaluations[-1]["references"][:SAMPLES]):
+    for index, reference in enumerate(evaluations[-1].get("references", [])[:SAMPLES] if evaluations else []):
         lines.append(f"{index + 1}. reference: {_one_line(reference)}")
-        lines += [f"   - step {each['step']}: {_one_line(each['summaries'][index])}" for each in evaluations]
+        lines += [f"   - step {each['step']}: {_one_line(each['generated'][index])}" for each in evaluations]
     return "\n".join(lines)
 
 
@@ -124,19 +115,21 @@ class Card:
     summary: str
     usage: str
     library: str
+    pipeline_tag: str
     run: TrainingRun
 
     def save(self, folder: Path) -> None:
         """Write `README.md`."""
         data = ModelCardData(
             library_name=self.library,
-            pipeline_tag="summarization",
-            tags=["summarization"],
+            pipeline_tag=self.pipeline_tag,
+            tags=[self.pipeline_tag],
             base_model=self.run.base_model,
             model_name=self.name,
         )
         shown = first_and_last(folder)
-        samples = f"\n\n## Summaries of held-out texts\n\n{sample_summaries(shown)}" if shown else ""
-        text = f"# {self.name}\n\n{self.summary}\n\n## Use\n\n```python\n{self.usage}\n```{samples}\n"
+        answers = samples(shown)
+        held_out = f"\n\n## Answers to held-out examples\n\n{answers}" if answers else ""
+        text = f"# {self.name}\n\n{self.summary}\n\n## Use\n\n```python\n{self.usage}\n```{held_out}\n"
         (folder / CARD_NAME).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
         add_temporal_section(folder, self.run)
