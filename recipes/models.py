@@ -388,12 +388,3 @@ def _fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, a
 
 def _is_tied(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def drop_decoder_start(labels: list[int], decoder_start_token_id: int | None) -> list[int]:
-    """`labels` without a first token that the decoder is given anyway.
-
-    A decoder that starts with [CLS] is to predict what follows it; labels [CLS] a b [SEP] would teach it to say [CLS]
-    again. BART starts with </s> and says <s> itself, so its labels stay.
-    """
-    return labels[1:] if labels[:1] == [decoder_start_token_id] else labels

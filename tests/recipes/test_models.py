@@ -32,7 +32,6 @@ from recipes.adapters import add_adapter, check_mergeable, merge_adapter
 from recipes.models import (
     ModelArguments,
     Seq2SeqModelArguments,
-    drop_decoder_start,
     load_causal_lm,
     load_seq2seq_lm,
     load_tokenizer,
@@ -369,20 +368,6 @@ def test_a_head_that_is_random_is_not_left_so_by_an_adapter(bert: Path, tmp_path
     assert model.get_output_embeddings() is not None
     with pytest.raises(ValueError, match=r"has no weights for cls\.predictions.*which an adapter would leave random"):
         load_seq2seq_lm(pair_of(tmp_path, use_peft=True, merge_adapter=True))
-
-
-@pytest.mark.parametrize(
-    ("start", "labels", "expected"),
-    [
-        (3, [3, 7, 8, 4], [7, 8, 4]),  # BERT's: [CLS] is given
-        (2, [0, 7, 8, 2], [0, 7, 8, 2]),  # BART's: </s> is given, <s> is said
-        (0, [7, 8, 1], [7, 8, 1]),  # T5's
-        (3, [], []),
-        (None, [7], [7]),
-    ],
-)
-def test_the_start_of_the_decoder_is_no_target(start: int | None, labels: list[int], expected: list[int]) -> None:
-    assert drop_decoder_start(labels, start) == expected
 
 
 # ---- four bits
