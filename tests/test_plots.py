@@ -12,8 +12,16 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
-from hf_temporal.plots import plot_loss_by_position, plot_weights
+from hf_temporal.plots import (
+    PowerPanel,
+    plot_curves_by_power,
+    plot_loss_by_position,
+    plot_loss_by_position_and_power,
+    plot_metrics_by_power,
+    plot_weights,
+)
 from hf_temporal.weighting import TemporalWeighting
 
 
@@ -90,9 +98,80 @@ def test_weights_are_those_of_the_library(tmp_path: Path) -> None:
     assert_is_picture(tmp_path / "weights.png")
 
 
+def test_every_seed_is_a_dot_and_every_mean_has_its_interval(tmp_path: Path) -> None:
+    recall = PowerPanel(
+        "recall",
+        {4.0: {0: 0.9, 1: 0.8}, 0.0: {0: 0.5, 1: 0.7}, math.inf: {1: math.nan}, -1.0: {0: 0.1}},
+        {4.0: (0.7, 1.0), 0.0: (0.4, 0.9), math.inf: None, -1.0: None},
+    )
+    steps = PowerPanel("steps", {0.0: {0: 30.0, 1: 30.0}}, {0.0: (30.0, 30.0)}, frozenset({(0.0, 1)}))
+    figure = plot_metrics_by_power([recall, steps], tmp_path / "made" / "powers.png", title="a comparison")
+    above, below = figure.axes
+    assert [label.get_text() for label in below.get_xticklabels()] == ["−1", "0", "4", "∞"]
+    points = [
+        (round(float(np.asarray(line.get_xdata())[0])), float(np.asarray(line.get_ydata())[0]), line.get_marker())
+        for line in above.get_lines()
+        if line.get_marker() in ("o", "D")
+    ]
+    dots = sorted(point for point in points if point[2] == "o" and not math.isnan(point[1]))
+    assert [dot[:2] for dot in dots] == [(0, 0.1), (1, 0.5), (1, 0.7), (2, 0.8), (2, 0.9)]
+    assert sorted(point[:2] for point in points if point[2] == "D") == [
+        (0, 0.1), (1, pytest.approx(0.6)), (2, pytest.approx(0.85)),
+    ]  # fmt: skip
+    bars = [tuple(np.asarray(path.vertices)[:, 1]) for each in above.collections for path in each.get_paths()]
+    assert sorted(bars) == [(pytest.approx(0.4), pytest.approx(0.9)), (pytest.approx(0.7), pytest.approx(1.0))]
+    hollow = [line.get_markerfacecolor() for line in below.get_lines() if line.get_marker() == "o"]
+    assert [face == "white" for face in hollow] == [False, True]
+    assert (above.get_ylabel(), below.get_ylabel(), figure.get_suptitle()) == ("recall", "steps", "a comparison")
+    assert_is_picture(tmp_path / "made" / "powers.png")
+
+
+def test_loss_by_position_of_every_power_and_its_difference_from_none(tmp_path: Path) -> None:
+    profiles = {4.0: profile(30, empty=(2,)), 0.0: profile(10), -0.5: profile(20)}
+    figure = plot_loss_by_position_and_power(profiles, tmp_path / "loss.png", title="a comparison")
+    losses, differences = figure.axes
+    drawn = [np.asarray(line.get_ydata()) for line in differences.get_lines()]
+    np.testing.assert_allclose(drawn[0], [-0.1] * 10)
+    np.testing.assert_allclose(drawn[1], [-0.2 if k != 2 else math.nan for k in range(10)])
+    np.testing.assert_array_equal(drawn[2], np.zeros(10))
+    np.testing.assert_allclose(np.asarray(losses.get_lines()[2].get_ydata()), [4.9 - 0.1 * k for k in range(10)])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["−0.5", "0", "4"]
+    for line, power in zip(legend.get_lines(), (0, 2, 1), strict=True):
+        assert to_rgb(line.get_color()) == to_rgb(losses.get_lines()[power].get_color()), "as in the panel"
+    assert_is_picture(tmp_path / "loss.png")
+    alone = plot_loss_by_position_and_power({4.0: profile(30)}, tmp_path / "alone.png", title="no p = 0")
+    assert len(alone.axes) == 1
+
+
+def test_curves_of_every_seed_and_their_mean(tmp_path: Path) -> None:
+    curves = {
+        "recall": {0.0: [{0: 0.0, 10: 0.4, 20: 0.5}, {0: 0.2, 10: 0.6}], 2.0: [{0: 0.1, 10: 0.9}]},
+        "loss": {0.0: [{0: 3.0}, {0: 5.0}]},
+    }
+    figure = plot_curves_by_power(curves, tmp_path / "curves.png", title="a comparison")
+    recall, loss = figure.axes
+    thin = [np.asarray(line.get_ydata()).tolist() for line in recall.get_lines() if line.get_linewidth() < 1]
+    thick = [np.asarray(line.get_ydata()).tolist() for line in recall.get_lines() if line.get_linewidth() > 1]
+    assert thin == [[0.1, 0.9], [0.0, 0.4, 0.5], [0.2, 0.6]]
+    assert thick == [[0.1, 0.9], [pytest.approx(0.1), pytest.approx(0.5)]]
+    assert loss.get_lines()[-1].get_ydata() == [4.0]
+    assert "step" in loss.get_xlabel()
+    assert_is_picture(tmp_path / "curves.png")
+
+
+def test_lightness_orders_the_powers(tmp_path: Path) -> None:
+    """What is told apart by lightness is told apart under every colour blindness."""
+    profiles = {power: profile(1) for power in (-1.0, 0.5, 1.0, 2.0, 4.0, 10.0, math.inf)}
+    (legend,) = plot_loss_by_position_and_power(profiles, tmp_path / "loss.png", title="many").legends
+    lightness = [np.dot(to_rgb(line.get_color()), (0.2126, 0.7152, 0.0722)) for line in legend.get_lines()]
+    assert (np.diff(lightness) > 0.02).all()
+
+
 def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     plot_weights(tmp_path / "weights.png")
+    plot_curves_by_power({"recall": {0.0: [{0: 0.0, 9: 1.0}]}}, tmp_path / "curves.png", title="one")
     plot_loss_by_position([profile(0)], tmp_path / "loss.png")
     assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == before
