@@ -1,0 +1,303 @@
+"""What a comparison over p leaves: `summary.json`, `summary.md` and three pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hf_temporal.plots import (
+    PowerPanel,
+    plot_curves_by_power,
+    plot_loss_by_position_and_power,
+    plot_metrics_by_power,
+)
+from hf_temporal.profile import PROFILE_NAME, load_profiles
+from recipes.benchmarks.report import environment, table
+from recipes.comparison import (
+    ALPHA,
+    Cell,
+    Difference,
+    Evaluations,
+    Quantity,
+    compare,
+    curve,
+    mean_interval,
+    number,
+    power_name,
+    quantities,
+    title_of,
+)
+
+SUMMARY_NAME = "summary.json"
+REPORT_NAME = "summary.md"
+PICTURES = {
+    "metric_by_power.png": "What each p ends at",
+    "loss_by_position.png": "Loss by position in the target at the last evaluation, mean over seeds",
+    "curves.png": "Every evaluation on the way",
+}
+HARDWARE = ("processor", "cores", "accelerator")
+ARROWS = {1: " ↑", -1: " ↓", 0: ""}
+UNTOLD = ("not told apart", "not compared")
+NOTES = f"""\
+- In the table: mean over seeds and its 95 % t interval; ↑ higher is better, ↓ lower is better. A cell without a word
+  is not told apart from p = 0.
+- Each p is compared with p = 0 on the same seeds by a paired t-test, two-sided. What stands in brackets behind a
+  difference is its 95 % t interval; d_z is the mean difference divided by the differences' standard deviation.
+- P-values are corrected for the number of p (Holm), not for the number of columns; intervals are not corrected. Told
+  apart is what has a corrected P-value below {ALPHA}. Not told apart does not mean equal: the interval says what is
+  possible.
+- A difference that is the same on every seed leaves the t-test nothing to estimate noise from. Its P-value is that of
+  its sign, 2^(1 − seeds)."""
+STEPS_NOTE = """
+- Steps are those of the first evaluation that shows the value, as fine as evaluations are dense. A run that does not
+  get there within the steps that all runs have counts as having taken them all, in means and tests alike: what is
+  compared is the mean of min(steps, budget), which needs no guess at when such a run would have got there."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A comparison as it stands.
+
+    Args:
+        title: of report and pictures.
+        metric: the one that decides, and `reach` the value of it that steps are counted to.
+        cells: the whole grid.
+        failed: exit status of the cells that failed just now.
+        commands: of the comparison, and of its first cell.
+        settings: as kept in the folder.
+    """
+
+    title: str
+    metric: str
+    reach: float | None
+    cells: Sequence[Cell]
+    failed: Mapping[Cell, int]
+    commands: tuple[str, str]
+    settings: Mapping[str, Any]
+
+
+def write_summary(outcome: Outcome, output_dir: Path) -> str:
+    """Write all five files from the cells that are finished; the words and the table.
+
+    `summary.json`, in which "inf" stands for infinity and null for NaN or for what the data cannot say:
+
+    - `version` 1, `title`, `metric`, `reach`, `commands`, `settings` (the recipe, its configuration and the flags
+      beside it), `environment` (date, system, hardware, versions);
+    - `powers`, `seeds`;
+    - `cells`: of each p and seed `power`, `seed`, `folder`, `state` ("finished", "failed" or "not run"),
+      `exit_status` (of one that failed), `step` and `metrics` (of the last evaluation);
+    - `quantities`: of each `title`, `direction` (1: higher is better, −1: lower, 0: neither) and `by_power`: `power`,
+      `values` (by seed), `not_reached` (the seeds whose value is the budget of steps), `mean`, `interval` (95 %), and
+      for p ≠ 0 `against_0` with `seeds`, `mean`, `usual`, `difference`, `interval`, `d_z`, `p_value`, `holm`,
+      `verdict` and `words`, see `recipes.comparison.Difference`.
+
+    Raises ValueError where no cell is finished, or one has no evaluation with the metric.
+    """
+    runs = {cell: cell.evaluations(outcome.metric) for cell in outcome.cells if cell.finished}
+    if not runs:
+        raise ValueError(f"{output_dir} holds no finished cell; accepted: one or more")
+    found = [(each, compare(each)) for each in quantities(runs, outcome.metric, outcome.reach)]
+    summary = _summary(outcome, runs, found)
+    path = output_dir / SUMMARY_NAME
+    path.write_text(
+        json.dumps(_plain(summary), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    decisive = found[: 1 if outcome.reach is None else 2]
+    pictures = _draw(outcome, runs, [quantity for quantity, _ in decisive], output_dir)
+    findings = f"{_conclusions(decisive)}\n\n{_results_table(found)}"
+    report = _report(outcome, findings, summary["environment"], pictures)
+    (output_dir / REPORT_NAME).write_text(report, encoding="utf-8")
+    return findings
+
+
+# ---- summary.json
+
+
+def _summary(
+    outcome: Outcome, runs: Mapping[Cell, Evaluations], found: Sequence[tuple[Quantity, dict[float, Difference]]]
+) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "title": outcome.title,
+        "metric": outcome.metric,
+        "reach": outcome.reach,
+        "powers": sorted({cell.power for cell in outcome.cells}),
+        "seeds": sorted({cell.seed for cell in outcome.cells}),
+        "quantities": [
+            {
+                "title": quantity.title,
+                "direction": quantity.direction,
+                "by_power": [_row(quantity, power, differences.get(power)) for power in quantity.values],
+            }
+            for quantity, differences in found
+        ],
+        "cells": [_cell_state(outcome, cell, runs.get(cell)) for cell in outcome.cells],
+        "commands": outcome.commands,
+        "settings": outcome.settings,
+        "environment": environment(),
+    }
+
+
+def _row(quantity: Quantity, power: float, difference: Difference | None) -> dict[str, Any]:
+    values = quantity.values[power]
+    row: dict[str, Any] = {
+        "power": power,
+        "values": values,
+        "not_reached": [seed for seed in values if (power, seed) in quantity.bounds],
+        "mean": fmean(values.values()),
+        "interval": mean_interval(list(values.values())),
+    }
+    return row | ({"against_0": asdict(difference)} if difference else {})
+
+
+def _cell_state(outcome: Outcome, cell: Cell, evaluations: Evaluations | None) -> dict[str, Any]:
+    state: dict[str, Any] = {"power": cell.power, "seed": cell.seed, "folder": cell.name}
+    if evaluations:
+        step = max(evaluations)
+        return state | {"state": "finished", "step": step, "metrics": evaluations[step]}
+    if cell in outcome.failed:
+        return state | {"state": "failed", "exit_status": outcome.failed[cell]}
+    return state | {"state": "not run"}
+
+
+def _plain(value: Any) -> Any:
+    """The value in terms of JSON, which has no infinity ("inf" stands for it) and no NaN (null)."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+# ---- summary.md
+
+
+def _report(outcome: Outcome, findings: str, about: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    seeds = sorted({cell.seed for cell in outcome.cells})
+    comparison, cell = outcome.commands
+    hardware = ", ".join(f"{name} {value}" for name, value in about["hardware"].items() if name in HARDWARE)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return "\n\n".join(
+        [
+            f"# {outcome.title}: which p?",
+            findings,
+            _missing(outcome),
+            *(f"![{PICTURES[name]}]({name})" for name in pictures),
+            "## How to read it",
+            NOTES + (STEPS_NOTE if outcome.reach is not None else ""),
+            "## How it was made",
+            f"```\n{comparison}\n```",
+            "Each cell is one command with its own p, seed and folder, `--dry_run` prints them all; the first:",
+            f"```\n{cell}\n```",
+            f"- seeds: {', '.join(map(str, seeds))}\n- hardware: {hardware}\n- versions: {versions}\n"
+            f"- summary of {about['date']}",
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def _conclusions(found: Sequence[tuple[Quantity, dict[float, Difference]]]) -> str:
+    """One line per quantity that sorts the p by verdict, then one sentence per p."""
+    lines = []
+    for quantity, differences in found:
+        by_verdict: dict[str, list[str]] = {}
+        for power, difference in sorted(differences.items(), key=lambda item: (item[1].verdict in UNTOLD, item[0])):
+            by_verdict.setdefault(difference.verdict, []).append(power_name(power))
+        conclusion = "; ".join(f"{verdict} at p = {', '.join(powers)}" for verdict, powers in by_verdict.items())
+        lines.append(f"**{quantity.title}**, compared with p = 0: {conclusion or 'no other p is finished'}.\n")
+        lines += [f"- {difference.words}" for difference in differences.values()]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _results_table(found: Sequence[tuple[Quantity, dict[float, Difference]]]) -> str:
+    columns = ["p", "seeds", *(f"{quantity.title}{ARROWS[quantity.direction]}" for quantity, _ in found)]
+    rows = []
+    for power, values in found[0][0].values.items():
+        cells = [_table_cell(quantity, power, differences.get(power)) for quantity, differences in found]
+        rows.append(dict(zip(columns, [power_name(power), str(len(values)), *cells], strict=True)))
+    return table(rows, columns)
+
+
+def _table_cell(quantity: Quantity, power: float, difference: Difference | None) -> str:
+    values = quantity.values[power]
+    missed = sum((power, seed) in quantity.bounds for seed in values)
+    if missed == len(values):
+        text = f"> {number(quantity.budget)}"
+    else:
+        text = number(fmean(values.values()))
+        if interval := mean_interval(list(values.values())):
+            text += f" [{number(interval[0])}, {number(interval[1])}]"
+        if missed:
+            text += f", {missed} of {len(values)} > {number(quantity.budget)}"
+    told = difference is not None and difference.verdict not in UNTOLD
+    return f"{text} **{difference.verdict}**" if difference is not None and told else text
+
+
+def _missing(outcome: Outcome) -> str:
+    missing = [cell for cell in outcome.cells if not cell.finished]
+    if not missing:
+        return f"All {len(outcome.cells)} cells are finished."
+    names = [
+        f"p = {power_name(cell.power)} with seed {cell.seed}"
+        + (f" (failed with exit status {outcome.failed[cell]})" if cell in outcome.failed else "")
+        for cell in missing
+    ]
+    return f"Not finished, {len(missing)} of {len(outcome.cells)} cells: {'; '.join(names)}."
+
+
+# ---- pictures
+
+
+def _draw(
+    outcome: Outcome, runs: Mapping[Cell, Evaluations], decisive: Sequence[Quantity], output_dir: Path
+) -> list[str]:
+    """Draw the pictures that there are data for; their names."""
+    by_power, by_position, on_the_way = PICTURES
+    panels = [
+        PowerPanel(
+            quantity.title + ("\n(hollow: not reached)" if quantity.bounds else ""),
+            quantity.values,
+            {power: mean_interval(list(values.values())) for power, values in quantity.values.items()},
+            quantity.bounds,
+        )
+        for quantity in decisive
+    ]
+    plot_metrics_by_power(panels, output_dir / by_power, title=outcome.title)
+    powers = sorted({cell.power for cell in runs})
+    curves = {
+        title_of(metric): {
+            power: [curve(evaluations, metric) for cell, evaluations in runs.items() if cell.power == power]
+            for power in powers
+        }
+        for metric in dict.fromkeys([outcome.metric, "loss"])
+        if all(curve(evaluations, metric) for evaluations in runs.values())
+    }
+    plot_curves_by_power(curves, output_dir / on_the_way, title=outcome.title)
+    profiles = {power: [_last_profile(cell) for cell in runs if cell.power == power] for power in powers}
+    if not all(all(each) for each in profiles.values()):
+        return [by_power, on_the_way]
+    means = {power: _mean_profile([each for each in profiles[power] if each]) for power in powers}
+    plot_loss_by_position_and_power(means, output_dir / by_position, title=outcome.title)
+    return list(PICTURES)
+
+
+def _last_profile(cell: Cell) -> dict[str, Any] | None:
+    path = cell.folder / PROFILE_NAME
+    profiles = [each for each in load_profiles(path) if each["split"] == "eval"] if path.is_file() else []
+    return profiles[-1] if profiles else None
+
+
+def _mean_profile(profiles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over seeds of each bin's loss; None where no seed has a token there."""
+    bins = []
+    for same_bin in zip(*(profile["bins"] for profile in profiles), strict=True):
+        losses = [each["loss"] for each in same_bin if each["loss"] is not None]
+        bins.append({**same_bin[0], "loss": fmean(losses) if losses else None})
+    return {"bins": bins}
