@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -9,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,6 +28,7 @@ from .model_card import (
     draw_loss_by_position,
     last_component,
     public_card,
+    without_private,
     without_tokens,
 )
 from .profile import PROFILE_NAME
@@ -109,8 +111,6 @@ class HubMixin(_Trainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -119,6 +119,9 @@ class HubMixin(_Trainer):
             kwargs["tags"] = list(dict.fromkeys(tags))
         kwargs.setdefault("model_name", self._repository_name)
         self.create_model_card(**kwargs)
+        if self.hub_model_id is None:
+            with _what_to_run_again(self._repository_name, str(commit_message), str(self.args.output_dir)):
+                self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
         self._finish_current_push()
         self._warn_of_failed_pushes()
         return self._upload(
@@ -171,7 +174,8 @@ class HubMixin(_Trainer):
 
     @property
     def _repository_name(self) -> str:
-        return str(self.hub_model_id).rpartition("/")[2]
+        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        return str(name).rpartition("/")[2]
 
     def _upload(
         self,
@@ -205,8 +209,8 @@ class HubMixin(_Trainer):
             copies.make_all(source, folder / checkpoint_name)
         upload |= {"repo_id": self.hub_model_id, "folder_path": folder}
         if blocking:
-            return _send(staging, output_dir, **upload)
-        return run_as_future(_send, staging, output_dir, **upload)
+            return _send(staging, str(output_dir), **upload)
+        return run_as_future(_send, staging, str(output_dir), **upload)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,22 +244,24 @@ class Copies:
             return
         if any(fnmatch(source.name, each) for each in FILES_WITH_PATHS):
             content = json.loads(source.read_text(encoding="utf-8"))
-            if (public := self.public(content)) != content:
+            # what looks like a path inside of a longer text may belong to a token or a chat template
+            clean = without_tokens if source.name.startswith("tokenizer") else without_private
+            if (public := self.public(content, clean)) != content:
                 target.write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
                 return
         if source != target:
             _link(source, target)
 
-    def public(self, value: Any) -> Any:
-        """A JSON value without paths of this machine and tokens, at any depth."""
+    def public(self, value: Any, clean: Callable[[str], str] = without_private) -> Any:
+        """A JSON value without paths of this machine, at any depth; `clean` is for texts that are more than a path."""
         if isinstance(value, dict):
-            return {key: self.public(each) for key, each in value.items()}
+            return {key: self.public(each, clean) for key, each in value.items()}
         if isinstance(value, list):
-            return [self.public(each) for each in value]
+            return [self.public(each, clean) for each in value]
         if not isinstance(value, str):
             return value
         if not is_local_path(value):
-            return without_tokens(value)
+            return clean(value)
         if self.base_model and value == self.recorded:
             return self.base_model
         return last_component(value)
@@ -277,18 +283,23 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _send(staging: tempfile.TemporaryDirectory[str], output_dir: Path, **upload: Any) -> CommitInfo:
+def _send(staging: tempfile.TemporaryDirectory[str], output_dir: str, **upload: Any) -> CommitInfo:
     """Upload a folder, and remove it."""
-    with staging:
-        try:
-            return upload_folder(**upload)
-        except Exception as error:
-            reason = " ← ".join(repr(each) for each in (error, error.__cause__) if each is not None)
-            raise RuntimeError(
-                f"the push to {upload['repo_id']} ({upload['commit_message']}) broke off: {reason}. Nothing is lost, "
-                f"the model is in {output_dir}: run trainer.push_to_hub() again, or the same command; files that "
-                "have arrived are not sent twice."
-            ) from error
+    with staging, _what_to_run_again(upload["repo_id"], upload["commit_message"], output_dir):
+        return upload_folder(**upload)
+
+
+@contextlib.contextmanager
+def _what_to_run_again(repository: str, commit_message: str, output_dir: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = " ← ".join(repr(each) for each in (error, error.__cause__) if each is not None)
+        raise RuntimeError(
+            f"the push to {repository} ({commit_message}) broke off: {reason}. Nothing is lost, the model is in "
+            f"{output_dir}: run trainer.push_to_hub() again, or the same command; files that have arrived are not "
+            "sent twice."
+        ) from error
 
 
 def _warn_of_failure(push: Future[CommitInfo]) -> None:

@@ -194,7 +194,7 @@ def public_card(content: str, base_model: str | None = None) -> str:
     data = cast("ModelCardData", card.data)
     recorded = data.base_model if isinstance(data.base_model, str) else None
     known = hub_id(base_model)
-    if recorded is not None and hub_id(recorded) is None:
+    if recorded and hub_id(recorded) is None:
         data.tags = [
             tag.replace(recorded, known) if known else tag for tag in data.tags or [] if known or recorded not in tag
         ]

@@ -1,4 +1,7 @@
-"""A model hub on 127.0.0.1, its files in memory: the part of the Hub's HTTP API that pushing and loading take."""
+"""A model hub on 127.0.0.1, its files in memory: the part of the Hub's HTTP API that pushing and loading take.
+
+python -m tests.loopback_hub 8000
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import hashlib
 import json
 import re
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,12 +32,13 @@ class LoopbackHub(ThreadingHTTPServer):
 
     Args:
         drops: for how many uploads into a repository the connection is closed half-way.
+        port: 0 takes a free one.
     """
 
     daemon_threads = True
 
-    def __init__(self, drops: Mapping[str, int] | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, drops: Mapping[str, int] | None = None, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.commits: dict[str, list[str]] = {}
         self.objects: dict[str, bytes] = {}
@@ -241,3 +246,9 @@ ROUTES: list[tuple[str, str, bool, Callable[..., None]]] = [
     ("GET", rf"/api/models/{REPOSITORY}/tree/[^/]+(?:/(?P<folder>.+))?", True, _Handler.tree),
     ("GET", rf"/{REPOSITORY}/resolve/[^/]+/(?P<path>.+)", True, _Handler.resolve),
 ]
+
+if __name__ == "__main__":
+    with LoopbackHub(port=int(sys.argv[1])) as hub:
+        sys.stdout.write(f"export HF_ENDPOINT={hub.url} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1\n")
+        sys.stdout.flush()
+        hub.serve_forever()

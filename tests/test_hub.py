@@ -129,11 +129,11 @@ def train_and_push() -> None:
     time.sleep = lambda _: None  # between attempts
     trainer = new_trainer("flaky", AutoModelForCausalLM.from_pretrained(base))
     trainer.train()
-    try:
-        trainer.push_to_hub()
-    except RuntimeError as error:
-        sys.stdout.write(f"refused: {error}\n")
-        trainer.push_to_hub(blocking=False).result()
+    for token in ("wrong", TOKEN):
+        with pytest.raises(RuntimeError) as refused:
+            trainer.push_to_hub(token=token)
+        sys.stdout.write(f"refused: {refused.value}\n")
+    trainer.push_to_hub(blocking=False).result()
     models["flaky"] = trainer.model
     trainer.push_to_hub()
 
@@ -268,11 +268,14 @@ def test_card(pushed: Pushed) -> None:
 
 
 def test_a_push_that_broke_off_says_what_to_run_again(pushed: Pushed) -> None:
-    (line,) = [line for line in pushed.output.splitlines() if line.startswith("refused: ")]
-    assert f"the push to {OWNER}/flaky (End of training) broke off" in line
-    assert "model.safetensors" in line
-    assert "run trainer.push_to_hub() again" in line
-    assert str(pushed.home / "outputs" / "flaky") in line
+    not_allowed, dropped = (line for line in pushed.output.splitlines() if line.startswith("refused: "))
+    assert "the push to flaky (End of training) broke off" in not_allowed
+    assert "401" in not_allowed
+    assert f"the push to {OWNER}/flaky (End of training) broke off" in dropped
+    assert "model.safetensors" in dropped
+    for line in (not_allowed, dropped):
+        assert "run trainer.push_to_hub() again" in line
+        assert str(pushed.home / "outputs" / "flaky") in line
     assert pushed.hub.uploads[f"{OWNER}/flaky"] == 1  # of three pushes
 
 
@@ -321,12 +324,13 @@ def test_copies_leave_the_original_and_what_is_no_path(tmp_path: Path, monkeypat
         "e": "</s>",
         "f": TOKEN,
     }
-    for name in ("config.json", "vocab.json"):
+    names = ("config.json", "tokenizer_config.json", "vocab.json")
+    for name in names:
         (source / name).write_text(json.dumps(config))
     Copies("/srv/ann/base", "someone/base").make(source, tmp_path / "target", ["*"])
     public = {"a": ["base", {"b": "someone/base"}], "c": 1e-7, "d": config["d"], "e": "</s>", "f": "<token>"}
-    assert json.loads((tmp_path / "target" / "config.json").read_text()) == public
-    assert json.loads((tmp_path / "target" / "vocab.json").read_text()) == config
+    copies = [json.loads((tmp_path / "target" / name).read_text()) for name in names]
+    assert copies == [{**public, "d": "{% x %}\ny"}, public, config]
     assert json.loads((source / "config.json").read_text()) == config
 
 
