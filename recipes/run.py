@@ -57,11 +57,12 @@ def share_cores() -> None:
     """Share the CPU's cores among this machine's processes.
 
     `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 where nothing else is asked for: a run on the CPU of one
-    machine would leave all cores but one idle.
+    machine would leave all cores but one idle. `HF_TEMPORAL_CORES` says how many there are to share, where not all.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        cores = int(os.environ.get("HF_TEMPORAL_CORES") or os.cpu_count() or 1)
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class EvaluationLog(TrainerCallback):
@@ -128,7 +129,7 @@ def restore_weights(model: Any, checkpoint: str) -> None:
         model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
     else:
         load_checkpoint_in_model(model, checkpoint)
-        model.tie_weights()
+        model.tie_weights(recompute_mapping=False)  # an untied head stays as it was loaded
 
 
 def predict(trainer: Any, scores: Scores | None, examples: Any) -> None:

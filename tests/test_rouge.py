@@ -9,7 +9,7 @@ import evaluate
 import pytest
 
 import hf_temporal.tasks
-from hf_temporal.tasks.rouge_tokenizer import CharacterTokenizer, join_characters, needs_characters
+from hf_temporal.tasks.rouge_tokenizer import CharacterTokenizer, needs_characters
 
 FOLDER = Path(hf_temporal.tasks.__file__).parent / "metrics" / "rouge"
 
@@ -130,7 +130,3 @@ def test_characters_and_runs_of_ascii(text: str, tokens: list[str]) -> None:
 )
 def test_who_needs_characters(texts: list[str], expected: bool) -> None:
     assert needs_characters(texts) is expected
-
-
-def test_spaces_between_characters_go_and_those_of_words_stay() -> None:
-    assert join_characters("今 天 用 bert base 训 练 3 天 。 好 ！") == "今天用 bert base 训练 3 天。好！"

@@ -13,7 +13,6 @@ ROUGE_TOKENIZERS = ("default", "char")
 _TOKEN = re.compile(r"[a-z0-9]+|[^\W_]")
 _LETTER = re.compile(r"[^\W\d_]")
 _LATIN_LETTER = re.compile(r"(?!\d)[^\W_\u0250-\u1dff\u1f00-\U0010ffff]")
-_SPACE_BETWEEN_CHARACTERS = re.compile(r"(?<=[^\x00-\x7f]) (?=[^\x00-\x7f])")
 
 
 class CharacterTokenizer(Tokenizer):
@@ -36,8 +35,3 @@ def needs_characters(texts: Iterable[str]) -> bool:
         letters += len(_LETTER.findall(normal))
         latin += len(_LATIN_LETTER.findall(normal))
     return 2 * latin < letters
-
-
-def join_characters(text: str) -> str:
-    """`text` without the spaces that BERT tokenizers leave between Chinese characters: "今 天 好 。" is "今天好。"."""
-    return _SPACE_BETWEEN_CHARACTERS.sub("", text)

@@ -197,7 +197,7 @@ class SummaryScores:
         }
 
     def _without_special_tokens(self, rows: Any) -> list[list[int]]:
-        special = set(self.tokenizer.all_special_ids)
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         return [[int(token) for token in row if token >= 0 and int(token) not in special] for row in rows]
 
     def _texts(self, rows: list[list[int]]) -> list[str]:
