@@ -91,6 +91,7 @@ def train_and_push() -> None:
     """Train and push every model, and keep their logits."""
     base = str(Path.home() / BASE)
     tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs["made_from"] = f"{base}/texts"
     tokenizer.save_pretrained(base)
     tiny_llama(len(tokenizer)).save_pretrained(base)
     (Path.home() / "outputs" / "full").mkdir(parents=True)
@@ -215,7 +216,8 @@ def test_nothing_tells_of_this_machine(pushed: Pushed) -> None:
             assert "training_args" not in path
     # the local copies are as ever, so there was something to take out
     assert TOKEN.encode() in (pushed.home / "outputs" / "last" / "training_args.bin").read_bytes()
-    assert USER in (pushed.home / "outputs" / "last" / "adapter_config.json").read_text()
+    for name in ("adapter_config.json", "tokenizer_config.json"):
+        assert USER in (pushed.home / "outputs" / "last" / name).read_text()
     assert not list((pushed.home / "outputs").rglob("_hub_*"))
 
 

@@ -190,9 +190,10 @@ def test_words_hold_the_size_of_the_effect() -> None:
     ],
 )
 def test_words_where_the_data_say_little(usual: list[float], values: list[float], expected: str) -> None:
-    words = compare(quantity(p_0=usual, p_4=values))[4.0].words
-    assert words == expected
-    assert "nan" not in words
+    found = compare(quantity(p_0=usual, p_4=values))[4.0]
+    assert found.words == expected
+    assert found.verdict == ("not told apart" if "not told apart" in expected else "not compared")
+    assert (found.holm is None) == (found.verdict == "not compared")
 
 
 def test_the_same_difference_on_many_seeds_is_told_apart_by_its_sign() -> None:

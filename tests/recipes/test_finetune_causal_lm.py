@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +13,14 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_temporal.profile import load_profiles
 from hf_temporal.tasks.embedded_model import EMBEDDED_MODEL
 from recipes import finetune_causal_lm, models
 from recipes.finetune_causal_lm import CausalTrainer, main
+
+from tests.loopback_hub import OWNER, TOKEN, loopback_hub
 
 from .conftest import Tiny
 
@@ -212,27 +212,43 @@ def test_a_run_does_not_go_on_with_other_data(tiny: Tiny, tmp_path: Path) -> Non
 # ---- the Hub
 
 
-def test_what_is_pushed_has_the_card_and_no_token(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pushed: list[dict[str, bytes]] = []
-
-    def upload_folder(*, folder_path: str, token: str | None, **_: Any) -> None:
-        assert token is None
-        pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
-
-    hub = SimpleNamespace(
-        create_repo=lambda name, **_: SimpleNamespace(repo_id=f"me/{name}"), upload_folder=upload_folder
-    )
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    monkeypatch.setenv("HF_TOKEN", "")
-    push = ["--push_to_hub", "--hub_model_id", "x24", "--hub_token", "hf_secretsecretsecret", "--hub_strategy", "end"]
-    main(tiny.flags(tmp_path / "run", "--max_steps", "1", *push))
-    (files,) = pushed
-    assert {"README.md", ADAPTER, "adapter_config.json", "temporal_weighting.json", "loss_by_position.png"} <= set(
-        files
-    )
-    assert b"## Temporal weighting" in files["README.md"]
-    assert not [name for name, content in files.items() if b"hf_secret" in content]
-    assert os.environ["HF_TOKEN"] == "hf_secretsecretsecret"
+def test_a_push_that_broke_off_is_made_up_for_by_the_same_command(
+    tiny: Tiny, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    """And what arrives is the model with its card, without token or path, and loads from the Hub elsewhere."""
+    script = Path(finetune_causal_lm.__file__)
+    push = ("--push_to_hub", "--hub_model_id", f"{OWNER}/x24", "--hub_token", TOKEN, "--hub_strategy", "end")
+    flags = tiny.flags(tmp_path / "run", "--merge_adapter", "--max_steps", "1", "--max_eval_samples", "4", *push)
+    command = [sys.executable, str(script), *flags]
+    with loopback_hub({f"{OWNER}/x24": 1000}) as hub:
+        online = child_environment | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        broken = subprocess.run(command, env=online, capture_output=True, text=True, check=False)
+        hub.drops.clear()
+        complete = subprocess.run(command, env=online, capture_output=True, text=True, check=False)
+        assert broken.returncode == 1
+        assert f"the push to {OWNER}/x24" in broken.stderr
+        assert "the same command" in broken.stderr
+        assert complete.returncode == 0, complete.stderr[-3000:]
+        assert "is not trained again" in complete.stderr
+        files = hub.files[f"{OWNER}/x24"]
+        assert {"README.md", "model.safetensors", "tokenizer.json", "temporal_weighting.json"} <= set(files)
+        assert not {"training_args.bin", ADAPTER} & set(files)
+        assert b"## Temporal weighting" in files["README.md"]
+        for name, content in files.items():
+            assert TOKEN.encode() not in content, name
+            assert str(tmp_path).encode() not in content, name
+            assert str(tiny.model.parent).encode() not in content, name
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer; import torch; "
+            f"model = AutoModelForCausalLM.from_pretrained('{OWNER}/x24'); "
+            f"tokenizer = AutoTokenizer.from_pretrained('{OWNER}/x24'); "
+            "inputs = tokenizer('The value', return_tensors='pt'); print(model(**inputs).logits.sum().item())"
+        )
+        elsewhere = online | {"HF_HOME": str(tmp_path / "elsewhere")}
+        loaded = subprocess.run([sys.executable, "-c", code], env=elsewhere, capture_output=True, text=True, check=True)
+    local = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "run")("The value", return_tensors="pt")
+    assert float(loaded.stdout) == pytest.approx(local(**inputs).logits.sum().item(), rel=1e-5)
 
 
 def test_reported_is_the_model_that_is_kept(tiny: Tiny, tmp_path: Path) -> None:
