@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-floor quality clean
+.PHONY: demo test test-floor quality cards clean
 
 demo: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 	$(VENV)/bin/accelerate launch recipes/finetune_causal_lm.py --config recipes/configs/summarization/smollm2_lora_docstrings.yaml $(ARGS)
@@ -28,6 +28,9 @@ quality: $(VENV)/.stamp-packages
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+cards: $(VENV)/.stamp-packages $(VENV)/.stamp-model
+	$(VENV)/bin/python recipes/make_cards.py
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -77,6 +77,25 @@ def plot_loss_by_position(
     return _saved(figure, path)
 
 
+def plot_recall_by_position(recalls: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) -> Figure:
+    """The share of right tokens at each position of what was copied.
+
+    Args:
+        recalls: by the label of the curve, one value for each position from the first.
+        path: where to write the PNG; folders are made.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (label, values), color, style in zip(recalls.items(), COLORS, LINE_STYLES, strict=False):
+        axes.plot(range(1, len(values) + 1), values, color=color, linestyle=style, marker="o", lw=2, label=label)
+    axes.set_xlabel("position among the copied tokens")
+    axes.set_ylabel("recall")
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+    _grid(axes)
+    return _saved(figure, path)
+
+
 def plot_weights(path: str | os.PathLike[str]) -> Figure:
     """w = (t/T)^p rescaled to mean 1, over t/T for several p, written as a PNG; folders are made."""
     powers, length, top = (-0.5, 0.0, 1.0, 2.0, 4.0, math.inf), 200, 5.5

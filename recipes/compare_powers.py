@@ -171,8 +171,8 @@ def read_arguments(argv: Sequence[str]) -> Comparison:
     return Comparison(arguments, rest.recipe, overrides)
 
 
-def keep_settings(comparison: Comparison) -> None:
-    """Write the settings into `output_dir`.
+def keep_settings(comparison: Comparison) -> dict[str, Any]:
+    """The settings, written into `output_dir`.
 
     Raises ValueError where cells there were started with others.
     """
@@ -190,6 +190,7 @@ def keep_settings(comparison: Comparison) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
+    return settings
 
 
 # ---- running
@@ -220,15 +221,24 @@ def start(comparison: Comparison, cell: Cell) -> subprocess.Popen[bytes] | None:
 
 
 def cell_environment(max_parallel: int) -> dict[str, str]:
-    """This process's, with each cell's share of the cores."""
+    """This process's, with each cell's share of the cores, which its recipe spreads over its own processes.
+
+    OMP_NUM_THREADS, the threads of one process, is as `accelerate launch` would set it, unless the user has.
+    """
     share = str(max(1, (os.cpu_count() or 1) // max_parallel))
-    return {"OMP_NUM_THREADS": share, "HF_TEMPORAL_CORES": os.environ.get("OMP_NUM_THREADS", share), **os.environ}
+    return {"OMP_NUM_THREADS": "1", "HF_TEMPORAL_CORES": os.environ.get("OMP_NUM_THREADS", share), **os.environ}
 
 
 @contextmanager
 def ending(running: Mapping[Cell, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Whatever ends this process, but SIGKILL, ends the cells that are still running, with all their processes."""
-    handlers = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGTERM, signal.SIGHUP)}
+    """Whatever ends this process, but SIGKILL, ends the cells that are still running, with all their processes.
+
+    A signal that is ignored, as SIGHUP is under `nohup`, stays so.
+    """
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    for each, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(each, signal.default_int_handler)
     try:
         yield
     finally:
@@ -330,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not finished, sum up; the exit status, 0 where every cell is finished."""
     argv = sys.argv[1:] if argv is None else argv
     comparison = read_arguments(argv)
-    keep_settings(comparison)
+    settings = keep_settings(comparison)
     cells = comparison.cells()
     if comparison.arguments.dry_run:
         for cell in cells:
@@ -354,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells=cells,
         failed=runs.failed,
         commands=(f"python recipes/{Path(__file__).name} {shlex.join(argv)}", comparison.shown(cells[0])),
-        settings=comparison.settings(),
+        settings=settings,
     )
     print(f"\n{write_summary(outcome, comparison.output_dir)}\n\n{comparison.output_dir / REPORT_NAME}")
     return 0 if all(cell.finished for cell in cells) else 1

@@ -49,7 +49,7 @@ from hf_temporal.training_args import TemporalTrainingArguments
 from recipes.adapters import add_adapter, check_mergeable, merge_adapter
 from recipes.configuration import parse
 from recipes.models import ModelArguments, load_causal_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores
+from recipes.run import CardMixin, begin, carry_out, command_line, name_of, publish, share_cores
 from recipes.tasks import TASK_KINDS, Scores, load_task
 from recipes.usage import usage
 
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 model_args,
                 tokenizer,
                 model.config,
-                name=Path(str(training_args.output_dir)).name,
+                name=name_of(trainer),
                 num_beams=summarization_args.num_beams,
             ),
             trained=f"{base} with {what}",

@@ -10,7 +10,7 @@ A look at the whole way in about a minute:
     accelerate launch recipes/finetune_seq2seq.py --config recipes/configs/summarization/t5_small_docstrings.yaml \
         --max_steps 2 --max_eval_samples 4 --output_dir outputs/t5_small_docstrings_look
 
-One from scratch learns to copy ten digits over a blank of a hundred:
+One from scratch learns to copy five digits over a blank of thirty:
 
     accelerate launch recipes/finetune_seq2seq.py --config recipes/configs/copying/small_t5.yaml
 
@@ -48,7 +48,7 @@ from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments
 from recipes.adapters import add_adapter, check_mergeable, merge_adapter
 from recipes.configuration import parse
 from recipes.models import Seq2SeqModelArguments, load_seq2seq_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores
+from recipes.run import CardMixin, begin, carry_out, command_line, name_of, publish, share_cores
 from recipes.tasks import TASK_KINDS, Summarization, Task, load_task
 from recipes.usage import usage
 
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 model_args,
                 tokenizer,
                 model.config,
-                name=Path(str(training_args.output_dir)).name,
+                name=name_of(trainer),
                 num_beams=training_args.generation_num_beams,
             ),
             trained=f"{base or made} with {what}",

@@ -10,11 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_temporal.model_card import CARD_NAME, TrainingRun, add_temporal_section
-from hf_temporal.plots import plot_loss_by_position
-from hf_temporal.profile import PROFILE_NAME, load_profiles
+from hf_temporal.plots import plot_recall_by_position
 
 EVALUATIONS_NAME = "evaluations.json"
-PICTURE_NAME = "loss_by_position.png"
+RECALL_NAME = "recall_by_position.png"
 SAMPLES = 5
 
 Metrics = dict[str, tuple[str, int]]  # name in the logs: title, decimals
@@ -97,14 +96,15 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()) or "(nothing)"
 
 
-def draw_loss_by_position(output_dir: Path) -> str | None:
-    """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile."""
-    path = output_dir / PROFILE_NAME
-    profiles = [each for each in load_profiles(path) if each["split"] == "eval"] if path.is_file() else []
-    if not profiles:
-        return None
-    plot_loss_by_position(profiles, output_dir / PICTURE_NAME)
-    return PICTURE_NAME
+def draw_recall_by_position(output_dir: Path) -> None:
+    """Draw what share of the tokens was copied at each position, at the first and the last evaluation, if any was."""
+    recalls = {
+        f"step {each['step']}": each["recall_by_position"]
+        for each in first_and_last(output_dir)
+        if "recall_by_position" in each
+    }
+    if recalls:
+        plot_recall_by_position(recalls, output_dir / RECALL_NAME)
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ class Card:
         shown = first_and_last(folder)
         answers = samples(shown)
         held_out = f"\n\n## Answers to held-out examples\n\n{answers}" if answers else ""
+        if (folder / RECALL_NAME).is_file():
+            held_out += f"\n\n![Recall by position among the copied tokens]({RECALL_NAME})"
         text = f"# {self.name}\n\n{self.summary}\n\n## Use\n\n```python\n{self.usage}\n```{held_out}\n"
         (folder / CARD_NAME).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
         add_temporal_section(folder, self.run)

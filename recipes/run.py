@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -15,12 +16,12 @@ from accelerate import load_checkpoint_in_model
 from peft import PeftModel
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_temporal.model_card import TrainingRun
-from recipes.continuation import Continuation, continue_run
+from hf_temporal.model_card import TrainingRun, draw_loss_by_position
+from recipes.continuation import TRAINER_STATE_NAME, Continuation, continue_run
 from recipes.report import (
     Card,
     before_and_after,
-    draw_loss_by_position,
+    draw_recall_by_position,
     load_evaluations,
     report,
     save_evaluation,
@@ -111,6 +112,7 @@ def carry_out(trainer: Any, run: Continuation, task: Task, scores: Scores | None
         args.eval_on_start = run.checkpoint is None
     if run.finished:
         restore_weights(trainer.model, str(run.checkpoint))
+        trainer.state = TrainerState.load_from_json(str(Path(str(run.checkpoint)) / TRAINER_STATE_NAME))
     elif args.do_train:
         trainer.train(resume_from_checkpoint=run.checkpoint)
     elif args.do_eval:
@@ -169,6 +171,8 @@ def publish(
     args, data = trainer.args, task.data
     output_dir = Path(args.output_dir)
     sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in data.splits.items())
+    if args.should_save:
+        draw_recall_by_position(output_dir)
     by_package = "; no package is in two of these" if data.provenance else ""
     trainer.card = Card(
         name=output_dir.name,
@@ -176,8 +180,8 @@ def publish(
         usage=usage,
         library="peft" if isinstance(trainer.model, PeftModel) else "transformers",
         pipeline_tag=task.pipeline_tag,
-        run=TrainingRun(
-            weighting=trainer.weighting,
+        run=dataclasses.replace(
+            TrainingRun.of(trainer),
             metrics=before_and_after(output_dir, task.metrics),
             command=command,
             task=task.pipeline_tag,
@@ -185,10 +189,6 @@ def publish(
             data=f"{sizes} examples{by_package}",
             data_hash=data.sha256,
             data_versions=(data.provenance or {}).get("versions", {}),
-            seed=args.seed,
-            schedule=args.temporal_power_schedule,
-            power_start=args.temporal_power_start,
-            power_warmup_ratio=args.temporal_power_warmup_ratio,
             base_model=base_model,
             base_model_note=base_model_note,
             picture=draw_loss_by_position(output_dir) if args.should_save else None,
@@ -205,9 +205,17 @@ def publish(
 
 def close(output_dir: Path, logs: list[dict[str, float]]) -> None:
     """Write the last evaluation's metrics and the training's into `all_results.json`."""
-    results = {name: value for log in logs if "train_runtime" in log for name, value in log.items()}
+    path = output_dir / RESULTS_NAME
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # of a run that is only reported
+    results |= {name: value for log in logs if "train_runtime" in log for name, value in log.items()}
     results |= {name: value for each in load_evaluations(output_dir)[-1:] for name, value in each["metrics"].items()}
-    (output_dir / RESULTS_NAME).write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def name_of(trainer: Any) -> str:
+    """What the model is loaded by: its id on the Hub where it is pushed there, else its folder's name."""
+    args = trainer.args
+    return str(args.hub_model_id) if args.push_to_hub and args.hub_model_id else Path(args.output_dir).name
 
 
 def command_line(script: str, argv: Sequence[str], training_args: TrainingArguments) -> str:

@@ -138,7 +138,7 @@ class Copying(Task):
         "blank_accuracy": ("accuracy on the blank", 3),
         **LOSSES,
         "gen_len": ("tokens per answer", 1),
-        "empty": ("empty answers", 3),
+        "empty": ("empty answers, %", 1),
     }
 
     def __init__(

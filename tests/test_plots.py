@@ -20,6 +20,7 @@ from hf_temporal.plots import (
     plot_loss_by_position,
     plot_loss_by_position_and_power,
     plot_metrics_by_power,
+    plot_recall_by_position,
     plot_weights,
 )
 from hf_temporal.weighting import TemporalWeighting
@@ -175,3 +176,12 @@ def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
     plot_loss_by_position([profile(0)], tmp_path / "loss.png")
     assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == before
+
+
+def test_recall_is_drawn_from_the_first_position_on(tmp_path: Path) -> None:
+    recalls = {"before training": [0.1, 0.2, 0.1], "step 9": [1.0, 0.5, 0.75]}
+    figure = plot_recall_by_position(recalls, tmp_path / "recall.png")
+    drawn = lines(figure.axes[0])
+    assert {label: values.tolist() for label, values in drawn.items()} == recalls
+    assert figure.axes[0].get_lines()[1].get_xdata()[0] == 1  # type: ignore[index]
+    assert_is_picture(tmp_path / "recall.png")

@@ -9,8 +9,9 @@ A few seconds, on a toy:
 Each trainer lives in a process of its own, so that its peak memory is its own. The processes take their steps in
 turn, one at a time and in a rotating order, so that whatever else the machine does meets them alike; a step is timed
 from the command to take it to its end: the batch's collation and weights, forward, backward, clipping, optimizer.
-Weights are random: the time does not depend on them. Memory is the process's peak above what it held before
-its first step, optimizer state and gradients included.
+Weights are random: the time does not depend on them. "no head" is a step without LM head and loss, the floor of what
+any loss can reach. Memory is the process's peak above what it held before its first step, optimizer state and
+gradients included.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -58,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 TUNED = ("lora", "full")
-TRAINERS = ("stock Trainer", "fused head", "full logits")
+TRAINERS = ("stock Trainer", "fused head", "full logits", "no head")
 WARMUP = 2
 READY = "step:"
 
@@ -84,6 +85,22 @@ class OnCommand(TrainerCallback):
         self.start = time.perf_counter()
 
 
+class HeadlessTrainer(Trainer):
+    """What is left of a step without LM head and loss: no trainer can be faster."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean of the hidden states at the target positions."""
+        del return_outputs, num_items_in_batch
+        backbone: Any = (model.get_base_model() if isinstance(model, PeftModel) else model).model
+        return backbone(input_ids=inputs["input_ids"]).last_hidden_state[inputs["labels"] != -100].mean()
+
+
 def _report(value: float) -> None:
     print(READY, value, flush=True)
 
@@ -103,8 +120,9 @@ def run_child(settings: argparse.Namespace) -> None:
             "logging_strategy": "no", "seed": settings.seed,
         }  # fmt: skip
         trainer_class: type[Trainer] = TemporalWeightTrainer
-        if settings.trainer == "stock Trainer":
-            trainer_class, arguments = Trainer, TrainingArguments(**common)
+        if settings.trainer in ("stock Trainer", "no head"):
+            trainer_class = Trainer if settings.trainer == "stock Trainer" else HeadlessTrainer
+            arguments = TrainingArguments(**common)
         else:
             fused = "auto" if settings.trainer == "fused head" else "off"
             arguments = TemporalTrainingArguments(**common, temporal_power=1.0, temporal_fused_head=fused)
@@ -193,7 +211,7 @@ def children(settings: argparse.Namespace, tuned: str) -> Iterator[list[Child]]:
 
 
 def measure(settings: argparse.Namespace, tuned: str) -> list[dict[str, Any]]:
-    """Medians, noise and memory of the three trainers; ratios are medians of the ratios to stock in the same round."""
+    """Medians, noise and memory of the trainers; ratios are medians of the ratios to stock in the same round."""
     with children(settings, tuned) as workers:
         for _ in range(WARMUP):
             for worker in workers:

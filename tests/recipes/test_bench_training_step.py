@@ -27,7 +27,7 @@ def test_training_step(tmp_path: Path) -> None:
         "--targets", "8", "--tuned", "lora",
     )  # fmt: skip
     rows = results["rows"]
-    assert [row["trainer"] for row in rows] == ["stock Trainer", "fused head", "full logits"]
+    assert [row["trainer"] for row in rows] == ["stock Trainer", "fused head", "full logits", "no head"]
     for row in rows:
         assert len(row["all_seconds"]) == 3
         assert min(row["all_seconds"]) > 0.0

@@ -21,7 +21,7 @@ import pytest
 from scipy import stats  # type: ignore[import-untyped]
 
 from recipes import compare_powers, finetune_causal_lm
-from recipes.compare_powers import cell_environment, main, read_arguments
+from recipes.compare_powers import cell_environment, ending, main, read_arguments
 from recipes.comparison import (
     Cell,
     Quantity,
@@ -371,9 +371,10 @@ def test_cells_run_side_by_side(flags: list[str], tmp_path: Path) -> None:
 def test_cells_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("HF_TEMPORAL_CORES", raising=False)
     shared = cell_environment(3)
-    assert (shared["OMP_NUM_THREADS"], shared["HF_TEMPORAL_CORES"]) == ("2", "2")
-    assert cell_environment(20)["OMP_NUM_THREADS"] == "1"
+    assert (shared["OMP_NUM_THREADS"], shared["HF_TEMPORAL_CORES"]) == ("1", "2")
+    assert cell_environment(20)["HF_TEMPORAL_CORES"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     shared = cell_environment(3)
     assert (shared["OMP_NUM_THREADS"], shared["HF_TEMPORAL_CORES"]) == ("5", "5")
@@ -418,6 +419,16 @@ def test_what_interrupts_the_comparison_ends_its_cells(
     assert not any(is_alive(pid_of(output_dir, name)) for name in names)
     assert not list(output_dir.glob("*/all_results.json"))
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending({}):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_killed_and_continued_runs_no_cell_twice_at_a_time(

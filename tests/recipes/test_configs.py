@@ -85,6 +85,19 @@ def test_recipes_open_with_commands_that_parse(script: str) -> None:
         parsed(script, command["flags"])
 
 
+def test_commands_of_the_page_on_recipes_parse() -> None:
+    text = (RECIPES / "README.md").read_text("utf-8")
+    commands = [*COMMAND.finditer(text)]
+    assert len(commands) == 3
+    for command in commands:
+        assert parsed(command["script"], command["flags"].replace("train.csv", __file__))
+    (comparison,) = re.findall(r"compare_powers\.py recipes/(\S+) --config (\S+)", text)
+    assert comparison[0] in KINDS
+    assert (RECIPES.parent / comparison[1]).is_file()
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (RECIPES / link).exists(), link
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"

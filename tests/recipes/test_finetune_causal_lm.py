@@ -19,7 +19,6 @@ from hf_temporal.profile import load_profiles
 from hf_temporal.tasks.embedded_model import EMBEDDED_MODEL
 from recipes import finetune_causal_lm, models
 from recipes.finetune_causal_lm import CausalTrainer, main
-
 from tests.loopback_hub import OWNER, TOKEN, loopback_hub
 
 from .conftest import Tiny
@@ -245,7 +244,8 @@ def test_a_push_that_broke_off_is_made_up_for_by_the_same_command(
             "inputs = tokenizer('The value', return_tensors='pt'); print(model(**inputs).logits.sum().item())"
         )
         elsewhere = online | {"HF_HOME": str(tmp_path / "elsewhere")}
-        loaded = subprocess.run([sys.executable, "-c", code], env=elsewhere, capture_output=True, text=True, check=True)
+        load = [sys.executable, "-c", code]
+        loaded = subprocess.run(load, env=elsewhere, capture_output=True, text=True, check=True)
     local = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     inputs = AutoTokenizer.from_pretrained(tmp_path / "run")("The value", return_tensors="pt")
     assert float(loaded.stdout) == pytest.approx(local(**inputs).logits.sum().item(), rel=1e-5)

@@ -75,6 +75,8 @@ def test_digits_are_copied_by_a_new_decoder_only_model(tmp_path: Path) -> None:
     assert results["train_runtime"] > 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text("utf-8")
+    assert "(recall_by_position.png)" in card
+    assert (tmp_path / "recall_by_position.png").is_file()
     code = card.split("```python\n")[1].split("```")[0].replace(repr(tmp_path.name), repr(str(tmp_path)))
     printed: list[str] = []
     exec(code, {"print": printed.append})

@@ -1,0 +1,57 @@
+"""Make the cards in `model_cards/` again, from the results of the configurations that need no hub.
+
+    make cards
+
+Each configuration's own command, at its top, is run: a run that is finished is only reported, one that is not is
+trained, or goes on. Its card and pictures are copied.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = (
+    "summarization/smollm2_lora_docstrings",
+    "summarization/t5_small_docstrings",
+    "copying/small_llama",
+    "copying/small_t5",
+)
+COMMAND = re.compile(r"#\s+accelerate (launch (?:\\\n#|.)*)")
+
+
+def command_of(config: Path) -> list[str]:
+    """The `accelerate launch` command in the comment at the top of a configuration."""
+    found = COMMAND.search(config.read_text(encoding="utf-8"))
+    if found is None:
+        raise ValueError(f"{config.name} does not open with its command")
+    return shlex.split(found[1].replace("\\\n#", " "))[1:]
+
+
+def make_card(name: str) -> Path:
+    """Run a configuration to its end and copy its card; the card's folder."""
+    config = ROOT / "recipes" / "configs" / f"{name}.yaml"
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command_of(config)], cwd=ROOT, check=True)
+    output_dir = ROOT / yaml.safe_load(config.read_text(encoding="utf-8"))["output_dir"]
+    folder = ROOT / "model_cards" / output_dir.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (output_dir / "README.md", *sorted(output_dir.glob("*.png"))):
+        shutil.copy(path, folder)
+    return folder
+
+
+def main() -> None:
+    """Make every card."""
+    for name in NAMES:
+        print(f"Made {make_card(name).relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
