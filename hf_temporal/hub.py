@@ -48,6 +48,7 @@ MODEL_FILES = (
     "*.py",
     WEIGHTING_NAME,
 )
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.*"]
 OUTPUT_FILES = (CARD_NAME, PROFILE_NAME, "*.png", "*.svg")
 # vocabularies hold what looks like a path and is none
 FILES_WITH_PATHS = ("*config.json", "trainer_state.json", WEIGHTING_NAME)
@@ -208,6 +209,8 @@ class HubMixin(_Trainer):
         if checkpoint_name is not None:
             copies.make_all(source, folder / checkpoint_name)
         upload |= {"repo_id": self.hub_model_id, "folder_path": folder}
+        if not getattr(self.model, "peft_config", {}):
+            upload["delete_patterns"] = ADAPTER_FILES  # from_pretrained would put an adapter there on the whole model
         if blocking:
             return _send(staging, str(output_dir), **upload)
         return run_as_future(_send, staging, str(output_dir), **upload)

@@ -179,6 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
         contents = {}
         for operation in operations:
             value = operation["value"]
+            if operation["key"] == "deletedFile":
+                del self.server.files[repo][value["path"]]
+                continue
             large = operation["key"] == "lfsFile"
             contents[value["path"]] = (
                 self.server.objects[value["oid"]] if large else base64.b64decode(value["content"])
@@ -213,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
             for path, content in files.items()
             if path.startswith(start)
         ]
-        if entries:
+        if entries or (repo in self.server.files and not folder):
             self._reply(200, entries)
         else:
             self._missing("Entry" if repo in self.server.files else "Repo")

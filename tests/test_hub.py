@@ -127,6 +127,12 @@ def train_and_push() -> None:
                           eval_strategy="steps", load_best_model_at_end=True, save_total_limit=1)  # fmt: skip
     trainer.train()
 
+    trainer = new_trainer("merged", adapted(base), push_to_hub=True, hub_strategy="every_save")
+    trainer.train()
+    trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()  # type: ignore[union-attr, operator]
+    trainer.push_to_hub()
+    models["merged"] = trainer.model
+
     time.sleep = lambda _: None  # between attempts
     trainer = new_trainer("flaky", AutoModelForCausalLM.from_pretrained(base))
     trainer.train()
@@ -147,7 +153,8 @@ def train_and_push() -> None:
 def load() -> None:
     """Load what was pushed, and keep the logits."""
     names = {"full": AutoModelForCausalLM, "adapter": AutoModelForCausalLM, "last": AutoModelForCausalLM,
-             "every": AutoModelForSeq2SeqLM, "flaky": AutoModelForCausalLM}  # fmt: skip
+             "every": AutoModelForSeq2SeqLM, "flaky": AutoModelForCausalLM,
+             "merged": AutoModelForCausalLM}  # fmt: skip
     logits = {name: logits_of(kind.from_pretrained(f"{OWNER}/{name}")) for name, kind in names.items()}
     assert (
         AutoTokenizer.from_pretrained(f"{OWNER}/adapter")("the file").input_ids
@@ -202,14 +209,14 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
         yield Pushed(hub, home, output, torch.load(home / "trained.pt"), torch.load(home / "loaded.pt"))
 
 
-@pytest.mark.parametrize("name", ["full", "adapter", "last", "every", "flaky"])
+@pytest.mark.parametrize("name", ["full", "adapter", "last", "every", "flaky", "merged"])
 def test_a_fresh_process_loads_the_same_model(pushed: Pushed, name: str) -> None:
     assert torch.equal(pushed.loaded[name], pushed.trained[name])
 
 
 def test_nothing_tells_of_this_machine(pushed: Pushed) -> None:
     secrets = [USER, TOKEN, str(pushed.home), str(pushed.home.parent), str(ROOT), sys.prefix]
-    assert len(pushed.hub.files) == 7
+    assert len(pushed.hub.files) == 8
     for repo, files in pushed.hub.files.items():
         for path, content in files.items():
             assert not [secret for secret in secrets if secret.encode() in content], f"{repo}/{path}"
@@ -236,6 +243,13 @@ def test_what_is_uploaded(pushed: Pushed, name: str, expected: set[str]) -> None
     checkpoint = ADAPTER | TOKENIZER_FILES | OUR_FILES | STATE
     in_folders = {f"{folder}/{path}" for folder in folders for path in checkpoint}
     assert set(pushed.files(name)) == expected | in_folders
+
+
+def test_a_whole_model_takes_the_place_of_its_adapter(pushed: Pushed) -> None:
+    steps = ["Training in progress, step 1", "Training in progress, step 2"]
+    assert pushed.hub.commits[f"{OWNER}/merged"][1:] == [*steps, "End of training"]
+    assert "model.safetensors" in pushed.files("merged")
+    assert not ADAPTER & set(pushed.files("merged"))
 
 
 def test_commits(pushed: Pushed) -> None:
