@@ -300,7 +300,7 @@ def test_a_comparison_from_beginning_to_end(flags: list[str], tmp_path: Path, ca
         assert f"]({name})" in report
         assert (output_dir / name).read_bytes().startswith(b"\x89PNG")
     assert "All 9 cells are finished." in report
-    assert "> 30" in report
+    assert "| > 30 " in report
     assert words in capfd.readouterr().out
 
 
