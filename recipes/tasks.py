@@ -14,7 +14,7 @@ from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBa
 from transformers.utils import logging
 
 from hf_temporal.tasks import language_modeling, summarization
-from hf_temporal.tasks.copying import CopyingArguments, DigitCopies, TextCopies, digit_tokenizer
+from hf_temporal.tasks.copying import CopyingArguments, DigitCopies, TextCopies, digit_tokenizer, tokenize_texts
 from hf_temporal.tasks.copying_scores import CopyScores
 from hf_temporal.tasks.data import IGNORED, DataArguments, TaskData
 from hf_temporal.tasks.language_modeling import LanguageModelingArguments, load_texts
@@ -176,7 +176,8 @@ class Copying(Task):
             how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
             size = self.data_args.limits[split] or MADE_ON_THE_FLY[split]
             if self.generates:
-                encoded[split] = TextCopies(self.arguments, examples["text"], tokenizer, size=size, **how)
+                rows = mapped(examples, split, tokenize_texts, {"tokenizer": tokenizer}, self.data_args)
+                encoded[split] = TextCopies(self.arguments, rows["tokens"], tokenizer, size=size, **how)
             else:
                 encoded[split] = DigitCopies(self.arguments, size=size, **how)
         example = encoded[next(iter(encoded))][0]
@@ -251,15 +252,7 @@ def tokenize(
     """
     encoded = {}
     for split, examples in data.splits.items():
-        rows = examples.map(
-            function,
-            batched=True,
-            fn_kwargs=settings,
-            remove_columns=examples.column_names,
-            num_proc=data_args.preprocessing_num_workers,
-            load_from_cache_file=not data_args.overwrite_cache,
-            desc=f"Tokenizing {split}",
-        )
+        rows = mapped(examples, split, function, settings, data_args)
         limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
         kept = rows.filter(_can_be_learned, batched=True, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
         if left_out := len(rows) - len(kept):
@@ -269,6 +262,25 @@ def tokenize(
             logger.warning(f"{split}: {what} ({limits['input_ids']}); left out.")
         encoded[split] = kept
     return encoded
+
+
+def mapped(
+    examples: Dataset,
+    split: str,
+    function: Callable[..., dict[str, list[list[int]]]],
+    settings: dict[str, Any],
+    data_args: DataArguments,
+) -> Dataset:
+    """`function(batch, **settings)` over a split, in batches; the second time it comes from the cache of `datasets`."""
+    return examples.map(
+        function,
+        batched=True,
+        fn_kwargs=settings,
+        remove_columns=examples.column_names,
+        num_proc=data_args.preprocessing_num_workers,
+        load_from_cache_file=not data_args.overwrite_cache,
+        desc=f"Tokenizing {split}",
+    )
 
 
 def _can_be_learned(batch: dict[str, list[list[int]]], limits: dict[str, int | None]) -> list[bool]:

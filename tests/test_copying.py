@@ -36,6 +36,7 @@ from hf_temporal.tasks.copying import (
     TextCopies,
     digit_tokenizer,
     prompt_pieces,
+    tokenize_texts,
 )
 from hf_temporal.tasks.copying_scores import CopyScores, argmax_of_logits, bootstrap_interval
 from hf_temporal.tasks.small_t5 import small_t5_config, train_tokenizer
@@ -54,7 +55,8 @@ def digits(arguments: CopyingArguments = SHORT, **changes: Any) -> DigitCopies:
 def passages(tokenizer: PreTrainedTokenizerBase, arguments: CopyingArguments = PASSAGES, **changes: Any) -> TextCopies:
     settings: dict[str, Any] = {"split": "train", "size": 20, "seed": 7, "is_encoder_decoder": False}
     texts = changes.pop("texts", TEXTS)
-    return TextCopies(arguments, texts, tokenizer, **settings | changes)
+    tokens = tokenize_texts({"text": texts}, tokenizer)["tokens"] if texts else []
+    return TextCopies(arguments, tokens, tokenizer, **settings | changes)
 
 
 def seq2seq_tokenizer(template: str = "$A </s>") -> PreTrainedTokenizerFast:

@@ -126,7 +126,7 @@ def digit_tokenizer() -> PreTrainedTokenizerFast:
 class TextCopies(Copies):
     """Prompt: L tokens of a text, then T tokens of others, then the request to repeat the first; completion: them.
 
-    The texts are tokenized once and joined; passage and distractor are cut from that stream between two tokens, and
+    The texts are joined; passage and distractor are cut from that stream between two tokens, and
     the prompt around them is tokenized in the pieces that they leave of it. So the labels are the very tokens that
     stand in the prompt; where two pieces meet, tokens may differ from those of the whole prompt as one text.
 
@@ -136,7 +136,8 @@ class TextCopies(Copies):
       around a source and around a target.
 
     Args:
-        texts: of this split. The passage is from one with L tokens or more, the distractor from all others.
+        texts: of this split, as `tokenize_texts` gives them. The passage is from one with L tokens or more, the
+            distractor from all others.
         tokenizer: of the model.
 
     Raises:
@@ -146,7 +147,7 @@ class TextCopies(Copies):
     def __init__(
         self,
         arguments: CopyingArguments,
-        texts: Sequence[str],
+        texts: Sequence[Sequence[int]],
         tokenizer: PreTrainedTokenizerBase,
         *,
         split: str,
@@ -155,9 +156,7 @@ class TextCopies(Copies):
         is_encoder_decoder: bool,
     ) -> None:
         super().__init__(arguments, split=split, size=size, seed=seed, is_encoder_decoder=is_encoder_decoder)
-        special = set(tokenizer.all_special_ids)
-        tokenized = tokenizer([*texts], add_special_tokens=False, verbose=False).input_ids if texts else []
-        rows = [np.array([token for token in row if token not in special], dtype=np.int64) for row in tokenized]
+        rows = [np.array(row, dtype=np.int64) for row in texts]
         self._stream = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
         self._ends = np.cumsum([0, *map(len, rows)])
         lengths = np.diff(self._ends)
@@ -189,6 +188,13 @@ class TextCopies(Copies):
         prompt = [*self._before, *passage, *self._between, *distractor, *self._after]
         answer = [*self._answer_around[0], *passage, *self._answer_around[1]]
         return (prompt, answer) if self.is_encoder_decoder else (prompt + answer, [IGNORED] * len(prompt) + answer)
+
+
+def tokenize_texts(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+    """The "tokens" of each "text", without special ones."""
+    special = set(tokenizer.all_special_ids)
+    rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids
+    return {"tokens": [[token for token in row if token not in special] for row in rows]}
 
 
 def prompt_pieces(tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool) -> tuple[list[int], ...]:
