@@ -271,7 +271,7 @@ def mapped(
     settings: dict[str, Any],
     data_args: DataArguments,
 ) -> Dataset:
-    """`function(batch, **settings)` over a split, in batches; the second time it comes from the cache of `datasets`."""
+    """`function(batch, **settings)` over a split, in batches; the next time it comes from the cache of `datasets`."""
     return examples.map(
         function,
         batched=True,

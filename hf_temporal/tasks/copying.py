@@ -6,7 +6,7 @@ Two forms: digits, as in the literature, for models from scratch, and passages o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
