@@ -49,7 +49,7 @@ class ModelLoss:
 
 
 def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
-    """Find out what a model's own loss is by running eight tokens through it, without gradients, in eval mode.
+    """Find out what a model's own loss is by running nine tokens through it, without gradients, in eval mode.
 
     The loss that the model reports is compared with the cross-entropy of its logits, aligned and shifted, with its
     auxiliary loss, and with `num_items_in_batch` doubled; the head's stand-in with the logits themselves. The state of
@@ -58,7 +58,7 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
 
     Args:
         model: the unwrapped model, a `PeftModel` included.
-        can_run: False where the weights are sharded, so that eight tokens cannot be run: the class of the loss
+        can_run: False where the weights are sharded, so that nine tokens cannot be run: the class of the loss
             function then tells the shift, and no stand-in for the head is made.
     """
     base = base_model(model)
@@ -83,12 +83,12 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
         with _undisturbed(model):
             return _probe(model, presumed, inputs, labels)
     except Exception as error:  # noqa: BLE001  a model may raise anything on inputs that are not its own
-        logger.info(f"{type(base).__name__} cannot be run on eight tokens: {type(error).__name__}: {error}")
+        logger.info(f"{type(base).__name__} cannot be run on nine tokens: {type(error).__name__}: {error}")
         return presumed
 
 
 def read_on_batch(model: nn.Module, presumed: ModelLoss, batch: Mapping[str, Any]) -> ModelLoss:
-    """The same on a batch of its own, for a model that could not be run on eight tokens."""
+    """The same on a batch of its own, for a model that could not be run on nine tokens."""
     inputs = dict(batch)
     labels = inputs.pop("labels")
     with _undisturbed(model):
