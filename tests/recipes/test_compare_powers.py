@@ -403,10 +403,10 @@ def is_alive(pid: int) -> bool:
 def _as_at_a_terminal() -> Iterator[None]:
     """Nothing is ignored, as it is where the tests themselves run under `nohup` or in the background."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    before = {each: signal.signal(each, handler) for each, handler in usual.items()}
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 @pytest.mark.usefixtures("_as_at_a_terminal")
