@@ -402,7 +402,8 @@ def is_alive(pid: int) -> bool:
 @pytest.fixture
 def _as_at_a_terminal() -> Iterator[None]:
     """Nothing is ignored, as it is where the tests themselves run under `nohup` or in the background."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    usual: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    usual[signal.SIGINT] = signal.default_int_handler
     before = {each: signal.signal(each, handler) for each, handler in usual.items()}
     yield
     for each, handler in before.items():
