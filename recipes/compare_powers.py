@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hf_temporal.weighting import TemporalWeighting
 from recipes.comparison import Cell, direction_of, number, power_name, title_of
 from recipes.comparison_report import REPORT_NAME, Outcome, write_summary
+from recipes.report import write_json
 
 SETTINGS_NAME = "comparison.json"
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
@@ -187,9 +188,7 @@ def keep_settings(comparison: Comparison) -> dict[str, Any]:
                     "another output_dir"
                 )
     comparison.output_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_json(path, settings)
     return settings
 
 

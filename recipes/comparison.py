@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from recipes.report import EVALUATIONS_NAME, load_evaluations
-from recipes.run import RESULTS_NAME
+from recipes.report import EVALUATIONS_NAME, RESULTS_NAME, load_evaluations
 
 ALPHA = 0.05
 SAME = 1e-9  # differences that spread by less than this share of the values are one and the same

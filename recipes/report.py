@@ -13,11 +13,19 @@ from hf_temporal.model_card import CARD_NAME, TrainingRun, add_temporal_section
 from hf_temporal.plots import plot_recall_by_position
 
 EVALUATIONS_NAME = "evaluations.json"
+RESULTS_NAME = "all_results.json"
 RECALL_NAME = "recall_by_position.png"
 SAMPLES = 5
 
 Metrics = dict[str, tuple[str, int]]  # name in the logs: title, decimals
 Evaluation = dict[str, Any]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that appears whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def save_evaluation(output_dir: Path, evaluation: Evaluation) -> None:
@@ -26,11 +34,7 @@ def save_evaluation(output_dir: Path, evaluation: Evaluation) -> None:
     `{"evaluations": [{"step": 0, "metrics": {...}, "generated": [...], "references": [...]}, ...]}`
     """
     earlier = [each for each in load_evaluations(output_dir) if each["step"] < evaluation["step"]]
-    path = output_dir / EVALUATIONS_NAME
-    unfinished = path.with_suffix(".unfinished")
-    content = json.dumps({"evaluations": [*earlier, evaluation]}, indent=2, ensure_ascii=False)
-    unfinished.write_text(content + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_json(output_dir / EVALUATIONS_NAME, {"evaluations": [*earlier, evaluation]})
 
 
 def load_evaluations(output_dir: Path) -> list[Evaluation]:
@@ -40,6 +44,15 @@ def load_evaluations(output_dir: Path) -> list[Evaluation]:
         return []
     evaluations: list[Evaluation] = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
     return evaluations
+
+
+def save_results(output_dir: Path, logs: list[dict[str, float]]) -> None:
+    """Write the last evaluation's metrics and the training's into `all_results.json`, which closes the run."""
+    path = output_dir / RESULTS_NAME
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # of a run that is only reported
+    results |= {name: value for log in logs if "train_runtime" in log for name, value in log.items()}
+    results |= {name: value for each in load_evaluations(output_dir)[-1:] for name, value in each["metrics"].items()}
+    write_json(path, dict(sorted(results.items())))
 
 
 def first_and_last(output_dir: Path) -> list[Evaluation]:

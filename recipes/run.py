@@ -22,14 +22,13 @@ from recipes.report import (
     Card,
     before_and_after,
     draw_recall_by_position,
-    load_evaluations,
     report,
     save_evaluation,
+    save_results,
 )
 from recipes.tasks import Scores, Task
 
 PREDICTIONS_NAME = "predictions.jsonl"
-RESULTS_NAME = "all_results.json"
 FREE_SETTINGS = ("overwrite_cache", "preprocessing_num_workers")  # a run stays the same one when they change
 
 
@@ -200,16 +199,7 @@ def publish(
         trainer.save_model()
         trainer.create_model_card()
     if args.should_save:
-        close(output_dir, trainer.state.log_history)
-
-
-def close(output_dir: Path, logs: list[dict[str, float]]) -> None:
-    """Write the last evaluation's metrics and the training's into `all_results.json`."""
-    path = output_dir / RESULTS_NAME
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # of a run that is only reported
-    results |= {name: value for log in logs if "train_runtime" in log for name, value in log.items()}
-    results |= {name: value for each in load_evaluations(output_dir)[-1:] for name, value in each["metrics"].items()}
-    path.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_results(output_dir, trainer.state.log_history)
 
 
 def name_of(trainer: Any) -> str:
