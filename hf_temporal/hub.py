@@ -27,6 +27,7 @@ from .model_card import (
     add_temporal_section,
     draw_loss_by_position,
     last_component,
+    listed,
     public_card,
     without_private,
     without_tokens,
@@ -115,7 +116,7 @@ class HubMixin(_Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        tags = [*_listed(kwargs.pop("tags", None)), *_listed(getattr(self.model, "model_tags", None))]
+        tags = [*listed(kwargs.pop("tags", None)), *listed(getattr(self.model, "model_tags", None))]
         if tags:
             kwargs["tags"] = list(dict.fromkeys(tags))
         kwargs.setdefault("model_name", self._repository_name)
@@ -311,8 +312,4 @@ def _warn_of_failure(push: Future[CommitInfo]) -> None:
 
 
 def _first(names: str | list[str] | None) -> str | None:
-    return next(iter(_listed(names)), None)
-
-
-def _listed(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else names or []
+    return next(iter(listed(names)), None)

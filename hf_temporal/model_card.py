@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
-from .profile import PROFILE_NAME, load_profiles
+from .profile import evaluation_profiles
 from .weighting import TemporalWeighting
 
 CARD_NAME = "README.md"
@@ -177,7 +177,7 @@ def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> No
     data.license = run.license or data.license
     data.model_name = data.model_name or name
     if "/" in (run.dataset or "") and hub_id(run.dataset):
-        data.datasets = sorted({*_listed(data.datasets), str(run.dataset)})
+        data.datasets = sorted({*listed(data.datasets), str(run.dataset)})
     data.eval_results = [*_results_on_other_data(data, run), *_eval_results(run)]
     card.text = f"{_SECTION.sub(_BLANK, card.text).rstrip()}\n\n{_BEGIN}\n{temporal_section(run)}\n{_END}\n"
     path.write_text(public_card(str(card), run.base_model), encoding="utf-8")
@@ -210,11 +210,10 @@ def draw_loss_by_position(folder: str | os.PathLike[str]) -> str | None:
     """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile."""
     from .plots import plot_loss_by_position  # matplotlib takes its time
 
-    path = Path(folder) / PROFILE_NAME
-    profiles = [each for each in load_profiles(path) if each["split"] == "eval"] if path.is_file() else []
+    profiles = evaluation_profiles(folder)
     if not profiles:
         return None
-    plot_loss_by_position(profiles, path.with_name(PICTURE_NAME))
+    plot_loss_by_position(profiles, Path(folder) / PICTURE_NAME)
     return PICTURE_NAME
 
 
@@ -320,5 +319,6 @@ def without_private(text: str, *, folder: str = "") -> str:
     return _LOCAL_PATH.sub(lambda found: folder + last_component(found[0]), text)
 
 
-def _listed(names: str | list[str] | None) -> list[str]:
+def listed(names: str | list[str] | None) -> list[str]:
+    """Names of the metadata, which may be one, several or none."""
     return [names] if isinstance(names, str) else names or []

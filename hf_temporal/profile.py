@@ -187,5 +187,11 @@ def load_profiles(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is not a {PROFILE_NAME} of version 1 ({error!r}).") from None
 
 
+def evaluation_profiles(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The profiles of the evaluation split in a run's folder, oldest first; none where there is no file."""
+    path = Path(folder) / PROFILE_NAME
+    return [each for each in load_profiles(path) if each["split"] == "eval"] if path.is_file() else []
+
+
 def _ratio(total: Tensor, count: Tensor) -> float:
     return float(total / count) if float(count) > 0 else 0.0

@@ -16,7 +16,7 @@ from hf_temporal.plots import (
     plot_loss_by_position_and_power,
     plot_metrics_by_power,
 )
-from hf_temporal.profile import PROFILE_NAME, load_profiles
+from hf_temporal.profile import evaluation_profiles
 from recipes.benchmarks.report import environment, table
 from recipes.comparison import (
     ALPHA,
@@ -289,8 +289,7 @@ def _draw(
 
 
 def _last_profile(cell: Cell) -> dict[str, Any] | None:
-    path = cell.folder / PROFILE_NAME
-    profiles = [each for each in load_profiles(path) if each["split"] == "eval"] if path.is_file() else []
+    profiles = evaluation_profiles(cell.folder)
     return profiles[-1] if profiles else None
 
 

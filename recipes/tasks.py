@@ -147,6 +147,7 @@ class Copying(Task):
         self.data_args, self.arguments, self.seed = data_args, arguments, seed
         self.generates = arguments.copying_form == "text"
         self.answer_length = arguments.answer_length + (1 if self.generates else 0)
+        self.sizes = {split: limit or MADE_ON_THE_FLY[split] for split, limit in data_args.limits.items()}
         settings = f"{arguments.copy_length} tokens after {arguments.blank_length}"
         if self.generates:
             texts = load_texts(data_args, text_column)
@@ -154,9 +155,8 @@ class Copying(Task):
                 raise ValueError("copying_form='text' needs a column of texts; accepted: data with one, --text_column")
             self.data = TaskData(texts.splits, f"passages of {texts.name}, {settings}", texts.sha256, texts.provenance)
         else:
-            sizes = {split: limit or MADE_ON_THE_FLY[split] for split, limit in data_args.limits.items()}
-            known = json.dumps([asdict(arguments), sizes, seed])
-            examples = {split: range(size) for split, size in sizes.items()}
+            known = json.dumps([asdict(arguments), self.sizes, seed])
+            examples = {split: range(size) for split, size in self.sizes.items()}
             name = f"the copying problem, {settings}"
             self.data = TaskData(examples, name, hashlib.sha256(known.encode()).hexdigest())
 
@@ -174,7 +174,7 @@ class Copying(Task):
         encoded: dict[str, Any] = {}
         for split, examples in self.data.splits.items():
             how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
-            size = self.data_args.limits[split] or MADE_ON_THE_FLY[split]
+            size = self.sizes[split]
             if self.generates:
                 rows = mapped(examples, split, tokenize_texts, {"tokenizer": tokenizer}, self.data_args)
                 encoded[split] = TextCopies(self.arguments, rows["tokens"], tokenizer, size=size, **how)
@@ -201,13 +201,13 @@ class LanguageModeling(Task):
     verb = "continue"
     metrics: ClassVar = LOSSES
     answer_length = 0
+    generates = False
 
     def __init__(
         self, data_args: DataArguments, arguments: LanguageModelingArguments, *, text_column: str | None
     ) -> None:
         self.data_args, self.arguments = data_args, arguments
         self.data = load_texts(data_args, text_column)
-        self.generates = False
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         """Rows of at most `block_size` tokens."""
