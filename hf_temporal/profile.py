@@ -17,17 +17,20 @@ from .weighting import TemporalWeighting, document_max, wide_dtype
 
 PROFILE_NAME = "loss_by_position.json"
 BINS = 10
+ENDS = ("first_token", "last_token", "head", "tail")
 WEIGHTED = ("sum", "denominator", "reference_time")
 
 
 class PositionProfile:
-    """Sums, over the target tokens of a data set, of loss and accuracy by decile of t/T, head, tail and weighted loss.
+    """Sums, over the target tokens of a data set, of loss and accuracy by decile of t/T and at both ends, and of the
+    weighted loss.
 
     The examples of a batch are kept apart until `gather` (`Accelerator.gather_for_metrics`) has taken out those that
     only fill up the last batch of a process, so every token counts once on any number of processes.
 
     - weighted loss: Σ wℓ / D as in training, at the weighting given;
     - head and tail loss: mean ℓ over the first and the last ⌈T/4⌉ target tokens of each document;
+    - first and last token loss: mean ℓ over the first and the last target token of each document;
     - bin k: the target tokens with k/10 < t/T ≤ (k + 1)/10.
     """
 
@@ -84,7 +87,8 @@ class PositionProfile:
         last_rank, last_time = (document_max(values, document_ids) for values in (rank, positions))
         quarter = (last_rank + 3) // 4
         bins = (positions * BINS - 1).div(last_time.clamp(min=1), rounding_mode="floor").clamp(min=0)
-        parts = [target & (rank <= quarter), target & (rank > last_rank - quarter)]
+        ends = [rank == 1, rank == last_rank, rank <= quarter, rank > last_rank - quarter]
+        parts = [target & end for end in ends]
         parts += [target & (bins == index) for index in range(BINS)]
         columns = [
             values * part for part in parts for values in (losses, correct.to(losses.dtype), target.to(losses.dtype))
@@ -125,23 +129,24 @@ class PositionProfile:
         return [weights * losses, terms.to(losses)]
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """`<prefix>_temporal_loss`, `<prefix>_head_loss` and `<prefix>_tail_loss`; empty where there was no target."""
+        """`<prefix>_temporal_loss`, and `<prefix>_<end>_loss` for both `ENDS` as tokens and as quarters.
+
+        Empty where there was no target token.
+        """
         if self._sums is None or float(self._sums[2]) == 0:
             return {}
         sums, counts, times = torch.cat(self._weighted).unbind(-1)
         if self.weighting.normalization == "batch" and self.weighting.weight_fn is None:
             factors = self.weighting.weights(times.long()[None])[0].to(sums)
             sums, counts = sums * factors, counts * factors
-        head, tail = self._sums[:6].view(2, 3)
-        return {
-            f"{prefix}_temporal_loss": _ratio(sums.sum(), counts.sum()),
-            f"{prefix}_head_loss": _ratio(head[0], head[2]),
-            f"{prefix}_tail_loss": _ratio(tail[0], tail[2]),
+        ends = self._sums[: 3 * len(ENDS)].view(-1, 3)
+        return {f"{prefix}_temporal_loss": _ratio(sums.sum(), counts.sum())} | {
+            f"{prefix}_{end}_loss": _ratio(loss, count) for end, (loss, _, count) in zip(ENDS, ends, strict=True)
         }
 
     def bins(self) -> list[dict[str, Any]]:
         """The ten bins of the profile, in the schema of `save_profile`."""
-        sums = [] if self._sums is None else self._sums[6:].view(BINS, 3).tolist()
+        sums = [] if self._sums is None else self._sums[3 * len(ENDS) :].view(BINS, 3).tolist()
         return [
             {
                 "from": index / BINS,

@@ -63,8 +63,8 @@ class TemporalWeightMixin(HubMixin):
             neither, `TemporalWeighting()` is used. Everything else is passed on.
 
     Logged beside what the trainer logs: `temporal_power`, the p in force, and `effective_sample_size`,
-    (Σw)²/Σw² as a share of the target tokens. Evaluation adds `eval_temporal_loss`, `eval_head_loss`,
-    `eval_tail_loss` and the file `loss_by_position.json` in `output_dir`.
+    (Σw)²/Σw² as a share of the target tokens. Evaluation adds `eval_temporal_loss`, `eval_first_token_loss`,
+    `eval_head_loss`, `eval_tail_loss`, `eval_last_token_loss` and the file `loss_by_position.json` in `output_dir`.
 
     Raises:
         ValueError: `compute_loss_func`, `nn.DataParallel`, a fused Liger cross-entropy, context or sequence
@@ -372,7 +372,7 @@ class TemporalWeightMixin(HubMixin):
     # ---- evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, plus weighted, head and tail loss and the profile by position."""
+        """The trainer's own, plus the weighted loss, that of both ends and the profile by position."""
         alone = self.accelerator.num_processes == 1
         self._profile = PositionProfile(
             self.weighting,

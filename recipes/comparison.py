@@ -16,10 +16,12 @@ ALPHA = 0.05
 SAME = 1e-9  # differences that spread by less than this share of the values are one and the same
 LOWER_IS_BETTER = ("loss", "perplexity", "empty")
 NEITHER_IS_BETTER = ("gen_len",)
-BESIDE = ("loss", "head_loss", "tail_loss", "gen_len", "empty")
+BESIDE = ("loss", "first_token_loss", "head_loss", "tail_loss", "last_token_loss", "gen_len", "empty")
 TITLES = {
+    "first_token_loss": "loss, first token",
     "head_loss": "loss, first quarter",
     "tail_loss": "loss, last quarter",
+    "last_token_loss": "loss, last token",
     "gen_len": "generated tokens",
     "empty": "empty texts",
 }

@@ -26,8 +26,10 @@ MADE_ON_THE_FLY = {"train": 1_000_000, "validation": 256, "test": 256}
 LOSSES = {
     "loss": ("loss", 3),
     "temporal_loss": ("weighted loss", 3),
+    "first_token_loss": ("loss, first token of the target", 3),
     "head_loss": ("loss, first quarter of the target", 3),
     "tail_loss": ("loss, last quarter of the target", 3),
+    "last_token_loss": ("loss, last token of the target", 3),
 }
 
 

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
-ADDED = {"eval_temporal_loss", "eval_head_loss", "eval_tail_loss"}
+ADDED = {f"eval_{name}_loss" for name in ("temporal", "first_token", "head", "tail", "last_token")}
 TIMINGS = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
 
 
@@ -66,12 +66,14 @@ def test_evaluation_against_counting_by_hand(name: str, power: float, normalizat
     by_row = token_losses(model.eval(), rows)
     latest = max(len(losses) for losses, _ in by_row)
     total = count = 0.0
-    head, tail, bins = [], [], [[] for _ in range(10)]  # type: ignore[var-annotated]
+    first, head, tail, last, bins = [], [], [], [], [[] for _ in range(10)]  # type: ignore[var-annotated]
     for losses, correct in by_row:
         n = len(losses)
         quarter = math.ceil(n / 4)
+        first.append(losses[0])
         head += losses[:quarter]
         tail += losses[n - quarter :]
+        last.append(losses[-1])
         reference = n if normalization == "sequence" else latest if power >= 0 else 1
         weights = [weight(t, reference, power) for t in range(1, n + 1)]
         if normalization == "sequence":
@@ -81,8 +83,9 @@ def test_evaluation_against_counting_by_hand(name: str, power: float, normalizat
         for t, pair in enumerate(zip(losses, correct, strict=True), start=1):
             bins[math.ceil(10 * t / n) - 1].append(pair)
     assert metrics["eval_temporal_loss"] == pytest.approx(total / count, rel=1e-5)
-    assert metrics["eval_head_loss"] == pytest.approx(sum(head) / len(head), rel=1e-5)
-    assert metrics["eval_tail_loss"] == pytest.approx(sum(tail) / len(tail), rel=1e-5)
+    ends = {"first_token": first, "head": head, "tail": tail, "last_token": last}
+    for end, each in ends.items():
+        assert metrics[f"eval_{end}_loss"] == pytest.approx(sum(each) / len(each), rel=1e-5)
     (profile,) = load_profiles(tmp_path / "loss_by_position.json")
     assert (profile["split"], profile["step"]) == ("eval", 0)
     for entry, pairs in zip(profile["bins"], bins, strict=True):

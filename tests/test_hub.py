@@ -275,7 +275,8 @@ def test_card(pushed: Pushed) -> None:
     assert {"hf-temporal", "arxiv:2307.11462", "tiny", "generated_from_trainer"} <= set(card.data.tags or [])
     assert (card.data.license, card.data.datasets) == ("mit", ["someone/rows"])
     results = {result.metric_type: result for result in card.data.eval_results or []}
-    assert {"loss", "temporal_loss", "head_loss", "tail_loss"} == set(results)
+    ends = {f"{end}_loss" for end in ("first_token", "head", "tail", "last_token")}
+    assert {"loss", "temporal_loss"} | ends == set(results)
     assert results["loss"].task_type == "text-generation"
     for part in ("| p | 1 |", "| effective sample size | ", "| origin |", "| normalization |", "| schedule of p |",
                  "(loss_by_position.png)", "| eval_tail_loss |", "@article{wang2023improve"):  # fmt: skip

@@ -17,7 +17,7 @@ from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
 from hf_temporal.profile import load_profiles
 from tests.tiny_models import PadCollator, examples, tiny_model
 
-EXACT = ("eval_temporal_loss", "eval_head_loss", "eval_tail_loss")
+EXACT = tuple(f"eval_{name}_loss" for name in ("temporal", "first_token", "head", "tail", "last_token"))
 CASES = [("llama", 2.0, "sequence"), ("llama", -1.0, "batch"), ("t5", 2.0, "tokens"), ("gpt2", 2.0, "sequence")]
 
 
