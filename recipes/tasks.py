@@ -194,7 +194,7 @@ class Copying(Task):
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:
         """Recall, by position too."""
-        return CopyScores(tokenizer, self.arguments, answer_offset=1 if config.is_encoder_decoder else -1)
+        return CopyScores(tokenizer, self.arguments, generated=config.is_encoder_decoder)
 
 
 class LanguageModeling(Task):

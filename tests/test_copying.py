@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_temporal.tasks.bootstrap import bootstrap_interval
 from hf_temporal.tasks.copying import (
     END,
     HELD_OUT_SEED,
@@ -38,7 +39,7 @@ from hf_temporal.tasks.copying import (
     prompt_pieces,
     tokenize_texts,
 )
-from hf_temporal.tasks.copying_scores import CopyScores, argmax_of_logits, bootstrap_interval
+from hf_temporal.tasks.copying_scores import CopyScores, argmax_of_logits
 from hf_temporal.tasks.small_t5 import small_t5_config, train_tokenizer
 from tests.tiny_summarization import PAIRS, tiny_llama, tiny_tokenizer
 
@@ -307,11 +308,6 @@ def test_bad_splits_and_sizes_are_named(given: dict[str, Any], message: str) -> 
         digits(**given)
 
 
-def test_an_unknown_offset_is_named() -> None:
-    with pytest.raises(ValueError, match="answer_offset=2: -1, 0, 1 are accepted"):
-        CopyScores(digit_tokenizer(), SHORT, answer_offset=2)
-
-
 # ---- scores
 
 
@@ -349,30 +345,23 @@ def test_scores_by_hand() -> None:
     assert "gen_len" not in metrics
 
 
-@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize("generated", [False, True])
 @pytest.mark.parametrize("padded", [0, 2])
-def test_the_answer_stands_at_its_offset(offset: int, padded: int) -> None:
+def test_the_answer_stands_at_its_offset(generated: bool, padded: int) -> None:
     answers = answers_by_hand([1, 2, 8], [4, 5, 6])
-    labels = [[-100] * (offset == -1) + row for row in LABELS]
-    rows = {
-        -1: [[*row, 7] for row in answers],
-        0: answers,
-        1: [[PAD, *row] for row in answers],
-    }[offset]
-    filling = PAD if offset == 1 else -100  # predict_with_generate pads labels with the padding token
+    labels = LABELS if generated else [[-100, *row] for row in LABELS]
+    rows = [[PAD, *row] if generated else [*row, 7] for row in answers]
+    filling = PAD if generated else -100  # predict_with_generate pads labels with the padding token
     prediction = EvalPrediction(
         predictions=np.array([[*row, *[filling] * padded] for row in rows]),
         label_ids=np.array([[*row, *[filling] * padded] for row in labels]),
     )
-    scores = CopyScores(digit_tokenizer(), SHORT, answer_offset=offset)
+    scores = CopyScores(digit_tokenizer(), SHORT, generated=generated)
     metrics = scores(prediction)
     assert metrics["recall"] == pytest.approx(5 / 6)
     assert metrics["blank_accuracy"] == 1
     assert scores.record["generated"] == ["128", "456"]
-    others = [other for other in (-1, 0, 1) if other != offset]
-    assert all(
-        CopyScores(digit_tokenizer(), SHORT, answer_offset=other)(prediction)["recall"] < 0.5 for other in others
-    )
+    assert CopyScores(digit_tokenizer(), SHORT, generated=not generated)(prediction)["recall"] < 0.5
 
 
 def test_a_generation_that_ends_early_or_is_shifted_is_wrong_where_it_is() -> None:
@@ -407,7 +396,7 @@ def test_the_targets_of_an_encoder_decoder_may_open_with_a_special_token() -> No
     labels = [example["labels"] for example in passages(tokenizer, is_encoder_decoder=True)]
     assert labels[0][0] == 1
     generated = np.array([[1, *row, 0] for row in labels])
-    metrics = CopyScores(tokenizer, PASSAGES, answer_offset=1)(EvalPrediction(generated, np.array(labels)))
+    metrics = CopyScores(tokenizer, PASSAGES, generated=True)(EvalPrediction(generated, np.array(labels)))
     assert metrics["recall"] == metrics["exact_match"] == 1
     assert metrics["gen_len"] == 6
 
@@ -453,8 +442,7 @@ def test_a_trainer_scores_the_argmax_of_a_causal_model(tmp_path: Path) -> None:
     assert scores.record["references"] == ["".join(map(str, example["input_ids"][:3])) for example in dataset]
 
 
-@pytest.mark.parametrize("generate", [True, False])
-def test_a_trainer_scores_an_encoder_decoder(tmp_path: Path, generate: bool) -> None:
+def test_a_trainer_scores_what_an_encoder_decoder_generates(tmp_path: Path) -> None:
     tokenizer = digit_tokenizer()
     torch.manual_seed(1)
     config = small_t5_config(len(tokenizer))
@@ -468,10 +456,10 @@ def test_a_trainer_scores_an_encoder_decoder(tmp_path: Path, generate: bool) -> 
         use_cpu=True,
         report_to="none",
         dataloader_pin_memory=False,
-        predict_with_generate=generate,
+        predict_with_generate=True,
         generation_max_length=SHORT.answer_length + 1,
     )
-    scores = CopyScores(tokenizer, SHORT, answer_offset=int(generate))
+    scores = CopyScores(tokenizer, SHORT, generated=True)
     trainer = Seq2SeqTrainer(
         model,
         args,
@@ -479,15 +467,11 @@ def test_a_trainer_scores_an_encoder_decoder(tmp_path: Path, generate: bool) -> 
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
         compute_metrics=scores,
-        preprocess_logits_for_metrics=None if generate else argmax_of_logits,
     )
     metrics = trainer.evaluate()
     x, y = (torch.tensor([example[name] for example in dataset]) for name in ("input_ids", "labels"))
     with torch.no_grad():
-        if generate:
-            answers = model.generate(x, max_new_tokens=10, do_sample=False)[:, 1:]
-        else:
-            answers = model(input_ids=x, labels=y).logits.argmax(-1)
+        answers = model.generate(x, max_new_tokens=10, do_sample=False)[:, 1:]
     answers = F.pad(answers, (0, 10 - answers.shape[1]), value=PAD)
     assert metrics["eval_recall"] == pytest.approx((answers == y)[:, 7:].double().mean().item())
     assert metrics["eval_blank_accuracy"] == pytest.approx((answers == y)[:, :7].double().mean().item())

@@ -8,10 +8,10 @@ import numpy as np
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from .bootstrap import bootstrap_interval
 from .copying import CopyingArguments
 from .data import IGNORED
 
-RESAMPLES = 1000
 NO_ANSWER = -1
 
 
@@ -34,28 +34,25 @@ class CopyScores:
     Args:
         tokenizer: its special tokens are not among those to be copied.
         arguments: of the task.
-        answer_offset: where an `EvalPrediction` answers labels[i]: at i − 1 in the argmax of a decoder-only model, at
-            i in that of an encoder–decoder, at i + 1 in what `predict_with_generate` gives (1), whose rows open with
-            the decoder's start token.
+        generated: whether an `EvalPrediction` holds what `predict_with_generate` gives, rows that open with the
+            decoder's start token, or the argmax of a decoder-only model, which answers labels[i] at i − 1.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, arguments: CopyingArguments, *, answer_offset: int = -1
+        self, tokenizer: PreTrainedTokenizerBase, arguments: CopyingArguments, *, generated: bool = False
     ) -> None:
-        if answer_offset not in (-1, 0, 1):
-            raise ValueError(f"answer_offset={answer_offset!r}: -1, 0, 1 are accepted")
         self.tokenizer = tokenizer
         self.arguments = arguments
-        self.answer_offset = answer_offset
+        self.generated = generated
         self._special = set(tokenizer.all_special_ids)
         self.record: dict[str, list[Any]] = {}
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """Score `prediction.predictions`, rows of tokens, as a Trainer's `compute_metrics`."""
         rows, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-        if self.answer_offset == 1:
+        if self.generated:
             return self.score(rows[:, 1:], labels)
-        first = (labels != IGNORED).argmax(axis=1) + self.answer_offset
+        first = (labels != IGNORED).argmax(axis=1) - 1
         count = (labels != IGNORED).sum(axis=1)
         answers = [row[start : start + length] for row, start, length in zip(rows, first, count, strict=True)]
         return self._score(answers, labels)
@@ -81,8 +78,8 @@ class CopyScores:
         low, high = bootstrap_interval(recall)
         metrics = {
             "recall": float(recall.mean()),
-            "recall_low": low,
-            "recall_high": high,
+            "recall_low": float(low),
+            "recall_high": float(high),
             "exact_match": float(copied.all(axis=1).mean()),
         }
         if self.arguments.copying_form == "digits":
@@ -115,13 +112,6 @@ class CopyScores:
 
     def _texts(self, rows: Any) -> list[str]:
         return [text.strip() for text in self.tokenizer.batch_decode([self._ordinary(row) for row in rows])]
-
-
-def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % quantiles of the means of `RESAMPLES` resamples of `values` `[examples]`, seed 0."""
-    resamples = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[resamples].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def argmax_of_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:  # noqa: ARG001

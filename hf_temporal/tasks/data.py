@@ -118,25 +118,25 @@ def check_column(argument: str, column: str, examples: Dataset, split: str) -> N
         raise ValueError(f"{argument}={column!r} is no column of the {split} data; accepted: {accepted}")
 
 
-def keep_complete(examples: Dataset, split: str, columns: Sequence[str]) -> Dataset:
-    """The examples that have something in every one of `columns`; says how many are left out."""
-    kept = examples.filter(_is_complete, fn_kwargs={"columns": [*columns]}, desc=f"Looking through the {split} split")
+def named_columns(examples: Dataset, split: str, columns: Mapping[str, str], limit: int | None) -> Dataset:
+    """The first `limit` examples that have something in every one of `columns`, under the names that these map to.
+
+    Says how many are left out, and raises ValueError where that is all of them.
+    """
+    chosen = examples.select_columns([*columns])
+    kept = chosen.filter(_is_complete, fn_kwargs={"columns": [*columns]}, desc=f"Looking through the {split} split")
     left_out = len(examples) - len(kept)
     if not len(kept):
         raise ValueError(f"no example of the {split} split has a value in {' and '.join(columns)}")
     if left_out:
         logger.warning(f"{split}: {left_out} of {len(examples)} examples have no {' or no '.join(columns)}; left out.")
-    return kept
+    named = kept.rename_columns({column: name for column, name in columns.items() if column != name})
+    return named if limit is None else named.select(range(min(limit, len(named))))
 
 
 def _is_complete(example: Mapping[str, Any], columns: Sequence[str]) -> bool:
     values = [example[column] for column in columns]
     return all(value.strip() if isinstance(value, str) else value for value in values)
-
-
-def first_examples(examples: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` of them; all where there is no limit."""
-    return examples if limit is None else examples.select(range(min(limit, len(examples))))
 
 
 def sha256_of(splits: Mapping[str, Dataset]) -> str:

@@ -15,9 +15,8 @@ from .data import (
     DataArguments,
     TaskData,
     check_column,
-    first_examples,
-    keep_complete,
     load_splits,
+    named_columns,
     sha256_of,
 )
 
@@ -53,9 +52,7 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
     for split, examples in splits.items():
         for column in columns:
             check_column("text_column" if column == text_column else "column", column, examples, split)
-        complete = keep_complete(examples.select_columns([*columns]), split, [*columns])
-        named = complete.rename_columns({old: new for old, new in columns.items() if old != new})
-        chosen[split] = first_examples(named, data_args.limits[split])
+        chosen[split] = named_columns(examples, split, columns, data_args.limits[split])
     return TaskData(chosen, name, sha256_of(chosen), provenance)
 
 

@@ -25,9 +25,8 @@ from .data import (
     DataArguments,
     TaskData,
     check_column,
-    first_examples,
-    keep_complete,
     load_splits,
+    named_columns,
     sha256_of,
 )
 from .rouge_tokenizer import needs_characters
@@ -69,13 +68,16 @@ def load_pairs(data_args: DataArguments, arguments: SummarizationArguments) -> T
     """
     splits, name, provenance = load_splits(data_args)
     pairs = {
-        split: first_examples(_two_columns(examples, split, arguments, name == EMBEDDED_DATA), data_args.limits[split])
+        split: named_columns(
+            examples, split, _columns(examples, split, arguments, name == EMBEDDED_DATA), data_args.limits[split]
+        )
         for split, examples in splits.items()
     }
     return TaskData(pairs, name, sha256_of(pairs), provenance)
 
 
-def _two_columns(examples: Dataset, split: str, arguments: SummarizationArguments, embedded: bool) -> Dataset:
+def _columns(examples: Dataset, split: str, arguments: SummarizationArguments, embedded: bool) -> dict[str, str]:
+    """The columns of text and summary, and what they are called from there on."""
     first, second = ("body", "summary") if embedded else (*examples.column_names, "", "")[:2]
     wanted = {"text": arguments.text_column or first, "summary": arguments.summary_column or second}
     for name, column in wanted.items():
@@ -85,8 +87,7 @@ def _two_columns(examples: Dataset, split: str, arguments: SummarizationArgument
             raise ValueError(f"{name}_column={column!r} of the {split} data holds {kind}; accepted: a column of texts")
     if wanted["text"] == wanted["summary"]:
         raise ValueError(f"text_column and summary_column are both {wanted['text']!r}; accepted: two columns")
-    complete = keep_complete(examples.select_columns([*wanted.values()]), split, [*wanted.values()])
-    return complete.rename_columns({column: name for name, column in wanted.items()})
+    return {column: name for name, column in wanted.items()}
 
 
 def encode_for_causal_lm(

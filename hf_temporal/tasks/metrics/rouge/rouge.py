@@ -7,10 +7,10 @@ import evaluate
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
+from hf_temporal.tasks.bootstrap import bootstrap_interval
 from hf_temporal.tasks.rouge_tokenizer import ROUGE_TOKENIZERS, CharacterTokenizer
 
 ROUGE_TYPES = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-RESAMPLES = 1000
 
 _DESCRIPTION = "ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (F1), with bootstrapped 95 % intervals over the examples."
 _INPUTS = """
@@ -62,9 +62,7 @@ class Rouge(evaluate.Metric):
         scorer = RougeScorer(ROUGE_TYPES, use_stemmer=use_stemmer, tokenizer=by_character)
         scores = [scorer.score(*texts) for texts in zip(references, predictions, strict=True)]
         f1 = np.array([[score[name].fmeasure for name in ROUGE_TYPES] for score in scores])
-        resamples = np.random.default_rng(0).integers(len(f1), size=(RESAMPLES, len(f1)))
-        means = np.array([f1[resample].mean(axis=0) for resample in resamples])
-        low, high = np.percentile(means, [2.5, 97.5], axis=0)
+        low, high = bootstrap_interval(f1)
         result: dict[str, float] = {}
         for column, name in enumerate(ROUGE_TYPES):
             result |= {
