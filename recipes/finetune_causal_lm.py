@@ -46,12 +46,11 @@ from hf_temporal.tasks.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
 from hf_temporal.tasks.generation import generate_completions, prompt_of
 from hf_temporal.trainer import TemporalWeightTrainer
 from hf_temporal.training_args import TemporalTrainingArguments
-from recipes.adapters import add_adapter, check_mergeable, merge_adapter
+from recipes.adapters import add_adapter, check_mergeable
 from recipes.configuration import parse
 from recipes.models import ModelArguments, load_causal_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, name_of, publish, share_cores
+from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores
 from recipes.tasks import TASK_KINDS, Scores, load_task
-from recipes.usage import usage
 
 
 class CausalTrainer(CardMixin, TemporalWeightTrainer):
@@ -145,23 +144,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_mergeable(trainer)
     carry_out(trainer, run, task, scores, splits)
     if training_args.do_train:
-        if model_args.merge_adapter:
-            merge_adapter(trainer)
         base = model_args.model_name_or_path or model_args.model_type or EMBEDDED_MODEL
-        what = f"a LoRA adapter of rank {model_args.lora_r}" if model_args.use_peft else "all its weights"
         publish(
             trainer,
             task,
+            model_args,
             command=command_line(__file__, argv, training_args),
-            usage=usage(
-                task,
-                model_args,
-                tokenizer,
-                model.config,
-                name=name_of(trainer),
-                num_beams=summarization_args.num_beams,
-            ),
-            trained=f"{base} with {what}",
+            num_beams=summarization_args.num_beams,
+            trained=base,
             base_model=None if model_args.model_type else base,
             base_model_note=EMBEDDED_PROVENANCE if base == EMBEDDED_MODEL else None,
         )

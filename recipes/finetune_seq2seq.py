@@ -45,12 +45,11 @@ from hf_temporal.tasks.data import IGNORED
 from hf_temporal.tasks.small_t5 import small_t5_config, tokenizer_folder
 from hf_temporal.trainer import TemporalWeightSeq2SeqTrainer
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments
-from recipes.adapters import add_adapter, check_mergeable, merge_adapter
+from recipes.adapters import add_adapter, check_mergeable
 from recipes.configuration import parse
 from recipes.models import Seq2SeqModelArguments, load_seq2seq_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, name_of, publish, share_cores
+from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores
 from recipes.tasks import TASK_KINDS, Summarization, Task, load_task
-from recipes.usage import usage
 
 VOCABULARY = 8192
 
@@ -106,25 +105,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_mergeable(trainer)
     carry_out(trainer, run, task, scores if generates else None, splits)
     if training_args.do_train:
-        if model_args.merge_adapter:
-            merge_adapter(trainer)
         pair = (model_args.encoder_model_name_or_path, model_args.decoder_model_name_or_path)
         base = model_args.model_name_or_path
         made = " and ".join(filter(None, pair)) or model_args.model_type or "a small T5"
-        what = f"a LoRA adapter of rank {model_args.lora_r}" if model_args.use_peft else "all its weights"
         publish(
             trainer,
             task,
+            model_args,
             command=command_line(__file__, argv, training_args),
-            usage=usage(
-                task,
-                model_args,
-                tokenizer,
-                model.config,
-                name=name_of(trainer),
-                num_beams=training_args.generation_num_beams,
-            ),
-            trained=f"{base or made} with {what}",
+            num_beams=training_args.generation_num_beams,
+            trained=base or made,
             base_model=base,
             base_model_note=None if base else f"A new model: {made}.",
         )

@@ -17,7 +17,9 @@ from peft import PeftModel
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_temporal.model_card import TrainingRun, draw_loss_by_position
+from recipes.adapters import merge_adapter
 from recipes.continuation import TRAINER_STATE_NAME, Continuation, continue_run
+from recipes.models import ModelArguments
 from recipes.report import (
     Card,
     before_and_after,
@@ -27,6 +29,7 @@ from recipes.report import (
     save_results,
 )
 from recipes.tasks import Scores, Task
+from recipes.usage import usage
 
 PREDICTIONS_NAME = "predictions.jsonl"
 FREE_SETTINGS = ("overwrite_cache", "preprocessing_num_workers")  # a run stays the same one when they change
@@ -147,36 +150,41 @@ def predict(trainer: Any, scores: Scores | None, examples: Any) -> None:
 def publish(
     trainer: Any,
     task: Task,
+    model_args: ModelArguments,
     *,
     command: str,
-    usage: str,
+    num_beams: int,
     trained: str,
     base_model: str | None,
     base_model_note: str | None,
 ) -> None:
-    """Save the model with its card, push both to the Hub where `push_to_hub` says so, and close the run.
+    """Merge the adapter if asked to, save the model with its card, push both where `push_to_hub` says so.
 
-    `all_results.json`, the last of all files, tells that nothing is left to do.
+    `all_results.json`, the last of all files, closes the run: it tells that nothing is left to do.
 
     Args:
         trainer: has a `CardMixin` in front.
         task: what was learned.
+        model_args: which of the model's weights were trained, and what is saved of them.
         command: what was typed.
-        usage: Python code that uses the model.
-        trained: what of which model was trained, for the card's first sentence.
+        num_beams: with which the model answered.
+        trained: the model, for the card's first sentence.
         base_model: Hub id of the model that was trained; None for one from scratch.
         base_model_note: a sentence on where its weights come from.
     """
-    args, data = trainer.args, task.data
+    args, data, config = trainer.args, task.data, trainer.model.config
     output_dir = Path(args.output_dir)
+    if model_args.merge_adapter:
+        merge_adapter(trainer)
+    weights = f"a LoRA adapter of rank {model_args.lora_r}" if model_args.use_peft else "all its weights"
     sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in data.splits.items())
     if args.should_save:
         draw_recall_by_position(output_dir)
     by_package = "; no package is in two of these" if data.provenance else ""
     trainer.card = Card(
         name=output_dir.name,
-        summary=f"{trained} trained to {task.verb}: {data.name}.",
-        usage=usage,
+        summary=f"{trained} with {weights} trained to {task.verb}: {data.name}.",
+        usage=usage(task, model_args, trainer.processing_class, config, name=name_of(trainer), num_beams=num_beams),
         library="peft" if isinstance(trainer.model, PeftModel) else "transformers",
         pipeline_tag=task.pipeline_tag,
         run=dataclasses.replace(
