@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from .weighting import TemporalWeighting
 
@@ -34,14 +35,16 @@ class PowerPanel:
     Args:
         label: of the axis.
         values: by p, then by seed.
-        intervals: 95 % interval of the mean, by p; None where there is none.
+        means: by p, each with its 95 % interval, None where there is none.
         bounds: p and seed of the values that are only lower bounds; they are drawn hollow.
+        log: whether equal ratios are equally far apart.
     """
 
     label: str
     values: Mapping[float, Mapping[int, float]]
-    intervals: Mapping[float, tuple[float, float] | None]
+    means: Mapping[float, tuple[float, tuple[float, float] | None]]
     bounds: frozenset[tuple[float, int]] = frozenset()
+    log: bool = False
 
 
 def plot_loss_by_position(
@@ -211,15 +214,18 @@ def _draw_panel(axes: Axes, panel: PowerPanel, colors: Mapping[float, Any]) -> N
                 markerfacecolor="white" if hollow else colors[power],
                 alpha=0.75,
             )
-        finite = [value for value in values.values() if math.isfinite(value)]
-        if finite:
-            interval = panel.intervals.get(power)
-            mean = sum(finite) / len(finite)
+        mean, interval = panel.means.get(power, (math.nan, None))
+        if math.isfinite(mean):
             errors = None if interval is None else [[mean - interval[0]], [interval[1] - mean]]
             axes.errorbar(
                 index + 0.28, mean, errors, marker="D", markersize=6, capsize=4, elinewidth=1.8, color=colors[power]
             )
     axes.set_ylabel(panel.label)
+    if panel.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.margins(y=0.1)
     _grid(axes)
     axes.grid(visible=False, axis="x")

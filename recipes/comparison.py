@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
@@ -86,6 +87,7 @@ class Quantity:
         values: by p, then by seed.
         bounds: p and seed of the runs that did not get there, whose value is the budget.
         budget: of steps.
+        is_ratio: whether means are geometric and p is compared with 0 by ratio: everything happens on logarithms.
     """
 
     title: str
@@ -93,6 +95,32 @@ class Quantity:
     values: Values
     bounds: frozenset[tuple[float, int]] = frozenset()
     budget: float = math.inf
+    is_ratio: bool = False
+
+    def mean(self, power: float) -> float:
+        """Over the seeds of this p."""
+        return self._back(fmean(self._scaled(power).values()))
+
+    def interval(self, power: float) -> tuple[float, float] | None:
+        """The mean's, see `mean_interval`."""
+        found = mean_interval(list(self._scaled(power).values()))
+        return found and (self._back(found[0]), self._back(found[1]))
+
+    def against_0(self, power: float) -> Difference:
+        """This p against p = 0, not judged yet."""
+        found = paired_difference(self._scaled(power), self._scaled(0.0))
+        if not self.is_ratio or found.mean is None or found.usual is None or found.difference is None:
+            return found
+        interval = found.interval and (self._back(found.interval[0]), self._back(found.interval[1]))
+        mean, usual, ratio = map(self._back, (found.mean, found.usual, found.difference))
+        return replace(found, mean=mean, usual=usual, difference=None, ratio=ratio, interval=interval)
+
+    def _scaled(self, power: float) -> dict[int, float]:
+        values = self.values.get(power, {})
+        return {seed: math.log(value) for seed, value in values.items()} if self.is_ratio else values
+
+    def _back(self, value: float) -> float:
+        return math.exp(value) if self.is_ratio else value
 
 
 @dataclass(frozen=True)
@@ -100,6 +128,8 @@ class Difference:
     """A p against p = 0 on the seeds that both have; None for what these cannot say.
 
     - difference: mean over seeds of (value at p − value at p = 0), with its 95 % t interval;
+    - ratio: in its place, where quantities are compared so, the geometric mean of (value at p / value at p = 0), with
+      its interval; d_z and P-value are those of the logarithms;
     - d_z: that mean divided by the differences' standard deviation;
     - p_value: of the paired t-test, two-sided; where the difference is the same on every seed of its sign alone,
       2^(1 − seeds), as the t-test does not exist;
@@ -111,6 +141,7 @@ class Difference:
     mean: float | None = None
     usual: float | None = None
     difference: float | None = None
+    ratio: float | None = None
     interval: tuple[float, float] | None = None
     d_z: float | None = None
     p_value: float | None = None
@@ -178,8 +209,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def compare(quantity: Quantity) -> dict[float, Difference]:
     """Every p but 0 against p = 0."""
-    usual = quantity.values.get(0.0, {})
-    found = {power: paired_difference(each, usual) for power, each in quantity.values.items() if power != 0}
+    found = {power: quantity.against_0(power) for power in quantity.values if power != 0}
     tested = {power: each.p_value for power, each in found.items() if each.p_value is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
     judged = {power: _judged(each, quantity.direction, corrected.get(power)) for power, each in found.items()}
@@ -187,11 +217,11 @@ def compare(quantity: Quantity) -> dict[float, Difference]:
 
 
 def _judged(found: Difference, direction: int, corrected: float | None) -> Difference:
-    if corrected is None or found.difference is None:
+    if corrected is None or found.mean is None or found.usual is None:
         return found
     if corrected >= ALPHA:
         return replace(found, holm=corrected, verdict="not told apart")
-    rises = found.difference > 0
+    rises = found.mean > found.usual
     verdict = ("higher" if rises else "lower") if direction == 0 else "better" if rises == (direction > 0) else "worse"
     return replace(found, holm=corrected, verdict=verdict)
 
@@ -203,7 +233,8 @@ def quantities(runs: Mapping[Cell, Evaluations], metric: str, reach: float | Non
     """The metric at the end of every run; steps until it reaches `reach`; then what stands `BESIDE` it where it is.
 
     Steps count within a budget: the last step that every run was evaluated at. A run that does not get there counts
-    with the whole budget, so that means and tests are of min(steps, budget), which every run tells exactly.
+    with the whole budget, so that means and tests are of min(steps, budget), which every run tells exactly; one that
+    is there before the first step, with 1. They are compared by ratio.
     """
     last = {cell: evaluations[max(evaluations)] for cell, evaluations in runs.items()}
     everywhere = set.intersection(*map(set, last.values()))
@@ -232,9 +263,10 @@ def _steps_until(reach: float, metric: str, curves: Mapping[Cell, Mapping[int, f
     return Quantity(
         f"steps until {title_of(metric)} {'≥' if sign > 0 else '≤'} {reach:g}",
         direction=-1,
-        values=_by_power({cell: float(min(steps, default=budget)) for cell, steps in reached.items()}),
+        values=_by_power({cell: float(max(1, min(steps, default=budget))) for cell, steps in reached.items()}),
         bounds=frozenset((cell.power, cell.seed) for cell, steps in reached.items() if not steps),
         budget=budget,
+        is_ratio=True,
     )
 
 
@@ -250,26 +282,35 @@ def _words(quantity: Quantity, power: float, found: Difference) -> str:
     start, runs = f"p = {power_name(power)}:", len(found.seeds)
     if not runs:
         return f"{start} not compared. No seed is finished both here and at p = 0."
-    if found.difference is None or found.mean is None or found.usual is None:
+    if found.mean is None or found.usual is None:
         return f"{start} not compared. A run ended without a finite value."
     means = f"{number(found.mean)} instead of {number(found.usual)} at p = 0"
     missed = [[seed for seed in found.seeds if (each, seed) in quantity.bounds] for each in (power, 0.0)]
     if any(missed):
         here, usual = (f"{len(seeds)} of {runs}" for seeds in missed)
         means += f" (runs that took longer than {number(quantity.budget)} count as that: {here}, at p = 0 {usual})"
+    effect, show = _effect(found)
     if runs == 1:
-        return f"{start} no claim from one seed. {means}, which is {_signed(found.difference)}."
+        return f"{start} no claim from one seed. {means}, which is {effect}."
     if found.interval is None:
-        change = f"{_signed(found.difference)} on all {runs} seeds alike, of which only the sign is tested"
+        change = f"{effect} on all {runs} seeds alike, of which only the sign is tested"
     else:
-        low, high = map(_signed, found.interval)
+        low, high = map(show, found.interval)
         d_z = f"{found.d_z or 0.0:.1f}".replace("-", "−")
-        change = f"{_signed(found.difference)} [{low}, {high}], d_z = {d_z}, {runs} seeds"
+        change = f"{effect} [{low}, {high}], d_z = {d_z}, {runs} seeds"
     return f"{start} {found.verdict}. {means}, which is {change}; P-value {_probability(found.holm or 0.0)}."
+
+
+def _effect(found: Difference) -> tuple[str, Callable[[float], str]]:
+    """The size of the effect, and how the ends of its interval are shown."""
+    if found.ratio is not None:
+        return f"{number(found.ratio)} times as many", number
+    return _signed(found.difference or 0.0), _signed
 
 
 def number(value: float) -> str:
     """Digits by size: 0.0004, 0.983, 27.3, 1,234; none behind the point of a whole number."""
+    value = float(f"{value:.9g}")
     size = abs(value)
     if not math.isfinite(value):
         text = "not finite"

@@ -26,7 +26,6 @@ from recipes.comparison import (
     Quantity,
     compare,
     curve,
-    mean_interval,
     number,
     power_name,
     quantities,
@@ -56,7 +55,9 @@ NOTES = f"""\
 STEPS_NOTE = """
 - Steps are those of the first evaluation that shows the value, as fine as evaluations are dense. A run that does not
   get there within the steps that all runs have counts as having taken them all, in means and tests alike: what is
-  compared is the mean of min(steps, budget), which needs no guess at when such a run would have got there."""
+  compared is min(steps, budget), which needs no guess at when such a run would have got there.
+- Steps are compared by ratio, as times to an event usually are: means are geometric, and the t-test is that of the
+  logarithms."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,16 @@ def write_summary(outcome: Outcome, output_dir: Path) -> str:
 
     `summary.json`, in which "inf" stands for infinity and null for NaN or for what the data cannot say:
 
-    - `version` 1, `title`, `metric`, `reach`, `commands`, `settings` (the recipe, its configuration and the flags
+    - `version` 2, `title`, `metric`, `reach`, `commands`, `settings` (the recipe, its configuration and the flags
       beside it), `environment` (date, system, hardware, versions);
     - `powers`, `seeds`;
     - `cells`: of each p and seed `power`, `seed`, `folder`, `state` ("finished", "failed" or "not run"),
       `exit_status` (of one that failed), `step` and `metrics` (of the last evaluation);
-    - `quantities`: of each `title`, `direction` (1: higher is better, −1: lower, 0: neither) and `by_power`: `power`,
-      `values` (by seed), `not_reached` (the seeds whose value is the budget of steps), `mean`, `interval` (95 %), and
-      for p ≠ 0 `against_0` with `seeds`, `mean`, `usual`, `difference`, `interval`, `d_z`, `p_value`, `holm`,
-      `verdict` and `words`, see `recipes.comparison.Difference`.
+    - `quantities`: of each `title`, `direction` (1: higher is better, −1: lower, 0: neither), `scale` ("difference" or
+      "ratio") and `by_power`: `power`, `values` (by seed), `not_reached` (the seeds whose value is the budget of
+      steps), `mean` (geometric where the scale is that of ratios), `interval` (95 %), and for p ≠ 0 `against_0` with
+      `seeds`, `mean`, `usual`, `difference` or `ratio`, `interval`, `d_z`, `p_value`, `holm`, `verdict` and `words`,
+      see `recipes.comparison.Difference`.
 
     Raises ValueError where no cell is finished, or one has no evaluation with the metric.
     """
@@ -122,7 +124,7 @@ def _summary(
     outcome: Outcome, runs: Mapping[Cell, Evaluations], found: Sequence[tuple[Quantity, dict[float, Difference]]]
 ) -> dict[str, Any]:
     return {
-        "version": 1,
+        "version": 2,
         "title": outcome.title,
         "metric": outcome.metric,
         "reach": outcome.reach,
@@ -132,6 +134,7 @@ def _summary(
             {
                 "title": quantity.title,
                 "direction": quantity.direction,
+                "scale": "ratio" if quantity.is_ratio else "difference",
                 "by_power": [_row(quantity, power, differences.get(power)) for power in quantity.values],
             }
             for quantity, differences in found
@@ -149,8 +152,8 @@ def _row(quantity: Quantity, power: float, difference: Difference | None) -> dic
         "power": power,
         "values": values,
         "not_reached": [seed for seed in values if (power, seed) in quantity.bounds],
-        "mean": fmean(values.values()),
-        "interval": mean_interval(list(values.values())),
+        "mean": quantity.mean(power),
+        "interval": quantity.interval(power),
     }
     return row | ({"against_0": asdict(difference)} if difference else {})
 
@@ -231,8 +234,8 @@ def _table_cell(quantity: Quantity, power: float, difference: Difference | None)
     if missed == len(values):
         text = f"> {number(quantity.budget)}"
     else:
-        text = number(fmean(values.values()))
-        if interval := mean_interval(list(values.values())):
+        text = number(quantity.mean(power))
+        if interval := quantity.interval(power):
             text += f" [{number(interval[0])}, {number(interval[1])}]"
         if missed:
             text += f", {missed} of {len(values)} > {number(quantity.budget)}"
@@ -264,8 +267,9 @@ def _draw(
         PowerPanel(
             quantity.title + ("\n(hollow: not reached)" if quantity.bounds else ""),
             quantity.values,
-            {power: mean_interval(list(values.values())) for power, values in quantity.values.items()},
+            {power: (quantity.mean(power), quantity.interval(power)) for power in quantity.values},
             quantity.bounds,
+            quantity.is_ratio,
         )
         for quantity in decisive
     ]

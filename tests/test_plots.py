@@ -103,9 +103,9 @@ def test_every_seed_is_a_dot_and_every_mean_has_its_interval(tmp_path: Path) -> 
     recall = PowerPanel(
         "recall",
         {4.0: {0: 0.9, 1: 0.8}, 0.0: {0: 0.5, 1: 0.7}, math.inf: {1: math.nan}, -1.0: {0: 0.1}},
-        {4.0: (0.7, 1.0), 0.0: (0.4, 0.9), math.inf: None, -1.0: None},
+        {4.0: (0.85, (0.7, 1.0)), 0.0: (0.6, (0.4, 0.9)), math.inf: (math.nan, None), -1.0: (0.1, None)},
     )
-    steps = PowerPanel("steps", {0.0: {0: 30.0, 1: 30.0}}, {0.0: (30.0, 30.0)}, frozenset({(0.0, 1)}))
+    steps = PowerPanel("steps", {0.0: {0: 3.0, 1: 300.0}}, {0.0: (30.0, None)}, frozenset({(0.0, 1)}), log=True)
     figure = plot_metrics_by_power([recall, steps], tmp_path / "made" / "powers.png", title="a comparison")
     above, below = figure.axes
     assert [label.get_text() for label in below.get_xticklabels()] == ["−1", "0", "4", "∞"]
@@ -123,6 +123,7 @@ def test_every_seed_is_a_dot_and_every_mean_has_its_interval(tmp_path: Path) -> 
     assert sorted(bars) == [(pytest.approx(0.4), pytest.approx(0.9)), (pytest.approx(0.7), pytest.approx(1.0))]
     hollow = [line.get_markerfacecolor() for line in below.get_lines() if line.get_marker() == "o"]
     assert [face == "white" for face in hollow] == [False, True]
+    assert (above.get_yscale(), below.get_yscale()) == ("linear", "log")
     assert (above.get_ylabel(), below.get_ylabel(), figure.get_suptitle()) == ("recall", "steps", "a comparison")
     assert_is_picture(tmp_path / "made" / "powers.png")
 

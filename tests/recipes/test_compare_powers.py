@@ -111,6 +111,25 @@ def test_paired_difference_by_hand_and_by_scipy() -> None:
     assert found.p_value == pytest.approx(stats.ttest_rel([3, 5, 4], [1, 1, 1]).pvalue)
 
 
+def test_ratios_are_compared_on_logarithms() -> None:
+    steps = Quantity(
+        "steps", -1, {0.0: by_seed([40.0, 100.0, 250.0]), 4.0: by_seed([10.0, 50.0, 50.0])}, is_ratio=True
+    )
+    found = compare(steps)[4.0]
+    logs = np.log([[10, 50, 50], [40, 100, 250]])
+    test = stats.ttest_rel(*logs)
+    assert (found.mean, found.usual) == pytest.approx((25000 ** (1 / 3), 100))
+    assert found.ratio == pytest.approx(40 ** (-1 / 3))  # of 1/4, 1/2, 1/5
+    assert found.interval == pytest.approx(np.exp(test.confidence_interval(0.95)))
+    assert found.p_value == pytest.approx(test.pvalue)
+    assert found.difference is None
+    assert steps.interval(4.0) == pytest.approx(np.exp(mean_interval(list(logs[0])) or ()))
+    assert found.words == (
+        "p = 4: better. 29.2 instead of 100 at p = 0, which is 0.292 times as many [0.089, 0.958], d_z = −2.6, "
+        "3 seeds; P-value 0.047."
+    )
+
+
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.6]) == [1.0, 1.0]
@@ -209,7 +228,15 @@ def test_directions() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (1234.0, "1,234"), (27.34, "27.3"), (0.98349, "0.983"), (-0.00042, "−0.0004"), (0.0017, "0.0017")],
+    [
+        (0.0, "0"),
+        (1234.0, "1,234"),
+        (27.34, "27.3"),
+        (0.98349, "0.983"),
+        (-0.00042, "−0.0004"),
+        (0.0017, "0.0017"),
+        (60 - 1e-13, "60"),
+    ],
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
@@ -237,7 +264,7 @@ def test_steps_until_reached(tmp_path: Path) -> None:
     assert recall.values == {0.0: {0: 0.9, 1: 0.8}, 2.0: {0: 0.5, 1: 0.9}}
     assert (loss.title, loss.direction) == ("loss", -1)
     assert steps.title == "steps until recall ≥ 0.8"
-    assert steps.values == {0.0: {0: 30, 1: 30}, 2.0: {0: 10, 1: 0}}
+    assert steps.values == {0.0: {0: 30, 1: 30}, 2.0: {0: 10, 1: 1}}
     assert steps.bounds == {(0.0, 0)}
     assert (steps.budget, steps.direction) == (30, -1)
     assert "(runs that took longer than 30 count as that: 0 of 2, at p = 0 1 of 2)" in compare(steps)[2.0].words
