@@ -11,10 +11,11 @@ from hf_temporal.weighting import TemporalWeighting
 def memory_bias(weighting: TemporalWeighting, length: int) -> Tensor:
     """b(s) = Σ_{r=s+1..T} w(r) for s = 0..T − 1, divided by Σ_s b(s); float64 `[length]`.
 
-    A mistake in the memory function at lag s first shows at output time s + 1 and again at every later one. For
-    Σ_t w(t) (y_t − ŷ_t)² of linear functionals, b(s) is half the second derivative along ρ(s) where x_t² = 1, and for
-    uncorrelated inputs the gradient along ρ(s) is that of a mistake of weight b(s). The flatter b is, the more long
-    memory counts: b(s) = 1/T where all weight is on the last time.
+    A mistake in the memory function at lag s first shows at output time s + 1 and again at every later one. So for
+    Σ_t w(t) (y_t − ŷ_t)² of linear functionals, up to the one factor of the normalisation: b(s) is half the second
+    derivative along ρ̂(s) where x_t² = 1, and where inputs of different times are uncorrelated and of variance 1, the
+    mean gradient along ρ̂(s) is 2 b(s) (ρ̂(s) − ρ(s)). The flatter b is, the more long memory counts; it is flat,
+    1/T, where all weight is on the last time.
 
     Args:
         weighting: any, `weight_fn` included; w(1), …, w(T) are its float32 `weights` of one document of T targets.

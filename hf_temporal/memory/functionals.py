@@ -195,7 +195,10 @@ class FunctionalDataset(Dataset[dict[str, Tensor]]):
 
 
 def pad_series(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch `[batch, longest time, dimension]`: `input_values` end in zeros, `labels` in NaN, which is no target."""
+    """A batch `[batch, longest time, dimension]`: `input_values` end in zeros, `labels` in NaN, which is no target.
+
+    The stock evaluation loop pads batches of different length with −100: `compute_metrics` meets it beside NaN.
+    """
     return {
         key: pad_sequence([example[key] for example in examples], batch_first=True, padding_value=padding)
         for key, padding in (("input_values", 0.0), ("labels", float("nan")))
