@@ -1,0 +1,229 @@
+"""Targets with a known memory: y_t = Σ_s ρ(s) x_{t−s}, nonlinear ones around it, and data sets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from hf_temporal.tasks.copying import HELD_OUT_SEED
+from hf_temporal.tasks.data import SPLITS
+from hf_temporal.weighting import wide_dtype
+
+MemoryFunction = Callable[[Tensor], Tensor]
+
+
+def _airy(lag: Tensor) -> Tensor:
+    try:
+        from scipy import special  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("target='airy' needs scipy: pip install 'scipy>=1.14'") from error
+    return torch.from_numpy(special.airy(lag.numpy() - 6)[0])  # torch.special.airy_ai errs by 5e-9
+
+
+MEMORY_FUNCTIONS: Mapping[str, MemoryFunction] = MappingProxyType(
+    {
+        "exponential": lambda lag: torch.exp(-lag),
+        "polynomial": lambda lag: (1 + 0.1 * lag) ** -1.1,
+        "shift": lambda lag: ((lag > 9) & (lag < 11)).to(lag),
+        "two_part": lambda lag: torch.exp(-lag) + torch.exp(-((lag - 9) ** 2)),
+        "airy": _airy,
+        "sine": torch.sin,
+    }
+)
+"""ρ(t) by name: e^{−t}; 1/(1 + 0.1t)^{1.1}; 1 on 9 < t < 11; e^{−t} + e^{−(t−9)²}; Ai(t − 6); sin t."""
+
+
+def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
+    """ρ(0), …, ρ(length − 1), float64 `[length]`.
+
+    Args:
+        target: a name of `MEMORY_FUNCTIONS`, or ρ itself, called with the lags as a float64 tensor `[length]`.
+        length: number of lags.
+
+    Raises:
+        ValueError: an unknown name; `length` below 1; a result that is not finite or not `[length]`.
+        TypeError: `target` is neither a name nor callable.
+        ImportError: `"airy"` without scipy.
+
+    Source: the targets of Wang & Yan, arXiv 2307.11462.
+    """
+    if length < 1:
+        raise ValueError(f"length={length!r} is out of range; accepted: a whole number of at least 1.")
+    memory = _function(target)(torch.arange(length, dtype=torch.float64))
+    if not isinstance(memory, Tensor) or memory.shape != (length,):
+        shape = tuple(memory.shape) if isinstance(memory, Tensor) else type(memory).__name__
+        raise ValueError(f"target={target!r} returned {shape}; accepted: a tensor of shape {(length,)}.")
+    if not memory.isfinite().all():
+        lag = int((~memory.isfinite()).nonzero()[0])
+        raise ValueError(f"target={target!r} is {memory[lag].item()} at lag {lag}; accepted: finite numbers.")
+    return memory.double()
+
+
+def causal_convolution(inputs: Tensor, memory: Tensor) -> Tensor:
+    """y_t = Σ_{s=0..t} ρ(s) x_{t−s}, by FFT of zero-padded series, so nothing comes round from the end.
+
+    Args:
+        inputs: `[..., time, dimension]`; every dimension is convolved by itself.
+        memory: `[time]`, ρ of the lags 0..time − 1.
+
+    Returns:
+        The shape and dtype of `inputs`, computed in float64. Gradients reach both arguments.
+
+    Raises:
+        ValueError: `inputs` that are not floats over time and dimension; `memory` of another length.
+    """
+    length = _duration(inputs)
+    if memory.shape != (length,):
+        raise ValueError(f"memory has shape {tuple(memory.shape)}; accepted: {(length,)}, a value per time of inputs.")
+    dtype = wide_dtype(inputs.device)
+    size = 1 << (2 * length - 2).bit_length()  # the power of two that holds 2·time − 1 lags
+    spectrum = torch.fft.rfft(inputs.to(dtype), size, dim=-2)
+    response = torch.fft.rfft(memory.to(inputs.device, dtype), size)[:, None]
+    return torch.fft.irfft(spectrum * response, size, dim=-2)[..., :length, :].to(inputs.dtype)
+
+
+@dataclass(frozen=True)
+class Functional:
+    """y = φ_after(ρ ∗ φ_before(x)), with (ρ ∗ x)_t = Σ_{s=0..t} ρ(s) x_{t−s} and φ_α(z) = (1 − α)·z + α·tanh(z).
+
+    φ is applied at each time. φ_0 is the identity, so with both α = 0 this is the paper's linear functional; φ_1 is
+    tanh.
+
+    Args:
+        target: ρ, see `memory_function`.
+        before: α of the nonlinearity before the convolution, in [0, 1].
+        after: α of the one after it.
+
+    Raises:
+        ValueError, TypeError: `before` or `after` out of range; an unknown `target`.
+
+    Source: linear functionals, Wang & Yan, arXiv 2307.11462; nonlinear ones are the question it leaves open.
+    """
+
+    target: str | MemoryFunction
+    before: float = 0.0
+    after: float = 0.0
+
+    def __post_init__(self) -> None:
+        _function(self.target)
+        for name in ("before", "after"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is out of range; accepted: 0 ≤ {name} ≤ 1.")
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """y of x `[..., time, dimension]`; shape, dtype and errors are those of `causal_convolution`."""
+        memory = self.memory(_duration(inputs))
+        return _bend(causal_convolution(_bend(inputs, self.before), memory), self.after)
+
+    def memory(self, length: int) -> Tensor:
+        """ρ(0), …, ρ(length − 1), float64: the memory of the linear part."""
+        return memory_function(self.target, length)
+
+
+class FunctionalDataset(Dataset[dict[str, Tensor]]):
+    """`size` examples x ~ N(0, 1) and y of a functional; the i-th is a function of (seed, split, i) alone.
+
+    An example is `{"input_values": x, "labels": y}`, both float32 `[time, dimension]`; y is the float64 result for
+    the float32 x, rounded. A loader's batch is made by one FFT. Batch examples of several lengths by `pad_series`.
+
+    Args:
+        functional: what is to be learned.
+        split: "train", "validation" or "test".
+        size: number of examples.
+        seed: the run's; it changes the training examples alone.
+        length: time of an example, the longest where they differ.
+        min_length: with it, the time of each example is drawn evenly from min_length..length.
+        dimension: of x and of y, each of which is a series of its own.
+
+    Raises:
+        ValueError: a number below 1, `min_length` above `length`, an unknown split.
+    """
+
+    def __init__(
+        self,
+        functional: Functional,
+        *,
+        split: str,
+        size: int,
+        seed: int,
+        length: int = 100,
+        min_length: int | None = None,
+        dimension: int = 1,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is not known; accepted: {', '.join(map(repr, SPLITS))}.")
+        for name, value in (("size", size), ("length", length), ("dimension", dimension)):
+            if value < 1:
+                raise ValueError(f"{name}={value!r} is out of range; accepted: a whole number of at least 1.")
+        if min_length is not None and not 1 <= min_length <= length:
+            raise ValueError(f"min_length={min_length!r} is out of range; accepted: 1 to length={length}.")
+        self.functional = functional
+        self.size = size
+        self.length = length
+        self.min_length = min_length
+        self.dimension = dimension
+        self._seed = [seed if split == "train" else HELD_OUT_SEED, SPLITS.index(split)]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        inputs = np.zeros((len(indices), self.length, self.dimension), dtype=np.float32)
+        times = []
+        for row, index in zip(inputs, indices, strict=True):
+            rng = np.random.default_rng([*self._seed, range(self.size)[index]])
+            time = self.length if self.min_length is None else int(rng.integers(self.min_length, self.length + 1))
+            rng.standard_normal(out=row[:time], dtype=np.float32)
+            times.append(time)
+        x = torch.from_numpy(inputs)
+        y = self.functional(x.double()).float()
+        rows = zip(x, y, times, strict=True)
+        return [{"input_values": x[:time], "labels": y[:time]} for x, y, time in rows]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[index] for index in range(self.size))
+
+
+def pad_series(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch `[batch, longest time, dimension]`: `input_values` end in zeros, `labels` in NaN, which is no target.
+
+    The stock evaluation loop pads batches of different length with −100: `compute_metrics` meets it beside NaN.
+    """
+    return {
+        key: pad_sequence([example[key] for example in examples], batch_first=True, padding_value=padding)
+        for key, padding in (("input_values", 0.0), ("labels", float("nan")))
+    }
+
+
+def _function(target: str | MemoryFunction) -> MemoryFunction:
+    if not isinstance(target, str):
+        if not callable(target):
+            raise TypeError(f"target={target!r} is neither a name nor a function; accepted: a str or ρ(lags).")
+        return target
+    if target not in MEMORY_FUNCTIONS:
+        names = ", ".join(map(repr, MEMORY_FUNCTIONS))
+        raise ValueError(f"target={target!r} is not known; accepted: {names}, or a function of the lags.")
+    return MEMORY_FUNCTIONS[target]
+
+
+def _duration(inputs: Tensor) -> int:
+    if inputs.dim() < 2 or not inputs.is_floating_point():
+        raise ValueError(
+            f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; accepted: floats [..., time, dimension]."
+        )
+    return inputs.shape[-2]
+
+
+def _bend(values: Tensor, strength: float) -> Tensor:
+    """φ_α(z) = (1 − α)·z + α·tanh(z)."""
+    return values if strength == 0 else torch.lerp(values, values.tanh(), strength)
