@@ -1,0 +1,1 @@
+"""The paper's laboratory: memory functions, model families, probes of what they remember."""

@@ -1,0 +1,195 @@
+"""What mixes the times of a sequence, `[batch, time, width]` to the same: one module for each family of models.
+
+Each is causal, takes any length, and starts its parameters in `initialize`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from transformers import initialization as init
+
+from .configuration import AttentionConfig, LinearRnnConfig, StateSpaceConfig, TanhRnnConfig, TcnConfig
+from .linear_recurrence import linear_recurrence
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+}
+
+
+class LinearRnnMixer(nn.Module):
+    """act(h_t) with h_t = W h_{t−1} + U x_t; in the first layer U is the model's own map of its input, or embedding.
+
+    W starts as an orthogonal matrix times `recurrent_scale`.
+    """
+
+    def __init__(self, config: LinearRnnConfig, layer: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.input = nn.Linear(width, width, bias=config.use_bias) if layer else nn.Identity()
+        self.recurrent = nn.Parameter(torch.empty(width, width))
+        self.recurrent_scale = config.recurrent_scale
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+
+    def initialize(self) -> None:
+        init.orthogonal_(self.recurrent, gain=self.recurrent_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(linear_recurrence(self.input(x), self.recurrent))
+
+
+class TanhRnnMixer(nn.Module):
+    """h_t = tanh(W h_{t−1} + U x_t + b), by `torch.nn.RNN`; W starts as that of the linear RNN, U as a linear map."""
+
+    def __init__(self, config: TanhRnnConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.rnn = nn.RNN(width, width, nonlinearity="tanh", bias=config.use_bias, batch_first=True)
+        self.recurrent_scale = config.recurrent_scale
+
+    def initialize(self) -> None:
+        bound = self.rnn.hidden_size**-0.5
+        for name, parameter in self.rnn.named_parameters():
+            if name == "weight_hh_l0":
+                init.orthogonal_(parameter, gain=self.recurrent_scale)
+            else:
+                init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: Tensor = self.rnn(x)[0]
+        return states
+
+
+class CausalConvolution(nn.Module):
+    """y_t = b + Σ_{k<K} W_k x_{t−(K−1−k)d} with dilation d, on `[batch, width, time]`.
+
+    W is weight-normalised, W = g V/‖V‖ per output; V starts as `nn.Conv1d` does, and g as ‖V‖.
+    """
+
+    def __init__(self, width: int, kernel_size: int, dilation: int, *, bias: bool) -> None:
+        super().__init__()
+        self.convolution = weight_norm(nn.Conv1d(width, width, kernel_size, dilation=dilation, bias=bias))
+        self.padding = (kernel_size - 1) * dilation
+        self.fan_in = width * kernel_size
+
+    def initialize(self) -> None:
+        bound = self.fan_in**-0.5
+        norm, direction = self.convolution.get_submodule("parametrizations.weight").parameters()
+        init.uniform_(direction, -bound, bound)
+        init.copy_(norm, direction.detach().norm(dim=(1, 2), keepdim=True))
+        if self.convolution.bias is not None:
+            init.uniform_(self.convolution.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolved: Tensor = self.convolution(F.pad(x, (self.padding, 0)))
+        return convolved
+
+
+class TcnMixer(nn.Module):
+    """act(conv(act(conv(x)))) with two causal convolutions of dilation 2^layer."""
+
+    def __init__(self, config: TcnConfig, layer: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            CausalConvolution(config.hidden_size, config.kernel_size, 2**layer, bias=config.use_bias)
+            for _ in range(2)
+        )
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        for convolution in self.convolutions:
+            x = self.activation(convolution(x))
+        return x.transpose(1, 2)
+
+
+class StateSpaceMixer(nn.Module):
+    """M act(y) with, in each channel, s_t = e^{ΔA} s_{t−1} + A⁻¹(e^{ΔA} − 1) x_t and y_t = 2 Re(C·s_t) + D x_t.
+
+    A is complex and diagonal, Re A < 0, and discretised with a zero-order hold; the states are never made, y is the
+    convolution of x with the kernel K_l = 2 Re Σ_n C_n A_n⁻¹ (e^{ΔA_n} − 1) e^{lΔA_n}, by FFT.
+    A starts as −1/2 + iπn, Δ log-uniform between the configured steps, C complex normal, D = 1.
+    """
+
+    def __init__(self, config: StateSpaceConfig) -> None:
+        super().__init__()
+        width, states = config.hidden_size, config.state_size
+        self.log_step = nn.Parameter(torch.empty(width))
+        self.log_decay = nn.Parameter(torch.empty(width, states))
+        self.frequency = nn.Parameter(torch.empty(width, states))
+        self.readout = nn.Parameter(torch.empty(width, states, 2))
+        self.direct = nn.Parameter(torch.empty(width))
+        self.output = nn.Linear(width, width, bias=config.use_bias)
+        self.step_range = config.smallest_step, config.largest_step
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+
+    def initialize(self) -> None:
+        init.uniform_(self.log_step, *map(math.log, self.step_range))
+        init.constant_(self.log_decay, math.log(0.5))
+        init.copy_(self.frequency, math.pi * torch.arange(self.frequency.shape[1]).expand_as(self.frequency))
+        init.normal_(self.readout, std=0.5**0.5)
+        init.ones_(self.direct)
+
+    def kernel(self, length: int) -> Tensor:
+        """K_l for l = 0..length−1, `[width, length]`.
+
+        With l = jc + i the exponentials e^{jcΔA} and e^{iΔA} alone are made, and K is their product as matrices.
+        """
+        a = torch.complex(-self.log_decay.exp(), self.frequency)
+        a_step = a * self.log_step.exp()[:, None]
+        coefficients = 2 * torch.view_as_complex(self.readout.contiguous()) * torch.expm1(a_step) / a
+        chunk = math.isqrt(length - 1) + 1
+        times = torch.arange(chunk, device=a.device)
+        coarse = coefficients[:, None] * torch.exp(a_step[:, None] * (chunk * times)[:, None])
+        fine = torch.exp(a_step[..., None] * times)
+        product = torch.cat([coarse.real, -coarse.imag], -1) @ torch.cat([fine.real, fine.imag], -2)
+        return product.flatten(1)[:, :length]
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(torch.float32, x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(dtype)
+            y = causal_convolution(x.transpose(1, 2), self.kernel(x.shape[1])).transpose(1, 2) + self.direct * x
+        return self.output(self.activation(y).to(self.output.weight.dtype))
+
+
+def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
+    """y_t = Σ_{s=0..t} k_s x_{t−s} by FFT, for x `[batch, width, time]` and k `[width, time]`."""
+    time = x.shape[-1]
+    spectrum = torch.fft.rfft(x, n=2 * time) * torch.fft.rfft(kernel, n=2 * time)
+    return torch.fft.irfft(spectrum, n=2 * time)[..., :time]
+
+
+class SelfAttentionMixer(nn.Module):
+    """Multi-head attention of each time to itself and those before it."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.input = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.input(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForwardMixer(nn.Module):
+    """M₂ act(M₁ x_t), at each time by itself: what follows attention in a block of its own."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.input = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.activation(self.input(x)))
