@@ -1,6 +1,6 @@
 """What mixes the times of a sequence, `[batch, time, width]` to the same: one module for each family of models.
 
-Each is causal, takes any length, and starts its parameters in `initialize`.
+Each is causal and takes any length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import initialization as init
 
 from .configuration import AttentionConfig, LinearRnnConfig, StateSpaceConfig, TanhRnnConfig, TcnConfig
 from .linear_recurrence import linear_recurrence
@@ -25,44 +24,30 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LinearRnnMixer(nn.Module):
-    """act(h_t) with h_t = W h_{t−1} + U x_t; in the first layer U is the model's own map of its input, or embedding.
-
-    W starts as an orthogonal matrix times `recurrent_scale`.
-    """
+    """act(h_t) with h_t = W h_{t−1} + U x_t; in the first layer U is the model's map of its input, or its embedding."""
 
     def __init__(self, config: LinearRnnConfig, layer: int) -> None:
         super().__init__()
         width = config.hidden_size
         self.input = nn.Linear(width, width, bias=config.use_bias) if layer else nn.Identity()
         self.recurrent = nn.Parameter(torch.empty(width, width))
-        self.recurrent_scale = config.recurrent_scale
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
-    def initialize(self) -> None:
-        init.orthogonal_(self.recurrent, gain=self.recurrent_scale)
-
     def forward(self, x: Tensor) -> Tensor:
+        """`[batch, time, width]` to the same."""
         return self.activation(linear_recurrence(self.input(x), self.recurrent))
 
 
 class TanhRnnMixer(nn.Module):
-    """h_t = tanh(W h_{t−1} + U x_t + b), by `torch.nn.RNN`; W starts as that of the linear RNN, U as a linear map."""
+    """h_t = tanh(W h_{t−1} + U x_t + b), by `torch.nn.RNN`."""
 
     def __init__(self, config: TanhRnnConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.rnn = nn.RNN(width, width, nonlinearity="tanh", bias=config.use_bias, batch_first=True)
-        self.recurrent_scale = config.recurrent_scale
-
-    def initialize(self) -> None:
-        bound = self.rnn.hidden_size**-0.5
-        for name, parameter in self.rnn.named_parameters():
-            if name == "weight_hh_l0":
-                init.orthogonal_(parameter, gain=self.recurrent_scale)
-            else:
-                init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[batch, time, width]` to the same."""
         states: Tensor = self.rnn(x)[0]
         return states
 
@@ -70,24 +55,16 @@ class TanhRnnMixer(nn.Module):
 class CausalConvolution(nn.Module):
     """y_t = b + Σ_{k<K} W_k x_{t−(K−1−k)d} with dilation d, on `[batch, width, time]`.
 
-    W is weight-normalised, W = g V/‖V‖ per output; V starts as `nn.Conv1d` does, and g as ‖V‖.
+    W is weight-normalised, W = g V/‖V‖ for each output.
     """
 
     def __init__(self, width: int, kernel_size: int, dilation: int, *, bias: bool) -> None:
         super().__init__()
         self.convolution = weight_norm(nn.Conv1d(width, width, kernel_size, dilation=dilation, bias=bias))
         self.padding = (kernel_size - 1) * dilation
-        self.fan_in = width * kernel_size
-
-    def initialize(self) -> None:
-        bound = self.fan_in**-0.5
-        norm, direction = self.convolution.get_submodule("parametrizations.weight").parameters()
-        init.uniform_(direction, -bound, bound)
-        init.copy_(norm, direction.detach().norm(dim=(1, 2), keepdim=True))
-        if self.convolution.bias is not None:
-            init.uniform_(self.convolution.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[batch, width, time]` to the same."""
         convolved: Tensor = self.convolution(F.pad(x, (self.padding, 0)))
         return convolved
 
@@ -98,12 +75,12 @@ class TcnMixer(nn.Module):
     def __init__(self, config: TcnConfig, layer: int) -> None:
         super().__init__()
         self.convolutions = nn.ModuleList(
-            CausalConvolution(config.hidden_size, config.kernel_size, 2**layer, bias=config.use_bias)
-            for _ in range(2)
+            CausalConvolution(config.hidden_size, config.kernel_size, 2**layer, bias=config.use_bias) for _ in range(2)
         )
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[batch, time, width]` to the same."""
         x = x.transpose(1, 2)
         for convolution in self.convolutions:
             x = self.activation(convolution(x))
@@ -115,7 +92,6 @@ class StateSpaceMixer(nn.Module):
 
     A is complex and diagonal, Re A < 0, and discretised with a zero-order hold; the states are never made, y is the
     convolution of x with the kernel K_l = 2 Re Σ_n C_n A_n⁻¹ (e^{ΔA_n} − 1) e^{lΔA_n}, by FFT.
-    A starts as −1/2 + iπn, Δ log-uniform between the configured steps, C complex normal, D = 1.
     """
 
     def __init__(self, config: StateSpaceConfig) -> None:
@@ -127,24 +103,17 @@ class StateSpaceMixer(nn.Module):
         self.readout = nn.Parameter(torch.empty(width, states, 2))
         self.direct = nn.Parameter(torch.empty(width))
         self.output = nn.Linear(width, width, bias=config.use_bias)
-        self.step_range = config.smallest_step, config.largest_step
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
-    def initialize(self) -> None:
-        init.uniform_(self.log_step, *map(math.log, self.step_range))
-        init.constant_(self.log_decay, math.log(0.5))
-        init.copy_(self.frequency, math.pi * torch.arange(self.frequency.shape[1]).expand_as(self.frequency))
-        init.normal_(self.readout, std=0.5**0.5)
-        init.ones_(self.direct)
-
     def kernel(self, length: int) -> Tensor:
-        """K_l for l = 0..length−1, `[width, length]`.
+        """K_l for l = 0..length−1, `[width, length]`, in float32 at least.
 
         With l = jc + i the exponentials e^{jcΔA} and e^{iΔA} alone are made, and K is their product as matrices.
         """
-        a = torch.complex(-self.log_decay.exp(), self.frequency)
-        a_step = a * self.log_step.exp()[:, None]
-        coefficients = 2 * torch.view_as_complex(self.readout.contiguous()) * torch.expm1(a_step) / a
+        dtype = torch.promote_types(torch.float32, self.frequency.dtype)
+        a = torch.complex(-self.log_decay.to(dtype).exp(), self.frequency.to(dtype))
+        a_step = a * self.log_step.to(dtype).exp()[:, None]
+        coefficients = 2 * torch.complex(*self.readout.to(dtype).unbind(-1)) * torch.expm1(a_step) / a
         chunk = math.isqrt(length - 1) + 1
         times = torch.arange(chunk, device=a.device)
         coarse = coefficients[:, None] * torch.exp(a_step[:, None] * (chunk * times)[:, None])
@@ -153,6 +122,7 @@ class StateSpaceMixer(nn.Module):
         return product.flatten(1)[:, :length]
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[batch, time, width]` to the same."""
         dtype = torch.promote_types(torch.float32, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
@@ -177,6 +147,7 @@ class SelfAttentionMixer(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[batch, time, width]` to the same."""
         query, key, value = self.input(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.output(attended.transpose(1, 2).flatten(2))
@@ -192,4 +163,5 @@ class FeedForwardMixer(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[batch, time, width]` to the same."""
         return self.output(self.activation(self.input(x)))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput, TokenClassifierOutput
 
 from .configuration import (
@@ -23,6 +22,7 @@ from .configuration import (
     TanhRnnConfig,
     TcnConfig,
 )
+from .initialization import initialize
 from .mixers import FeedForwardMixer, LinearRnnMixer, SelfAttentionMixer, StateSpaceMixer, TanhRnnMixer, TcnMixer
 
 MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
@@ -71,28 +71,12 @@ class MemoryBackbone(nn.Module):
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
-    """What all families share: how parameters start.
-
-    Linear maps start as `nn.Linear` does, uniform in ±1/√inputs, embeddings standard normal, layer norms as the
-    identity; mixers say for themselves.
-    """
+    """What all families share: how parameters start, see `initialize`."""
 
     config_class = MemoryModelConfig
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif hasattr(module, "initialize"):
-            module.initialize()
+        initialize(module, self.config)
 
 
 class MemoryModelForRegression(MemoryPreTrainedModel):
@@ -122,10 +106,9 @@ class MemoryModelForRegression(MemoryPreTrainedModel):
         Raises:
             ValueError: shapes that do not fit.
         """
-        if input_values.dim() != 3 or input_values.shape[-1] != self.config.input_size:
-            raise ValueError(
-                f"input_values have shape {tuple(input_values.shape)}; accepted: [batch, time, {self.config.input_size}]."
-            )
+        size = self.config.input_size
+        if input_values.dim() != 3 or input_values.shape[-1] != size:
+            raise ValueError(f"input_values have shape {tuple(input_values.shape)}; accepted: [batch, time, {size}].")
         outputs: Tensor = self.head(self.backbone(self.input(input_values.to(self.input.weight.dtype))))
         loss = None if labels is None else _squared_error(outputs, labels)
         return TokenClassifierOutput(loss=loss, logits=outputs)
@@ -169,7 +152,9 @@ class MemoryModelForCausalLM(MemoryPreTrainedModel):
         """
         packed = [key for key in PACKED_KEYS if kwargs.get(key) is not None]
         if packed:
-            raise ValueError(f"{packed[0]}: a recurrence crosses the documents of a row; accepted: one document per row.")
+            raise ValueError(
+                f"{packed[0]}: a recurrence crosses the documents of a row; accepted: one document per row."
+            )
         if attention_mask is not None and bool((attention_mask[:, 0] < attention_mask.amax(-1)).any()):
             raise ValueError(
                 "attention_mask begins with 0: rows padded on the left; accepted: padding on the right "

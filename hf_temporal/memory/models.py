@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -32,6 +32,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionForCausalLM",
     "AttentionForRegression",
+    "Family",
     "LinearRnnConfig",
     "LinearRnnForCausalLM",
     "LinearRnnForRegression",
@@ -47,18 +48,27 @@ __all__ = [
     "TcnForRegression",
 ]
 
-FAMILIES: dict[str, tuple[type[MemoryModelConfig], type[Any], type[Any]]] = {
-    "linear_rnn": (LinearRnnConfig, LinearRnnForRegression, LinearRnnForCausalLM),
-    "tanh_rnn": (TanhRnnConfig, TanhRnnForRegression, TanhRnnForCausalLM),
-    "tcn": (TcnConfig, TcnForRegression, TcnForCausalLM),
-    "state_space": (StateSpaceConfig, StateSpaceForRegression, StateSpaceForCausalLM),
-    "attention": (AttentionConfig, AttentionForRegression, AttentionForCausalLM),
+
+class Family(NamedTuple):
+    """The classes of a family."""
+
+    config: type[Any]
+    regression: type[Any]
+    causal_lm: type[Any]
+
+
+FAMILIES = {
+    "linear_rnn": Family(LinearRnnConfig, LinearRnnForRegression, LinearRnnForCausalLM),
+    "tanh_rnn": Family(TanhRnnConfig, TanhRnnForRegression, TanhRnnForCausalLM),
+    "tcn": Family(TcnConfig, TcnForRegression, TcnForCausalLM),
+    "state_space": Family(StateSpaceConfig, StateSpaceForRegression, StateSpaceForCausalLM),
+    "attention": Family(AttentionConfig, AttentionForRegression, AttentionForCausalLM),
 }
 
-for _config, _regression, _causal_lm in FAMILIES.values():
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _regression)
-    AutoModelForCausalLM.register(_config, _causal_lm)
-    _config.register_for_auto_class()
-    _regression.register_for_auto_class("AutoModel")
-    _causal_lm.register_for_auto_class("AutoModelForCausalLM")
+for _family in FAMILIES.values():
+    AutoConfig.register(_family.config.model_type, _family.config)
+    AutoModel.register(_family.config, _family.regression)
+    AutoModelForCausalLM.register(_family.config, _family.causal_lm)
+    _family.config.register_for_auto_class()
+    _family.regression.register_for_auto_class("AutoModel")
+    _family.causal_lm.register_for_auto_class("AutoModelForCausalLM")
