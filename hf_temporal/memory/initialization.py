@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers import initialization as init
 
-from .mixers import LinearRnnMixer, StateSpaceMixer
+from .mixers import RnnMixer, StateSpaceMixer
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def initialize(module: nn.Module, config: Any) -> None:
 
     - Linear maps and convolutions are uniform in ±1/√inputs, weight and bias, as torch starts them; the norms of a
       weight-normalised convolution are those of what is normalised.
-    - Recurrent matrices are orthogonal, times `recurrent_scale`; all else of the tanh RNN uniform in ±1/√width.
+    - Recurrent matrices are orthogonal, times `recurrent_scale`.
     - State-space models are S4D-Lin: A = −1/2 + iπn, Δ log-uniform between the configured steps, C complex normal of
       variance 1; D = 1.
     - Embeddings are standard normal, layer norms the identity.
@@ -36,13 +36,7 @@ def initialize(module: nn.Module, config: Any) -> None:
         norm, direction = module.parameters()
         _uniform(direction[0].numel(), direction)
         init.copy_(norm, direction.norm(dim=(1, 2), keepdim=True))
-    elif isinstance(module, nn.RNN):
-        for name, parameter in module.named_parameters():
-            if name.startswith("weight_hh"):
-                init.orthogonal_(parameter, gain=config.recurrent_scale)
-            else:
-                _uniform(module.hidden_size, parameter)
-    elif isinstance(module, LinearRnnMixer):
+    elif isinstance(module, RnnMixer):
         init.orthogonal_(module.recurrent, gain=config.recurrent_scale)
     elif isinstance(module, StateSpaceMixer):
         init.uniform_(module.log_step, math.log(config.smallest_step), math.log(config.largest_step))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from .configuration import AttentionConfig, LinearRnnConfig, StateSpaceConfig, TanhRnnConfig, TcnConfig
-from .linear_recurrence import linear_recurrence
+from .recurrences import linear_recurrence, tanh_recurrence
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: x,
@@ -23,14 +23,21 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LinearRnnMixer(nn.Module):
-    """act(h_t) with h_t = W h_{t−1} + U x_t; in the first layer U is the model's map of its input, or its embedding."""
+class RnnMixer(nn.Module):
+    """A recurrence over u_t = U x_t + b; in the first layer, u is the model's own map, or embedding, of its input."""
 
-    def __init__(self, config: LinearRnnConfig, layer: int) -> None:
+    def __init__(self, config: LinearRnnConfig | TanhRnnConfig, layer: int) -> None:
         super().__init__()
         width = config.hidden_size
         self.input = nn.Linear(width, width, bias=config.use_bias) if layer else nn.Identity()
         self.recurrent = nn.Parameter(torch.empty(width, width))
+
+
+class LinearRnnMixer(RnnMixer):
+    """act(h_t) with h_t = W h_{t−1} + u_t."""
+
+    def __init__(self, config: LinearRnnConfig, layer: int) -> None:
+        super().__init__(config, layer)
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,35 +45,32 @@ class LinearRnnMixer(nn.Module):
         return self.activation(linear_recurrence(self.input(x), self.recurrent))
 
 
-class TanhRnnMixer(nn.Module):
-    """h_t = tanh(W h_{t−1} + U x_t + b), by `torch.nn.RNN`."""
-
-    def __init__(self, config: TanhRnnConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.rnn = nn.RNN(width, width, nonlinearity="tanh", bias=config.use_bias, batch_first=True)
+class TanhRnnMixer(RnnMixer):
+    """h_t = tanh(W h_{t−1} + u_t)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, time, width]` to the same."""
-        states: Tensor = self.rnn(x)[0]
-        return states
+        return tanh_recurrence(self.input(x), self.recurrent)
 
 
 class CausalConvolution(nn.Module):
-    """y_t = b + Σ_{k<K} W_k x_{t−(K−1−k)d} with dilation d, on `[batch, width, time]`.
+    """y_t = b + Σ_{k<K} W_k x_{t−(K−1−k)d} with dilation d, W weight-normalised: W = g V/‖V‖ for each output.
 
-    W is weight-normalised, W = g V/‖V‖ for each output.
+    The parameters are those of an `nn.Conv1d`. It is run as a convolution of images of height 1, which take the
+    layout `[batch, time, width]` as it is ("channels last") and are the faster ones.
     """
 
     def __init__(self, width: int, kernel_size: int, dilation: int, *, bias: bool) -> None:
         super().__init__()
-        self.convolution = weight_norm(nn.Conv1d(width, width, kernel_size, dilation=dilation, bias=bias))
+        self.convolution = weight_norm(nn.Conv1d(width, width, kernel_size, bias=bias))
+        self.dilation = dilation
         self.padding = (kernel_size - 1) * dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, width, time]` to the same."""
-        convolved: Tensor = self.convolution(F.pad(x, (self.padding, 0)))
-        return convolved
+        """`[batch, time, width]` to the same."""
+        images = F.pad(x, (0, 0, self.padding, 0)).transpose(1, 2)[:, :, None]
+        weight, bias = self.convolution.weight[:, :, None], self.convolution.bias
+        return F.conv2d(images, weight, bias, dilation=(1, self.dilation))[:, :, 0].transpose(1, 2)
 
 
 class TcnMixer(nn.Module):
@@ -81,10 +85,9 @@ class TcnMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, time, width]` to the same."""
-        x = x.transpose(1, 2)
         for convolution in self.convolutions:
             x = self.activation(convolution(x))
-        return x.transpose(1, 2)
+        return x
 
 
 class StateSpaceMixer(nn.Module):

@@ -27,7 +27,7 @@ from .mixers import FeedForwardMixer, LinearRnnMixer, SelfAttentionMixer, StateS
 
 MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
     LinearRnnConfig.model_type: lambda config, layer: [LinearRnnMixer(config, layer)],
-    TanhRnnConfig.model_type: lambda config, _: [TanhRnnMixer(config)],
+    TanhRnnConfig.model_type: lambda config, layer: [TanhRnnMixer(config, layer)],
     TcnConfig.model_type: lambda config, layer: [TcnMixer(config, layer)],
     StateSpaceConfig.model_type: lambda config, _: [StateSpaceMixer(config)],
     AttentionConfig.model_type: lambda config, _: [SelfAttentionMixer(config), FeedForwardMixer(config)],

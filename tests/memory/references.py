@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,28 +10,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def linear_rnn(mixer: Any, x: Tensor) -> Tensor:
+def linear_rnn(mixer: Any, x: Tensor, activation: Callable[[Tensor], Tensor] = lambda state: state) -> Tensor:
     state, states = x.new_zeros(x.shape[0], x.shape[2]), []
     for each in mixer.input(x).unbind(1):
-        state = state @ mixer.recurrent.T + each
+        state = activation(state @ mixer.recurrent.T + each)
         states.append(state)
     return torch.stack(states, 1)
 
 
 def tanh_rnn(mixer: Any, x: Tensor) -> Tensor:
-    rnn, state, states = mixer.rnn, x.new_zeros(x.shape[0], x.shape[2]), []
-    for each in x.unbind(1):
-        drive = each @ rnn.weight_ih_l0.T + rnn.bias_ih_l0 + rnn.bias_hh_l0
-        state = torch.tanh(drive + state @ rnn.weight_hh_l0.T)
-        states.append(state)
-    return torch.stack(states, 1)
+    return linear_rnn(mixer, x, torch.tanh)
 
 
 def tcn(mixer: Any, x: Tensor) -> Tensor:
     for causal in mixer.convolutions:
         norm, direction = causal.convolution.parametrizations.weight.parameters()
         weight = norm * direction / direction.square().sum((1, 2), keepdim=True).sqrt()
-        taps, dilation = weight.shape[2], causal.convolution.dilation[0]
+        taps, dilation = weight.shape[2], causal.dilation
         outputs = []
         for t in range(x.shape[1]):
             y = causal.convolution.bias

@@ -1,4 +1,4 @@
-"""The recurrence h_t = W h_{t−1} + u_t for a full matrix W, as a scan of logarithmic depth."""
+"""h_t = W h_{t−1} + u_t for a full matrix W as a scan of logarithmic depth, and h_t = tanh(W h_{t−1} + u_t)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 LOOP_LENGTH = 16
@@ -32,14 +33,43 @@ def linear_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
 
     Source: Blelloch, *Prefix sums and their applications*, 1990.
     """
+    dtype = _check(inputs, weight)
+    with torch.autocast(inputs.device.type, enabled=False):
+        return _LinearRecurrence.apply(inputs.to(dtype), weight.to(dtype), False).to(inputs.dtype)
+
+
+def tanh_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
+    """h_t = tanh(W h_{t−1} + u_t) with h_{−1} = 0.
+
+    There is no parallel form. On accelerators this is the kernel of `torch.nn.RNN`. On a CPU that one, as any loop,
+    spends most of its time on the bookkeeping of autograd, step by step: there forward and backward are each a loop of
+    two operations in place, and ∂L/∂W is one product at the end.
+
+    Args:
+        inputs: u, `[batch, time, D]`.
+        weight: W, `[D, D]`.
+
+    Returns:
+        h, `[batch, time, D]`, in the dtype of the inputs; computed in float32 at least. It can be differentiated once.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    dtype = _check(inputs, weight)
+    with torch.autocast(inputs.device.type, enabled=False):
+        if inputs.device.type != "cpu":
+            return _by_torch(inputs.to(dtype), weight.to(dtype)).to(inputs.dtype)
+        states = _TanhRecurrence.apply(inputs.to(dtype).transpose(0, 1), weight.to(dtype))
+        return states.transpose(0, 1).to(inputs.dtype)
+
+
+def _check(inputs: Tensor, weight: Tensor) -> torch.dtype:
     if inputs.dim() != 3 or weight.shape != (inputs.shape[-1], inputs.shape[-1]):
         raise ValueError(
             f"inputs have shape {tuple(inputs.shape)} and weight {tuple(weight.shape)}; accepted: [batch, time, D] "
             "and [D, D]."
         )
-    dtype = torch.promote_types(torch.float32, torch.promote_types(inputs.dtype, weight.dtype))
-    with torch.autocast(inputs.device.type, enabled=False):
-        return _LinearRecurrence.apply(inputs.to(dtype), weight.to(dtype), False).to(inputs.dtype)
+    return torch.promote_types(torch.float32, torch.promote_types(inputs.dtype, weight.dtype))
 
 
 class _LinearRecurrence(torch.autograd.Function):
@@ -64,6 +94,41 @@ class _LinearRecurrence(torch.autograd.Function):
         if ctx.backwards:
             later, earlier = gradient[:, :-1], states[:, 1:]
         return gradient, later.flatten(0, 1).T @ earlier.flatten(0, 1), None
+
+
+def _by_torch(inputs: Tensor, weight: Tensor) -> Tensor:
+    start, identity = inputs.new_zeros(1, inputs.shape[0], inputs.shape[2]), torch.eye(len(weight)).to(weight)
+    options = {"has_biases": False, "num_layers": 1, "dropout": 0.0, "train": True, "bidirectional": False}
+    states: Tensor = torch.rnn_tanh(inputs, start, [identity, weight], **options, batch_first=True)[0]
+    return states
+
+
+class _TanhRecurrence(torch.autograd.Function):
+    """On `[time, batch, D]`."""
+
+    @staticmethod
+    def forward(inputs: Tensor, weight: Tensor) -> Tensor:
+        states = inputs.clone(memory_format=torch.contiguous_format)
+        state, power = inputs.new_zeros(inputs.shape[1:]), weight.T
+        for each in states.unbind(0):
+            state = each.addmm_(state, power).tanh_()
+        return states
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, states = ctx.saved_tensors
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        slopes, after = 1 - states.square(), states.new_zeros(states.shape[1:])
+        for each, slope in zip(reversed(gradient.unbind(0)), reversed(slopes.unbind(0)), strict=True):
+            after = each.addmm_(after, weight).mul_(slope)
+        if not ctx.needs_input_grad[1]:
+            return gradient, None
+        return gradient, gradient[1:].flatten(0, 1).T @ states[:-1].flatten(0, 1)
 
 
 def _scan(inputs: Tensor, power: Tensor, *, backwards: bool) -> Tensor:
