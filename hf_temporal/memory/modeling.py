@@ -6,7 +6,7 @@ Saved models hold a copy of this file and of those that it imports, and load wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -148,18 +148,9 @@ class MemoryModelForCausalLM(MemoryPreTrainedModel):
             `logits`, `[batch, time, vocab_size]`, and `loss`.
 
         Raises:
-            ValueError: rows that are padded on the left or hold several documents.
+            ValueError: rows that are padded on the left or hold several documents, a mask of another shape.
         """
-        packed = [key for key in PACKED_KEYS if kwargs.get(key) is not None]
-        if packed:
-            raise ValueError(
-                f"{packed[0]}: a recurrence crosses the documents of a row; accepted: one document per row."
-            )
-        if attention_mask is not None and bool((attention_mask[:, 0] < attention_mask.amax(-1)).any()):
-            raise ValueError(
-                "attention_mask begins with 0: rows padded on the left; accepted: padding on the right "
-                "(tokenizer.padding_side='right')."
-            )
+        _check_rows(attention_mask, kwargs)
         logits: Tensor = self.lm_head(self.backbone(self.embed_tokens(input_ids)))
         loss = None
         if labels is not None:
@@ -232,6 +223,21 @@ def sinusoidal_positions(time: int, width: int, *, device: torch.device | None =
     frequencies = 10000.0 ** -(torch.arange((width + 1) // 2, device=device) / ((width + 1) // 2))
     angles = torch.arange(time, device=device)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], -1)[:, :width]
+
+
+def _check_rows(attention_mask: Tensor | None, others: Mapping[str, Any]) -> None:
+    packed = [key for key in PACKED_KEYS if others.get(key) is not None]
+    if packed:
+        raise ValueError(f"{packed[0]}: these models do not keep the documents of a row apart; accepted: one per row.")
+    if attention_mask is None:
+        return
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; accepted: [batch, time].")
+    if bool((attention_mask[:, 0] < attention_mask.amax(-1)).any()):
+        raise ValueError(
+            "attention_mask begins with 0: rows padded on the left; accepted: padding on the right "
+            "(tokenizer.padding_side='right')."
+        )
 
 
 def _normalization(config: MemoryModelConfig) -> nn.Module:

@@ -98,8 +98,10 @@ class _LinearRecurrence(torch.autograd.Function):
 
 def _by_torch(inputs: Tensor, weight: Tensor) -> Tensor:
     start, identity = inputs.new_zeros(1, inputs.shape[0], inputs.shape[2]), torch.eye(len(weight)).to(weight)
-    options = {"has_biases": False, "num_layers": 1, "dropout": 0.0, "train": True, "bidirectional": False}
-    states: Tensor = torch.rnn_tanh(inputs, start, [identity, weight], **options, batch_first=True)[0]
+    states, _ = torch.rnn_tanh(
+        inputs, start, [identity, weight],
+        has_biases=False, num_layers=1, dropout=0.0, train=True, bidirectional=False, batch_first=True,
+    )  # fmt: skip
     return states
 
 

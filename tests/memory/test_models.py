@@ -278,8 +278,10 @@ def test_bad_inputs_are_named() -> None:
     ids = inputs_of("tokens")["input_ids"]
     with pytest.raises(ValueError, match="rows padded on the left; accepted: padding on the right"):
         tokens(input_ids=ids, attention_mask=torch.tensor([[0] + [1] * 8] + [[1] * 9] * 2))
-    with pytest.raises(ValueError, match="position_ids: a recurrence crosses the documents of a row"):
+    with pytest.raises(ValueError, match="position_ids: these models do not keep the documents of a row apart"):
         tokens(input_ids=ids, position_ids=torch.arange(9)[None])
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 9, 9\); accepted: \[batch, time\]"):
+        tokens(input_ids=ids, attention_mask=torch.ones(3, 1, 9, 9))
 
 
 # ---- saved and loaded

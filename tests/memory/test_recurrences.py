@@ -108,7 +108,7 @@ def test_shapes_that_do_not_fit_are_named(inputs: tuple[int, ...], weight: tuple
 def test_the_tanh_recurrence_is_that_of_torch() -> None:
     torch.manual_seed(0)
     rnn = torch.nn.RNN(6, 6, batch_first=True, bias=False).double()
+    inner, recurrent = rnn.get_parameter("weight_ih_l0"), rnn.get_parameter("weight_hh_l0")
     x = torch.randn(3, 40, 6, dtype=torch.float64)
-    inputs = x @ rnn.weight_ih_l0.T
-    torch.testing.assert_close(tanh_recurrence(inputs, rnn.weight_hh_l0), rnn(x)[0])
-    torch.testing.assert_close(recurrences._by_torch(inputs, rnn.weight_hh_l0), rnn(x)[0])
+    for function in (tanh_recurrence, recurrences._by_torch):
+        torch.testing.assert_close(function(x @ inner.T, recurrent), rnn(x)[0])
