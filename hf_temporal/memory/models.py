@@ -1,4 +1,11 @@
-"""The model families by name, known to `AutoConfig`, `AutoModel` (regression) and `AutoModelForCausalLM` (tokens)."""
+"""The model families by name, known to `AutoConfig`, `AutoModel` (regression) and `AutoModelForCausalLM` (tokens).
+
+model = LinearRnnForRegression(LinearRnnConfig(input_size=1, output_size=1, hidden_size=32))
+outputs = model(input_values=x, labels=y)  # x [batch, time, 1], y [batch, time]
+
+family = FAMILIES["state_space"]
+model = family.causal_lm(family.config(vocab_size=12, num_hidden_layers=4))
+"""
 
 from __future__ import annotations
 
