@@ -1,1 +1,1 @@
-"""The paper's laboratory: what a model remembers, and what t^p does to it. Knows neither trainer nor recipes."""
+"""The paper's laboratory: memory functions, model families, probes of what they remember. Knows no trainer."""

@@ -1,4 +1,4 @@
-"""The benchmarks of the training step and of the timeline run, at the size of a toy, and write what they print."""
+"""The benchmarks but that of the loss run, at the size of a toy, and write what they print."""
 
 from __future__ import annotations
 
@@ -49,3 +49,17 @@ def test_timeline(tmp_path: Path) -> None:
         assert row["both [ms]"] > max(row["t [ms]"], row["w [ms]"]) > 0.0
         assert row["both [ms]"] >= row["fastest [ms]"]
         assert f"{row['both [ms]']:.3g}" in printed
+
+
+def test_memory_models(tmp_path: Path) -> None:
+    results, printed = run(
+        "memory_models.py", tmp_path / "models.json", "--repeats", "3", "--length", "20", "--batch_size", "2"
+    )
+    rows = results["rows"]
+    assert [row["family"] for row in rows[::2]] == ["linear_rnn", "tanh_rnn", "tcn", "state_space", "attention"]
+    for reference, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert reference["family"] == ours["family"]
+        assert reference["time / reference"] == 1.0
+        ratios = sorted(a / b for a, b in zip(ours["all_seconds"], reference["all_seconds"], strict=True))
+        assert ours["time / reference"] == ratios[1] > 0.0
+        assert f"{ours['seconds']:.3g}" in printed

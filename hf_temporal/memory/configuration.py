@@ -1,0 +1,195 @@
+"""Configurations of the model families: width, depth, normalisation, skip connections, and what each family adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+NORMALIZATIONS = ("none", "layer")
+ACTIVATIONS = ("linear", "relu", "gelu")
+
+
+class MemoryModelConfig(PreTrainedConfig):
+    """What all families have in common: input → `num_hidden_layers` blocks → head.
+
+    A block maps x to act(mix(norm(x))), plus x under `skip_connections`, all of width `hidden_size`.
+
+    Args:
+        vocab_size: number of tokens; needed by the models for tokens alone.
+        input_size: numbers per time in `input_values`, of the models for regression.
+        output_size: numbers per time in the output of the models for regression.
+        hidden_size: width of everything between input and head.
+        num_hidden_layers: number of blocks.
+        normalization: "none", or "layer": a layer norm in front of each mixer and of the head.
+        skip_connections: whether a block's input is added to its output.
+        use_bias: whether the linear maps have biases.
+
+    Raises:
+        ValueError: a value that is not accepted; the message names it.
+    """
+
+    vocab_size: int | None = None
+    input_size: int = 1
+    output_size: int = 1
+    hidden_size: int = 32
+    num_hidden_layers: int = 1
+    normalization: str = "none"
+    skip_connections: bool = False
+    use_bias: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.vocab_size is not None:
+            self._check_count("vocab_size")
+        for name in ("input_size", "output_size", "hidden_size", "num_hidden_layers"):
+            self._check_count(name)
+        self._check_choice("normalization", NORMALIZATIONS)
+        for name in ("skip_connections", "use_bias"):
+            self._check_choice(name, (True, False))
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}={value!r}; accepted: a whole number of at least 1.")
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value!r}; accepted: a positive number.")
+
+    def _check_choice(self, name: str, accepted: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if not any(value is each or (value == each and isinstance(value, str)) for each in accepted):
+            raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}.")
+
+
+class LinearRnnConfig(MemoryModelConfig):
+    """A linear RNN, h_t = W h_{t−1} + U x_t, as in the paper's theory.
+
+    As it stands the model is linear and time-invariant: y_t = Σ_s C W^s U x_{t−s}.
+
+    Args:
+        hidden_act: "linear", "relu" or "gelu", applied to the states of each layer but not within the recurrence.
+        recurrent_scale: W starts as an orthogonal matrix times this number, so that all of its eigenvalues have this
+            modulus.
+    """
+
+    model_type = "memory_linear_rnn"
+
+    use_bias: bool = False
+    hidden_act: str = "linear"
+    recurrent_scale: float = 0.95
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._check_choice("hidden_act", ACTIVATIONS)
+        self._check_positive("recurrent_scale")
+
+
+class TanhRnnConfig(MemoryModelConfig):
+    """A tanh RNN, h_t = tanh(W h_{t−1} + U x_t + b).
+
+    Args:
+        recurrent_scale: W starts as an orthogonal matrix times this number.
+    """
+
+    model_type = "memory_tanh_rnn"
+
+    recurrent_scale: float = 0.95
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._check_positive("recurrent_scale")
+
+
+class TcnConfig(MemoryModelConfig):
+    """A temporal convolutional network: in layer i, two causal convolutions of dilation 2^i, weight-normalised.
+
+    An output sees 1 + 2 (kernel_size − 1) (2^num_hidden_layers − 1) inputs: itself and those before.
+
+    Args:
+        hidden_act: "linear", "relu" or "gelu", after each of the two convolutions.
+        kernel_size: number of taps of a convolution.
+
+    Source: Bai, Kolter & Koltun, arXiv 1803.01271.
+    """
+
+    model_type = "memory_tcn"
+
+    num_hidden_layers: int = 6
+    skip_connections: bool = True
+    hidden_act: str = "relu"
+    kernel_size: int = 4
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._check_choice("hidden_act", ACTIVATIONS)
+        self._check_count("kernel_size")
+
+
+class StateSpaceConfig(MemoryModelConfig):
+    """A diagonal state-space model, one of `state_size` complex states for each of the `hidden_size` channels.
+
+    Args:
+        hidden_act: "linear", "relu" or "gelu", between the state-space model and the linear map of its channels.
+        state_size: complex states per channel, each standing for itself and its conjugate.
+        smallest_step: lower end of the range in which time steps Δ start, log-uniformly; a channel begins with a
+            memory of about 2/Δ times.
+        largest_step: its upper end.
+
+    Source: Gu, Gupta, Goel & Ré, arXiv 2206.11893 (S4D-Lin).
+    """
+
+    model_type = "memory_state_space"
+
+    num_hidden_layers: int = 2
+    normalization: str = "layer"
+    skip_connections: bool = True
+    hidden_act: str = "gelu"
+    state_size: int = 16
+    smallest_step: float = 0.001
+    largest_step: float = 0.1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._check_choice("hidden_act", ACTIVATIONS)
+        self._check_count("state_size")
+        self._check_positive("smallest_step")
+        self._check_positive("largest_step")
+        if self.smallest_step > self.largest_step:
+            raise ValueError(
+                f"smallest_step={self.smallest_step!r}; accepted: at most largest_step={self.largest_step!r}."
+            )
+
+
+class AttentionConfig(MemoryModelConfig):
+    """Causal self-attention, each layer followed by a feed-forward one in a block of its own.
+
+    Sinusoidal positions are added to the input, so that any length can be run.
+
+    Args:
+        hidden_act: "linear", "relu" or "gelu", inside the feed-forward layer.
+        num_attention_heads: has to divide `hidden_size`.
+        intermediate_size: width of the feed-forward layer.
+    """
+
+    model_type = "memory_attention"
+
+    num_hidden_layers: int = 2
+    normalization: str = "layer"
+    skip_connections: bool = True
+    hidden_act: str = "gelu"
+    num_attention_heads: int = 2
+    intermediate_size: int = 128
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._check_choice("hidden_act", ACTIVATIONS)
+        self._check_count("num_attention_heads")
+        self._check_count("intermediate_size")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads!r}; accepted: a divisor of hidden_size="
+                f"{self.hidden_size!r}."
+            )

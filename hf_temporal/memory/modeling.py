@@ -1,0 +1,255 @@
+"""The model families of the paper's laboratory, each for regression and for tokens.
+
+Saved models hold a copy of this file and of those that it imports, and load without the package, with
+`trust_remote_code=True`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput, TokenClassifierOutput
+
+from .configuration import (
+    AttentionConfig,
+    LinearRnnConfig,
+    MemoryModelConfig,
+    StateSpaceConfig,
+    TanhRnnConfig,
+    TcnConfig,
+)
+from .initialization import initialize
+from .mixers import FeedForwardMixer, LinearRnnMixer, SelfAttentionMixer, StateSpaceMixer, TanhRnnMixer, TcnMixer
+
+MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
+    LinearRnnConfig.model_type: lambda config, layer: [LinearRnnMixer(config, layer)],
+    TanhRnnConfig.model_type: lambda config, layer: [TanhRnnMixer(config, layer)],
+    TcnConfig.model_type: lambda config, layer: [TcnMixer(config, layer)],
+    StateSpaceConfig.model_type: lambda config, _: [StateSpaceMixer(config)],
+    AttentionConfig.model_type: lambda config, _: [SelfAttentionMixer(config), FeedForwardMixer(config)],
+}
+PACKED_KEYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "document_ids")
+
+
+class MemoryBlock(nn.Module):
+    """x → mix(norm(x)), plus x under `skip_connections`."""
+
+    def __init__(self, config: MemoryModelConfig, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm = _normalization(config)
+        self.mixer = mixer
+        self.skips = config.skip_connections
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, time, hidden_size]` to the same."""
+        mixed: Tensor = self.mixer(self.norm(x))
+        return x + mixed if self.skips else mixed
+
+
+class MemoryBackbone(nn.Module):
+    """The blocks of a family and the norm in front of the head; attention is given positions first."""
+
+    def __init__(self, config: MemoryModelConfig) -> None:
+        super().__init__()
+        mixers = [mixer for i in range(config.num_hidden_layers) for mixer in MIXERS[config.model_type](config, i)]
+        self.takes_positions = config.model_type == AttentionConfig.model_type
+        self.blocks = nn.ModuleList(MemoryBlock(config, mixer) for mixer in mixers)
+        self.norm = _normalization(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, time, hidden_size]` to the same."""
+        if self.takes_positions:
+            x = x + sinusoidal_positions(x.shape[1], x.shape[2], device=x.device).to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+class MemoryPreTrainedModel(PreTrainedModel):
+    """What all families share: how parameters start, see `initialize`."""
+
+    config_class = MemoryModelConfig
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize(module, self.config)
+
+
+class MemoryModelForRegression(MemoryPreTrainedModel):
+    """Float inputs to float outputs, each output a function of the inputs up to its time."""
+
+    main_input_name = "input_values"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MemoryModelConfig) -> None:
+        super().__init__(config)
+        self.input = nn.Linear(config.input_size, config.hidden_size, bias=config.use_bias)
+        self.backbone = MemoryBackbone(config)
+        self.head = nn.Linear(config.hidden_size, config.output_size, bias=config.use_bias)
+        self.post_init()
+
+    def forward(self, input_values: Tensor, labels: Tensor | None = None) -> TokenClassifierOutput:
+        """The outputs as `logits`, and as `loss` their squared error: mean over outputs, then over target times.
+
+        Args:
+            input_values: `[batch, time, input_size]`.
+            labels: `[batch, time, output_size]`, aligned with the inputs, or `[batch, time]` for one output; a time
+                with a NaN among its outputs is no target. 0 is the loss where there is none.
+
+        Returns:
+            `logits`, `[batch, time, output_size]`, and `loss`, in float32 at least.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        size = self.config.input_size
+        if input_values.dim() != 3 or input_values.shape[-1] != size:
+            raise ValueError(f"input_values have shape {tuple(input_values.shape)}; accepted: [batch, time, {size}].")
+        outputs: Tensor = self.head(self.backbone(self.input(input_values.to(self.input.weight.dtype))))
+        loss = None if labels is None else _squared_error(outputs, labels)
+        return TokenClassifierOutput(loss=loss, logits=outputs)
+
+
+class MemoryModelForCausalLM(MemoryPreTrainedModel):
+    """Tokens to the logits of the next, with the loss of every causal language model of the library."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: MemoryModelConfig) -> None:
+        super().__init__(config)
+        if config.vocab_size is None:
+            raise ValueError("vocab_size=None; accepted by a model for tokens: their number.")
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.backbone = MemoryBackbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.use_bias)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """The logits, and where labels are given the library's loss of a causal language model.
+
+        Args:
+            input_ids: `[batch, time]`.
+            attention_mask: `[batch, time]`, 0 on padding, which has to be on the right: there it changes no output
+                that stands before it, and is not looked at further.
+            labels: `[batch, time]`, −100 where there is no target; the logits at i are compared with labels[i + 1].
+            kwargs: those of the loss, `num_items_in_batch` among them.
+
+        Returns:
+            `logits`, `[batch, time, vocab_size]`, and `loss`.
+
+        Raises:
+            ValueError: rows that are padded on the left or hold several documents, a mask of another shape.
+        """
+        _check_rows(attention_mask, kwargs)
+        logits: Tensor = self.lm_head(self.backbone(self.embed_tokens(input_ids)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+class LinearRnnForRegression(MemoryModelForRegression):
+    """A linear RNN on float inputs; see `LinearRnnConfig`."""
+
+    config_class = LinearRnnConfig
+
+
+class LinearRnnForCausalLM(MemoryModelForCausalLM):
+    """A linear RNN on tokens; see `LinearRnnConfig`."""
+
+    config_class = LinearRnnConfig
+
+
+class TanhRnnForRegression(MemoryModelForRegression):
+    """A tanh RNN on float inputs; see `TanhRnnConfig`."""
+
+    config_class = TanhRnnConfig
+
+
+class TanhRnnForCausalLM(MemoryModelForCausalLM):
+    """A tanh RNN on tokens; see `TanhRnnConfig`."""
+
+    config_class = TanhRnnConfig
+
+
+class TcnForRegression(MemoryModelForRegression):
+    """A temporal convolutional network on float inputs; see `TcnConfig`."""
+
+    config_class = TcnConfig
+
+
+class TcnForCausalLM(MemoryModelForCausalLM):
+    """A temporal convolutional network on tokens; see `TcnConfig`."""
+
+    config_class = TcnConfig
+
+
+class StateSpaceForRegression(MemoryModelForRegression):
+    """A diagonal state-space model on float inputs; see `StateSpaceConfig`."""
+
+    config_class = StateSpaceConfig
+
+
+class StateSpaceForCausalLM(MemoryModelForCausalLM):
+    """A diagonal state-space model on tokens; see `StateSpaceConfig`."""
+
+    config_class = StateSpaceConfig
+
+
+class AttentionForRegression(MemoryModelForRegression):
+    """Causal self-attention on float inputs; see `AttentionConfig`."""
+
+    config_class = AttentionConfig
+
+
+class AttentionForCausalLM(MemoryModelForCausalLM):
+    """Causal self-attention on tokens; see `AttentionConfig`."""
+
+    config_class = AttentionConfig
+
+
+def sinusoidal_positions(time: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """sin(t/10000^{2i/width}) in the first half of the columns and the cosines in the second, `[time, width]`."""
+    frequencies = 10000.0 ** -(torch.arange((width + 1) // 2, device=device) / ((width + 1) // 2))
+    angles = torch.arange(time, device=device)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], -1)[:, :width]
+
+
+def _check_rows(attention_mask: Tensor | None, others: Mapping[str, Any]) -> None:
+    packed = [key for key in PACKED_KEYS if others.get(key) is not None]
+    if packed:
+        raise ValueError(f"{packed[0]}: these models do not keep the documents of a row apart; accepted: one per row.")
+    if attention_mask is None:
+        return
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; accepted: [batch, time].")
+    if bool((attention_mask[:, 0] < attention_mask.amax(-1)).any()):
+        raise ValueError(
+            "attention_mask begins with 0: rows padded on the left; accepted: padding on the right "
+            "(tokenizer.padding_side='right')."
+        )
+
+
+def _normalization(config: MemoryModelConfig) -> nn.Module:
+    return nn.LayerNorm(config.hidden_size) if config.normalization == "layer" else nn.Identity()
+
+
+def _squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
+    if labels.dim() == 2 and outputs.shape[-1] == 1:
+        labels = labels[..., None]
+    if labels.shape != outputs.shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; accepted: {tuple(outputs.shape)}.")
+    dtype = torch.promote_types(torch.float32, outputs.dtype)
+    is_target = ~labels.isnan().any(-1)
+    errors = (outputs.to(dtype) - labels.nan_to_num().to(dtype)).square().mean(-1)
+    return (errors * is_target).sum() / is_target.sum().clamp(min=1)

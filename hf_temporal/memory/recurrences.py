@@ -1,0 +1,173 @@
+"""h_t = W h_{t−1} + u_t for a full matrix W as a scan of logarithmic depth, and h_t = tanh(W h_{t−1} + u_t)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+LOOP_LENGTH = 16
+
+
+def linear_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
+    """h_t = W h_{t−1} + u_t with h_{−1} = 0, that is h_t = Σ_{s=0..t} W^s u_{t−s}.
+
+    Computed by odd–even reduction: pairs of times are merged, W u_{2k} + u_{2k+1}, the half as long recurrence of W²
+    is solved in the same way, and the times between are filled in; about 2·time·D² multiplications per row in
+    2·log₂(time) matrix products, twice those of the loop. The gradient is the same recurrence backwards,
+    g_t = Wᵀ g_{t+1} + ∂L/∂h_t, with ∂L/∂u = g and ∂L/∂W = Σ_t g_t h_{t−1}ᵀ, so that it does not pass through the
+    powers of W; it can be differentiated again.
+
+    Args:
+        inputs: u, `[batch, time, D]`.
+        weight: W, `[D, D]`.
+
+    Returns:
+        h, `[batch, time, D]`, in the dtype of the inputs; computed in float32 at least.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: Blelloch, *Prefix sums and their applications*, 1990.
+    """
+    dtype = _check(inputs, weight)
+    with torch.autocast(inputs.device.type, enabled=False):
+        return _LinearRecurrence.apply(inputs.to(dtype), weight.to(dtype), False).to(inputs.dtype)
+
+
+def tanh_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
+    """h_t = tanh(W h_{t−1} + u_t) with h_{−1} = 0.
+
+    There is no parallel form. On accelerators this is the kernel of `torch.nn.RNN`. On a CPU that one, as any loop,
+    spends most of its time on the bookkeeping of autograd, step by step: there forward and backward are each a loop of
+    two operations in place, and ∂L/∂W is one product at the end.
+
+    Args:
+        inputs: u, `[batch, time, D]`.
+        weight: W, `[D, D]`.
+
+    Returns:
+        h, `[batch, time, D]`, in the dtype of the inputs; computed in float32 at least. It can be differentiated once.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    dtype = _check(inputs, weight)
+    with torch.autocast(inputs.device.type, enabled=False):
+        if inputs.device.type != "cpu":
+            return _by_torch(inputs.to(dtype), weight.to(dtype)).to(inputs.dtype)
+        states = _TanhRecurrence.apply(inputs.to(dtype).transpose(0, 1), weight.to(dtype))
+        return states.transpose(0, 1).to(inputs.dtype)
+
+
+def _check(inputs: Tensor, weight: Tensor) -> torch.dtype:
+    if inputs.dim() != 3 or weight.shape != (inputs.shape[-1], inputs.shape[-1]):
+        raise ValueError(
+            f"inputs have shape {tuple(inputs.shape)} and weight {tuple(weight.shape)}; accepted: [batch, time, D] "
+            "and [D, D]."
+        )
+    return torch.promote_types(torch.float32, torch.promote_types(inputs.dtype, weight.dtype))
+
+
+class _LinearRecurrence(torch.autograd.Function):
+    """h_t = W h_{t−1} + u_t, or backwards in time h_t = W h_{t+1} + u_t."""
+
+    @staticmethod
+    def forward(inputs: Tensor, weight: Tensor, backwards: bool) -> Tensor:
+        return _scan(inputs, weight.T, backwards=backwards)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        _, weight, ctx.backwards = inputs
+        ctx.save_for_backward(weight, output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        weight, states = ctx.saved_tensors
+        gradient = _LinearRecurrence.apply(gradients[0], weight.T, not ctx.backwards)
+        if not ctx.needs_input_grad[1]:
+            return gradient, None, None
+        later, earlier = gradient[:, 1:], states[:, :-1]
+        if ctx.backwards:
+            later, earlier = gradient[:, :-1], states[:, 1:]
+        return gradient, later.flatten(0, 1).T @ earlier.flatten(0, 1), None
+
+
+def _by_torch(inputs: Tensor, weight: Tensor) -> Tensor:
+    start, identity = inputs.new_zeros(1, inputs.shape[0], inputs.shape[2]), torch.eye(len(weight)).to(weight)
+    states, _ = torch.rnn_tanh(
+        inputs, start, [identity, weight],
+        has_biases=False, num_layers=1, dropout=0.0, train=True, bidirectional=False, batch_first=True,
+    )  # fmt: skip
+    return states
+
+
+class _TanhRecurrence(torch.autograd.Function):
+    """On `[time, batch, D]`."""
+
+    @staticmethod
+    def forward(inputs: Tensor, weight: Tensor) -> Tensor:
+        states = inputs.clone(memory_format=torch.contiguous_format)
+        state, power = inputs.new_zeros(inputs.shape[1:]), weight.T
+        for each in states.unbind(0):
+            state = each.addmm_(state, power).tanh_()
+        return states
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, states = ctx.saved_tensors
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        slopes, after = 1 - states.square(), states.new_zeros(states.shape[1:])
+        for each, slope in zip(reversed(gradient.unbind(0)), reversed(slopes.unbind(0)), strict=True):
+            after = each.addmm_(after, weight).mul_(slope)
+        if not ctx.needs_input_grad[1]:
+            return gradient, None
+        return gradient, gradient[1:].flatten(0, 1).T @ states[:-1].flatten(0, 1)
+
+
+def _scan(inputs: Tensor, power: Tensor, *, backwards: bool) -> Tensor:
+    """The states; `power` is Wᵀ."""
+    time = inputs.shape[1]
+    halvings = (max(time - 1, 0) // LOOP_LENGTH).bit_length()
+    padded = F.pad(inputs, (0, 0, 0, -time % 2**halvings))
+    return _odd_even(padded, power, halvings, backwards=backwards)[:, :time]
+
+
+def _odd_even(inputs: Tensor, power: Tensor, halvings: int, *, backwards: bool) -> Tensor:
+    if not halvings:
+        return _loop(inputs, power, backwards=backwards)
+    batch, _, width = inputs.shape
+    pairs = inputs.reshape(-1, 2 * width)
+    even, odd = pairs[:, :width], pairs[:, width:]
+    # a pair is merged at the one of its times that the recurrence reaches last
+    merged = torch.addmm(even, odd, power) if backwards else torch.addmm(odd, even, power)
+    merged = _odd_even(merged.view(batch, -1, width), power @ power, halvings - 1, backwards=backwards)
+    merged = merged.view(-1, width)
+    states = torch.empty_like(pairs)
+    if backwards:
+        states[:, :width] = merged
+        states[:-1, width:] = torch.addmm(odd[:-1], merged[1:], power)
+        states.view(batch, -1, 2 * width)[:, -1, width:] = odd.unflatten(0, (batch, -1))[:, -1]
+    else:
+        states[:, width:] = merged
+        states[1:, :width] = torch.addmm(even[1:], merged[:-1], power)
+        states.view(batch, -1, 2 * width)[:, 0, :width] = even.unflatten(0, (batch, -1))[:, 0]
+    return states.view(batch, -1, width)
+
+
+def _loop(inputs: Tensor, power: Tensor, *, backwards: bool) -> Tensor:
+    states = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    state = inputs.new_zeros(inputs.shape[0], inputs.shape[2])
+    times = range(inputs.shape[1])
+    for t in reversed(times) if backwards else times:
+        state = torch.addmm(inputs[:, t], state, power)
+        states[:, t] = state
+    return states
