@@ -99,6 +99,28 @@ def plot_recall_by_position(recalls: Mapping[str, Sequence[float]], path: str | 
     return _saved(figure, path)
 
 
+def plot_memory(
+    memories: Mapping[str, Sequence[float]], target: Sequence[float], path: str | os.PathLike[str]
+) -> Figure:
+    """The memory functions of models, and that of the target, over the lag.
+
+    Args:
+        memories: by the label of the curve, one value for each lag from 0.
+        target: the same for the target.
+        path: where to write the PNG; folders are made.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(target, color="#000000", linestyle="--", lw=2, label="target", zorder=3)
+    for (label, values), color in zip(memories.items(), COLORS, strict=False):
+        axes.plot(values, color=color, lw=2, label=label)
+    axes.set_xlabel("lag")
+    axes.set_ylabel("memory function")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
+    _grid(axes)
+    return _saved(figure, path)
+
+
 def plot_weights(path: str | os.PathLike[str]) -> Figure:
     """w = (t/T)^p rescaled to mean 1, over t/T for several p, written as a PNG; folders are made."""
     powers, length, top = (-0.5, 0.0, 1.0, 2.0, 4.0, math.inf), 200, 5.5

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import is_bitsandbytes_available, logging
 
+import hf_temporal.memory.models  # noqa: F401 - model_type knows the laboratory's families from here on
 from hf_temporal.tasks.embedded_model import EMBEDDED_MODEL, embedded_model_folder
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import load_checkpoint_in_model
@@ -23,12 +23,13 @@ from recipes.models import ModelArguments
 from recipes.report import (
     Card,
     before_and_after,
+    draw_memory,
     draw_recall_by_position,
     report,
     save_evaluation,
     save_results,
 )
-from recipes.tasks import Scores, Task
+from recipes.tasks import Task
 from recipes.usage import usage
 
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -68,10 +69,16 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+class Recorder(Protocol):
+    """What an evaluation found beside its metrics is in `record`."""
+
+    record: dict[str, list[Any]]
+
+
 class EvaluationLog(TrainerCallback):
     """Evaluates after the last step, and keeps what every evaluation found, so that an interruption loses none."""
 
-    def __init__(self, scores: Scores | None) -> None:
+    def __init__(self, scores: Recorder | None) -> None:
         self.scores = scores
 
     def on_step_end(
@@ -106,7 +113,7 @@ class CardMixin:
             self.card.save(Path(self.args.output_dir))
 
 
-def carry_out(trainer: Any, run: Continuation, task: Task, scores: Scores | None, splits: dict[str, Any]) -> None:
+def carry_out(trainer: Any, run: Continuation, task: Task, scores: Recorder | None, splits: dict[str, Any]) -> None:
     """Train with an evaluation before and after, predict, and report: whatever `do_train` and the like ask for."""
     args = trainer.args
     if args.do_eval:
@@ -136,7 +143,7 @@ def restore_weights(model: Any, checkpoint: str) -> None:
         model.tie_weights(recompute_mapping=False)  # an untied head stays as it was loaded
 
 
-def predict(trainer: Any, scores: Scores | None, examples: Any) -> None:
+def predict(trainer: Any, scores: Recorder | None, examples: Any) -> None:
     """Print the metrics of the test examples, and write their answers into `predictions.jsonl`."""
     trainer.log_metrics("predict", trainer.predict(examples, metric_key_prefix="predict").metrics)
     if trainer.args.should_save and scores is not None:
@@ -180,6 +187,7 @@ def publish(
     sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in data.splits.items())
     if args.should_save:
         draw_recall_by_position(output_dir)
+        draw_memory(output_dir)
     by_package = "; no package is in two of these" if data.provenance else ""
     trainer.card = Card(
         name=output_dir.name,

@@ -13,13 +13,17 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 from recipes.configuration import parse
+from recipes.functional_task import FunctionalArguments
 from recipes.models import ModelArguments, Seq2SeqModelArguments
 from recipes.tasks import TASK_KINDS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CAUSAL = (ModelArguments, *TASK_KINDS, TemporalTrainingArguments)
 SEQ2SEQ = (Seq2SeqModelArguments, *TASK_KINDS, TemporalSeq2SeqTrainingArguments)
-KINDS = {"finetune_causal_lm.py": CAUSAL, "finetune_seq2seq.py": SEQ2SEQ}
+FUNCTIONAL = (ModelArguments, FunctionalArguments, TemporalTrainingArguments)
+KINDS = {"finetune_causal_lm.py": CAUSAL, "finetune_seq2seq.py": SEQ2SEQ, "linear_functional.py": FUNCTIONAL}
+COMMANDS = {"finetune_causal_lm.py": 4, "finetune_seq2seq.py": 4, "linear_functional.py": 2}
+TASKS = {"copying": "copying", "summarization": "summarization", "memory": None}
 COMMAND = re.compile(
     r"accelerate launch (?:--config_file (?P<engine>\S+) |--num_processes \d+ )?recipes/(?P<script>\S+)"
     r"(?P<flags>(?:\\\n|[^\n])*)"
@@ -44,12 +48,12 @@ def test_every_config_opens_with_its_command(path: Path) -> None:
     (command,) = COMMAND.finditer(comment)
     arguments = parsed(command["script"], command["flags"])
     assert command["flags"].strip().endswith(path.relative_to(RECIPES.parent).as_posix())
-    assert arguments["task"] == ("copying" if path.parent.name == "copying" else "summarization")
+    assert arguments.get("task") == TASKS[path.parent.name]
     assert arguments["output_dir"].startswith("outputs/")
     assert arguments["temporal_power"] == 1
     assert arguments["do_train"]
     assert arguments["do_eval"]
-    assert arguments["max_eval_samples"] >= 64
+    assert arguments.get("max_eval_samples", arguments.get("eval_samples", 0)) >= 64
     assert command["engine"] is None or load_config_from_file(str(RECIPES.parent / command["engine"]))
 
 
@@ -79,7 +83,7 @@ def test_recipes_open_with_commands_that_parse(script: str) -> None:
     """One that is full, one for a look; the flags of every command are those of the recipe."""
     text = (RECIPES / script).read_text("utf-8").split('"""')[1].replace("$'", "'")
     commands = [*COMMAND.finditer(text)]
-    assert len(commands) == 4
+    assert len(commands) == COMMANDS[script]
     for command in commands:
         assert command["script"] == script
         parsed(script, command["flags"])
