@@ -8,6 +8,7 @@ from .fused_head import weighted_linear_cross_entropy
 from .losses import weighted_cross_entropy, weighted_regression_loss
 from .profile import load_profiles
 from .schedules import power_at
+from .suggest import suggest_power
 from .timeline import document_ids_of, target_positions
 from .trainer import TemporalWeightMixin, TemporalWeightSeq2SeqTrainer, TemporalWeightTrainer
 from .training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
@@ -24,6 +25,7 @@ __all__ = [
     "document_ids_of",
     "load_profiles",
     "power_at",
+    "suggest_power",
     "target_positions",
     "weighted_cross_entropy",
     "weighted_linear_cross_entropy",

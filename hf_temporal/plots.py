@@ -99,6 +99,32 @@ def plot_recall_by_position(recalls: Mapping[str, Sequence[float]], path: str | 
     return _saved(figure, path)
 
 
+def plot_power_report(
+    loss: Sequence[float], weights: Mapping[float, Sequence[float]], path: str | os.PathLike[str], *, title: str
+) -> Figure:
+    """Where the loss is, as bars by decile of t/T, and where each p puts the weight, as curves over them.
+
+    Args:
+        loss: share of each decile in the sum of all losses.
+        weights: by p, the share of each decile in the sum of all weights.
+        path: where to write the PNG; folders are made.
+        title: above the picture.
+    """
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    middles = [(index + 0.5) / len(loss) for index in range(len(loss))]
+    axes.bar(middles, [100 * share for share in loss], width=0.9 / len(loss), color="#BBBBBB", label="loss")
+    colors = _power_colors(weights)
+    percent = {power: [(middles, [100 * share for share in shares])] for power, shares in weights.items()}
+    _draw_powers(axes, percent, colors, marker="o", markersize=4, lw=2)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("share of the whole (%)\nbars: loss, curves: weight under p")
+    _position_axis(axes)
+    _legend_of_powers(figure, colors)
+    figure.suptitle(title)
+    return _saved(figure, path)
+
+
 def plot_memory(
     memories: Mapping[str, Sequence[float]], target: Sequence[float], path: str | os.PathLike[str]
 ) -> Figure:

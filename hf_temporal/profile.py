@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,15 @@ ENDS = ("first_token", "last_token", "head", "tail")
 WEIGHTED = ("sum", "denominator", "reference_time")
 
 
-class PositionProfile:
-    """Sums, over the target tokens of a data set, of loss and accuracy by decile of t/T and at both ends, and of the
-    weighted loss.
+class TokenLosses(ABC):
+    """Takes the batches that an evaluation runs through the model, and passes on the loss of each target token.
 
-    The examples of a batch are kept apart until `gather` (`Accelerator.gather_for_metrics`) has taken out those that
-    only fill up the last batch of a process, so every token counts once on any number of processes.
-
-    - weighted loss: Σ wℓ / D as in training, at the weighting given;
-    - head and tail loss: mean ℓ over the first and the last ⌈T/4⌉ target tokens of each document;
-    - first and last token loss: mean ℓ over the first and the last target token of each document;
-    - bin k: the target tokens with k/10 < t/T ≤ (k + 1)/10.
+    Args:
+        regression_loss: the error of float labels, as in `TemporalWeighting`.
     """
 
-    def __init__(self, weighting: TemporalWeighting, gather: Callable[[Tensor], Tensor], *, batch_size: int) -> None:
-        self.weighting = weighting
-        self._batch_size = batch_size
-        self._gather = gather
-        self._sums: Tensor | None = None
-        self._weighted: list[Tensor] = []
-        self._has_accuracy = True
+    def __init__(self, regression_loss: str) -> None:
+        self._regression_loss = regression_loss
 
     def add(
         self,
@@ -63,25 +53,60 @@ class PositionProfile:
             loss_weights: `[batch, time]`, a data set's own weights.
         """
         target = positions > 0
-        correct = torch.zeros_like(target)
+        correct = None
         if labels.is_floating_point():
-            self._has_accuracy = False
-            losses = token_regression_loss(logits, labels, kind=self.weighting.regression_loss)
+            losses = token_regression_loss(logits, labels, kind=self._regression_loss)
         else:
             answers, wanted = logits[shift_left(target, False) if shifts_labels else target], labels[target]
-            losses = torch.zeros(labels.shape, device=labels.device)
+            losses, correct = torch.zeros(labels.shape, device=labels.device), torch.zeros_like(target)
             losses[target] = token_cross_entropy(answers, wanted)
             correct[target] = answers.argmax(-1) == wanted
         self._add(losses.to(wide_dtype(losses.device)), correct, positions, document_ids, loss_weights)
 
+    @abstractmethod
     def _add(
         self,
         losses: Tensor,
-        correct: Tensor,
+        correct: Tensor | None,
         positions: Tensor,
         document_ids: Tensor | None,
         loss_weights: Tensor | None,
     ) -> None:
+        """All `[batch, time]`; `correct`, whether the model ranks the token first, is None for float labels."""
+
+
+class PositionProfile(TokenLosses):
+    """Sums, over the target tokens of a data set, of loss and accuracy by decile of t/T and at both ends, and of the
+    weighted loss.
+
+    The examples of a batch are kept apart until `gather` (`Accelerator.gather_for_metrics`) has taken out those that
+    only fill up the last batch of a process, so every token counts once on any number of processes.
+
+    - weighted loss: Σ wℓ / D as in training, at the weighting given;
+    - head and tail loss: mean ℓ over the first and the last ⌈T/4⌉ target tokens of each document;
+    - first and last token loss: mean ℓ over the first and the last target token of each document;
+    - bin k: the target tokens with k/10 < t/T ≤ (k + 1)/10.
+    """
+
+    def __init__(self, weighting: TemporalWeighting, gather: Callable[[Tensor], Tensor], *, batch_size: int) -> None:
+        super().__init__(weighting.regression_loss)
+        self.weighting = weighting
+        self._batch_size = batch_size
+        self._gather = gather
+        self._sums: Tensor | None = None
+        self._weighted: list[Tensor] = []
+        self._has_accuracy = True
+
+    def _add(
+        self,
+        losses: Tensor,
+        correct: Tensor | None,
+        positions: Tensor,
+        document_ids: Tensor | None,
+        loss_weights: Tensor | None,
+    ) -> None:
+        self._has_accuracy = correct is not None
+        correct = torch.zeros_like(losses) if correct is None else correct
         target = positions > 0
         rank = target_positions(torch.where(target, 0, IGNORE_INDEX), document_ids=document_ids)
         last_rank, last_time = (document_max(values, document_ids) for values in (rank, positions))

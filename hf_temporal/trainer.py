@@ -40,7 +40,7 @@ from .model_loss import (
     regression_problem,
     takes_position_ids,
 )
-from .profile import PROFILE_NAME, PositionProfile, save_profile
+from .profile import PROFILE_NAME, PositionProfile, TokenLosses, save_profile
 from .schedules import power_at
 from .timeline import IGNORE_INDEX, shift_left
 from .training_args import _TemporalFields
@@ -92,7 +92,7 @@ class TemporalWeightMixin(HubMixin):
         self._model_read: nn.Module | None = None
         self._problem: str | None = None
         self._eval_timeline: Timeline | None = None
-        self._profile: PositionProfile | None = None
+        self._losses: TokenLosses | None = None
         self._sample_size: list[Tensor] = []
         self._power_in_force = 0.0
         super().__init__(*args, **kwargs)
@@ -374,30 +374,37 @@ class TemporalWeightMixin(HubMixin):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, plus the weighted loss, that of both ends and the profile by position."""
         alone = self.accelerator.num_processes == 1
-        self._profile = PositionProfile(
+        profile = PositionProfile(
             self.weighting,
             (lambda sums: sums) if alone else self.accelerator.gather_for_metrics,
             batch_size=self.args.eval_batch_size,
         )
-        try:
+        with self._observing(profile):
             output: Any = super().evaluation_loop(*args, **kwargs)
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            metrics = self._profile.metrics(prefix)
-            output.metrics.update(metrics)
-            if metrics and self.args.should_save:
-                path = Path(str(self.args.output_dir)) / PROFILE_NAME
-                save_profile(path, split=prefix, step=self.state.global_step, bins=self._profile.bins())
-        finally:
-            self._profile = None
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = profile.metrics(prefix)
+        output.metrics.update(metrics)
+        if metrics and self.args.should_save:
+            path = Path(str(self.args.output_dir)) / PROFILE_NAME
+            save_profile(path, split=prefix, step=self.state.global_step, bins=profile.bins())
         return output
+
+    @contextlib.contextmanager
+    def _observing(self, losses: TokenLosses) -> Iterator[None]:
+        """While it is open, `prediction_step` gives `losses` each batch that it runs through the model."""
+        self._losses = losses
+        try:
+            yield
+        finally:
+            self._losses = None
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        """The trainer's own step, whose logits also go into the profile."""
+        """The trainer's own step, whose logits are observed."""
         batch = dict(inputs) if POSITIONS in inputs else self._timeline.add(inputs)
         timeline = {key: self._prepare_input(batch.pop(key)) for key in TIMELINE_KEYS if key in batch}
-        if self._profile is None or POSITIONS not in timeline or self._problem_with(batch):
+        if self._losses is None or POSITIONS not in timeline or self._problem_with(batch):
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         calls: deque[Any] = deque(maxlen=1)
         hook = model.register_forward_hook(lambda *call: calls.append(call[-1]))
@@ -412,7 +419,7 @@ class TemporalWeightMixin(HubMixin):
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**batch, **self._decoder_inputs(batch, labels))
         logits = logits_of(outputs, labels)
-        self._profile.add(
+        self._losses.add(
             logits if labels.is_floating_point() else answer_logits(self._root, logits, labels.shape[1]),
             labels,
             timeline[POSITIONS],

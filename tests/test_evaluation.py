@@ -18,6 +18,7 @@ from hf_temporal import (
 )
 from hf_temporal.profile import load_profiles, save_profile
 from tests.tiny_models import PackCollator, PadCollator, examples, tiny_model
+from tests.tiny_training import token_losses
 
 SETTINGS: dict[str, Any] = {
     "per_device_eval_batch_size": 3,
@@ -27,22 +28,6 @@ SETTINGS: dict[str, Any] = {
 }
 ADDED = {f"eval_{name}_loss" for name in ("temporal", "first_token", "head", "tail", "last_token")}
 TIMINGS = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
-
-
-def token_losses(model: Any, rows: list[Any]) -> list[tuple[list[float], list[bool]]]:
-    """Loss and correctness of each row's target tokens in float64, one row at a time, without padding."""
-    result = []
-    for row in rows:
-        batch = PadCollator()([row])
-        with torch.no_grad():
-            logits = model(**batch).logits.double()
-        labels = batch["labels"]
-        if not model.config.is_encoder_decoder:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        on = labels != -100
-        losses = -logits.log_softmax(-1)[on].gather(-1, labels[on][:, None])[:, 0]
-        result.append((losses.tolist(), (logits.argmax(-1)[on] == labels[on]).tolist()))
-    return result
 
 
 def weight(t: int, T: int, power: float) -> float:

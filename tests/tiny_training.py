@@ -222,3 +222,19 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """‖a − b‖ / ‖b‖ over all tensors together."""
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
     return norm({key: a[key].double() - b[key].double() for key in b}) / max(norm(b), 1e-30)
+
+
+def token_losses(model: Any, rows: list[Any]) -> list[tuple[list[float], list[bool]]]:
+    """Loss and correctness of each row's target tokens in float64, one row at a time, without padding."""
+    result = []
+    for row in rows:
+        batch = PadCollator()([row])
+        with torch.no_grad():
+            logits = model(**batch).logits.double()
+        labels = batch["labels"]
+        if not model.config.is_encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        on = labels != -100
+        losses = -logits.log_softmax(-1)[on].gather(-1, labels[on][:, None])[:, 0]
+        result.append((losses.tolist(), (logits.argmax(-1)[on] == labels[on]).tolist()))
+    return result

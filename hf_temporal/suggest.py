@@ -1,0 +1,226 @@
+"""What each p would do to one's own model and data, told before training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from .profile import BINS, TokenLosses
+from .timeline import document_starts, target_positions
+from .trainer import TemporalWeightMixin
+from .weighting import TemporalWeighting, document_max, wide_dtype
+
+POWERS = (0.0, 0.5, 1.0, 2.0, 4.0, 10.0)
+QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class PowerEffect:
+    """What t^p makes of the target tokens; every share is one of Σw over all of them.
+
+    Args:
+        power: p.
+        effective_sample_size: (Σw)²/Σw² as a share of the target tokens.
+        first_token: share of the documents' first target tokens.
+        last_token: share of their last ones: in a text that ends, the end-of-sequence tokens.
+        quarters: shares of the quarters of each document's target tokens, (k − 1)/4 < rank/number ≤ k/4.
+        deciles: the same by tenths.
+        loss: Σwℓ/Σw of the model as it is.
+    """
+
+    power: float
+    effective_sample_size: float
+    first_token: float
+    last_token: float
+    quarters: tuple[float, ...]
+    deciles: tuple[float, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class PowerReport:
+    """`suggest_power`'s findings; as a text, a table and what it means in words.
+
+    Args:
+        documents: how many were looked at.
+        lengths: target tokens of a document: fewest, median, most.
+        first_token_loss: mean loss of the first target tokens, by the model as it is.
+        last_token_loss: of the last ones.
+        loss_quarters: share of each quarter in the sum of all losses.
+        loss_deciles: the same by tenths.
+        effects: of each p, in ascending order, p = 0 among them.
+    """
+
+    documents: int
+    lengths: tuple[int, int, int]
+    first_token_loss: float
+    last_token_loss: float
+    loss_quarters: tuple[float, ...]
+    loss_deciles: tuple[float, ...]
+    effects: tuple[PowerEffect, ...]
+
+    @property
+    def usual(self) -> PowerEffect:
+        """Of p = 0."""
+        return next(effect for effect in self.effects if effect.power == 0)
+
+    def table(self) -> str:
+        """In Markdown: a row for each p, and first of all where the loss lies."""
+        rows: list[tuple[str, ...]] = [
+            ("", "first token", "1st quarter", "2nd", "3rd", "4th", "last token", "effective sample size", "loss")
+        ]
+        shares = [f"{share:.1%}" for share in self.loss_quarters]
+        rows += [("share of the loss", "", *shares, "", "", "")]
+        for effect in self.effects:
+            shares = [f"{share:.1%}" for share in (effect.first_token, *effect.quarters, effect.last_token)]
+            size = f"{effect.effective_sample_size:.0%}"
+            rows += [(f"weight at p = {effect.power:g}", *shares, size, f"{effect.loss:.3f}")]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines.insert(1, " | ".join("-" * width for width in widths))
+        return "\n".join(f"| {line} |" for line in lines)
+
+    def words(self) -> list[str]:
+        """A sentence or two on the data, then on each p but 0."""
+        usual, (fewest, median, most) = self.usual, self.lengths
+        lines = [
+            f"{self.documents:,} documents of {fewest:,} to {most:,} target tokens (median {median:,}). As it is, the "
+            f"model's loss is {self.first_token_loss:.2f} at the first, {self.last_token_loss:.2f} at the last and "
+            f"{usual.loss:.2f} on average; {self.loss_quarters[0]:.0%} of all loss lies in the first quarter of the "
+            f"targets, {self.loss_quarters[-1]:.0%} in the last."
+        ]
+        for effect in self.effects:
+            if effect.power == 0:
+                continue
+            lines.append(
+                f"p = {effect.power:g}: the first quarter counts {_times(effect.quarters[0], usual.quarters[0])} as "
+                f"much as usual, the last {_times(effect.quarters[-1], usual.quarters[-1])}; the last token alone has "
+                f"{effect.last_token:.0%} of the weight instead of {usual.last_token:.0%}. A batch is worth "
+                f"{effect.effective_sample_size:.0%} of its tokens."
+            )
+        return lines
+
+    def plot(self, path: str | os.PathLike[str], *, title: str = "Where the loss is, and where t^p looks") -> None:
+        """Write the picture as a PNG; folders are made."""
+        from .plots import plot_power_report  # matplotlib takes its time
+
+        plot_power_report(
+            self.loss_deciles, {effect.power: effect.deciles for effect in self.effects}, path, title=title
+        )
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\n" + "\n".join(f"- {line}" for line in self.words())
+
+
+def suggest_power(
+    trainer: TemporalWeightMixin, dataset: Any = None, *, powers: Sequence[float] = POWERS, max_examples: int = 256
+) -> PowerReport:
+    """Run a few examples through the model as it is, and tell what each p would do to their weights.
+
+    Nothing is trained and nothing is written. The time is that of an evaluation of `max_examples` examples.
+
+    Args:
+        trainer: in one process; its model, collator and weighting (origin, normalization) are used.
+        dataset: unset: the trainer's training data.
+        powers: p to be told of; 0 is added.
+        max_examples: how many examples are looked at, from the first.
+
+    Raises:
+        ValueError: several processes, no data, no target token in them, a p out of what `TemporalWeighting` accepts.
+    """
+    owner: Any = trainer
+    if owner.args.world_size > 1:
+        raise ValueError(f"world_size={owner.args.world_size}; accepted: one process, which is enough for a look.")
+    if max_examples < 1:
+        raise ValueError(f"max_examples={max_examples!r}; accepted: a whole number of at least 1.")
+    data = owner.train_dataset if dataset is None else dataset
+    if data is None:
+        raise ValueError("dataset=None, and the trainer has no train_dataset; accepted: one of them.")
+    weightings = [trainer.weighting.at(power) for power in sorted({0.0, *powers})]
+    tokens = _Tokens(trainer.weighting.regression_loss)
+    loader = owner.get_test_dataloader(list(islice(data, max_examples)))
+    training = owner.model.training
+    owner.model.eval()
+    try:
+        with owner._observing(tokens):
+            for batch in tqdm(loader, "Looking at the data", leave=False):
+                owner.prediction_step(owner.model, batch, True)
+    finally:
+        owner.model.train(training)
+    return tokens.report(weightings)
+
+
+class _Tokens(TokenLosses):
+    """The target tokens of all batches, one after the other."""
+
+    def __init__(self, regression_loss: str) -> None:
+        super().__init__(regression_loss)
+        self._columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._documents = 0
+
+    def _add(
+        self,
+        losses: Tensor,
+        correct: Tensor | None,  # noqa: ARG002
+        positions: Tensor,
+        document_ids: Tensor | None,
+        loss_weights: Tensor | None,
+    ) -> None:
+        target = positions > 0
+        starts = document_starts(target, document_ids)
+        documents = (starts.flatten().cumsum(0) - 1 + self._documents).view(starts.shape)
+        self._documents += int(starts.sum())
+        own = torch.ones_like(losses) if loss_weights is None else loss_weights.to(losses)
+        self._columns.append((positions[target], documents[target], losses[target], own[target]))
+
+    def report(self, weightings: Sequence[TemporalWeighting]) -> PowerReport:
+        """Of all that was added, for the weightings in ascending order of p."""
+        positions, documents, losses, own = (torch.cat(column).cpu() for column in zip(*self._columns, strict=True))
+        if not len(positions):
+            raise ValueError("dataset: no target token in what was looked at; accepted: labels other than -100.")
+        ranks = target_positions(torch.zeros_like(documents)[None], document_ids=documents[None])
+        numbers = document_max(ranks, documents[None]).expand_as(ranks)[0]
+        rank = ranks[0]
+
+        def shares(values: Tensor, parts: int) -> tuple[float, ...]:
+            part = (rank * parts - 1).div(numbers, rounding_mode="floor")
+            sums = torch.zeros(parts, dtype=values.dtype).index_add_(0, part, values)
+            return tuple((sums / values.sum()).tolist())
+
+        effects = []
+        for weighting in weightings:
+            weights = weighting.weights(positions[None], document_ids=documents[None])[0].to(wide_dtype(losses.device))
+            weights = weights * own
+            total = weights.sum()
+            effects.append(
+                PowerEffect(
+                    power=weighting.power,
+                    effective_sample_size=float(total**2 / (weights.square().sum() * len(weights))),
+                    first_token=float(weights[rank == 1].sum() / total),
+                    last_token=float(weights[rank == numbers].sum() / total),
+                    quarters=shares(weights, QUARTERS),
+                    deciles=shares(weights, BINS),
+                    loss=float((weights * losses).sum() / total),
+                )
+            )
+        lengths = numbers[rank == 1].sort().values
+        return PowerReport(
+            documents=len(lengths),
+            lengths=(int(lengths[0]), int(lengths[(len(lengths) - 1) // 2]), int(lengths[-1])),
+            first_token_loss=float(losses[rank == 1].mean()),
+            last_token_loss=float(losses[rank == numbers].mean()),
+            loss_quarters=shares(losses, QUARTERS),
+            loss_deciles=shares(losses, BINS),
+            effects=tuple(effects),
+        )
+
+
+def _times(share: float, usual: float) -> str:
+    return f"{share / usual:.2g} times" if usual else "never"
