@@ -49,7 +49,7 @@ from hf_temporal.training_args import TemporalTrainingArguments
 from recipes.adapters import add_adapter, check_mergeable
 from recipes.configuration import parse
 from recipes.models import ModelArguments, load_causal_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores
+from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores, tell_powers
 from recipes.tasks import TASK_KINDS, Scores, load_task
 
 
@@ -113,11 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     *arguments, training_args = parse(
         (ModelArguments, *TASK_KINDS, TemporalTrainingArguments), argv, description=__doc__
     )
-    model_args, _, _, summarization_args, _, language_modeling_args = arguments
+    model_args, task_args, _, summarization_args, _, language_modeling_args = arguments
     require_4bit(model_args)
     share_cores()
     set_seed(training_args.seed)
     task = load_task(arguments[1:], training_args)
+    training_args.do_train &= not task_args.suggest_power
     run = begin(training_args, arguments, task)
     with training_args.main_process_first():
         model, tokenizer = load_causal_lm(model_args, task.tokenizer(model_args.tokenizer_name))
@@ -140,6 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_new_tokens=task.answer_length,
         num_beams=summarization_args.num_beams,
     )
+    if task_args.suggest_power:
+        tell_powers(trainer)
+        return
     if model_args.merge_adapter:
         check_mergeable(trainer)
     carry_out(trainer, run, task, scores, splits)

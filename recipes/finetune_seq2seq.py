@@ -48,7 +48,7 @@ from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments
 from recipes.adapters import add_adapter, check_mergeable
 from recipes.configuration import parse
 from recipes.models import Seq2SeqModelArguments, load_seq2seq_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores
+from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores, tell_powers
 from recipes.tasks import TASK_KINDS, Summarization, Task, load_task
 
 VOCABULARY = 8192
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     kinds = (Seq2SeqModelArguments, *TASK_KINDS, TemporalSeq2SeqTrainingArguments)
     *arguments, training_args = parse(kinds, argv, description=__doc__)
-    model_args, _, _, summarization_args, _, _ = arguments
+    model_args, task_args, _, summarization_args, _, _ = arguments
     require_4bit(model_args)
     share_cores()
     set_seed(training_args.seed)
@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     generates = training_args.predict_with_generate
     training_args.generation_max_length = training_args.generation_max_length or task.answer_length + 1
     training_args.generation_num_beams = training_args.generation_num_beams or summarization_args.num_beams
+    training_args.do_train &= not task_args.suggest_power
     run = begin(training_args, arguments, task)
     with training_args.main_process_first():
         model, tokenizer = load_model(model_args, task)
@@ -101,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         compute_metrics=scores if generates else None,
     )
+    if task_args.suggest_power:
+        tell_powers(trainer)
+        return
     if model_args.merge_adapter:
         check_mergeable(trainer)
     carry_out(trainer, run, task, scores if generates else None, splits)

@@ -16,6 +16,7 @@ from accelerate import load_checkpoint_in_model
 from peft import PeftModel
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_temporal import suggest_power
 from hf_temporal.model_card import TrainingRun, draw_loss_by_position
 from recipes.adapters import merge_adapter
 from recipes.continuation import TRAINER_STATE_NAME, Continuation, continue_run
@@ -33,7 +34,12 @@ from recipes.tasks import Task
 from recipes.usage import usage
 
 PREDICTIONS_NAME = "predictions.jsonl"
-FREE_SETTINGS = ("overwrite_cache", "preprocessing_num_workers")  # a run stays the same one when they change
+POWERS_NAME = "suggested_power.png"
+FREE_SETTINGS = (
+    "overwrite_cache",
+    "preprocessing_num_workers",
+    "suggest_power",
+)  # a run stays the same one when they change
 
 
 def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task) -> Continuation:
@@ -55,6 +61,14 @@ def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task
     settings = {name: value for each in arguments for name, value in asdict(each).items()}
     settings["sha256_of_the_data"] = task.data.sha256
     return continue_run(training_args, {name: settings[name] for name in settings if name not in FREE_SETTINGS})
+
+
+def tell_powers(trainer: Any) -> None:
+    """Print what each p would do with this model and these data, and draw it into `output_dir`."""
+    report = suggest_power(trainer)
+    picture = Path(trainer.args.output_dir) / POWERS_NAME
+    report.plot(picture)
+    print(f"\n{report}\n\n{picture}")
 
 
 def share_cores() -> None:

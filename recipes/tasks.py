@@ -45,6 +45,9 @@ class TaskArguments:
             "choices": ["summarization", "copying", "language_modeling"],
         },
     )
+    suggest_power: bool = field(
+        default=False, metadata={"help": "Train nothing; tell what each p would do with this model and these data."}
+    )
 
 
 class Scores(Protocol):

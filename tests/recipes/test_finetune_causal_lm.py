@@ -52,6 +52,16 @@ def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output_dir
 
 
+def test_powers_are_told_and_nothing_is_trained(tiny: Tiny, tmp_path: Path, capsys: Any) -> None:
+    main(tiny.flags(tmp_path / "look", "--suggest_power"))
+    text = capsys.readouterr().out
+    assert "24 documents of " in text
+    assert "| weight at p = 4 " in text
+    (picture,) = (tmp_path / "look").iterdir()
+    assert picture.name == "suggested_power.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 # ---- results
 
 

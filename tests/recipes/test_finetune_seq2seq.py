@@ -64,6 +64,14 @@ def test_small_t5_learns_and_is_reported(
         assert torch.equal(weight, weights[name]), name
 
 
+def test_powers_are_told_and_nothing_is_trained(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(flags(tiny, tmp_path / "look", "--suggest_power"))
+    assert "24 documents of " in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "look").iterdir()] == ["suggested_power.png"]
+
+
 def test_interrupted_run_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(flags(tiny, tmp_path / "undisturbed"))
     step = Seq2SeqTrainer.training_step
