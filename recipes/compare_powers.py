@@ -16,9 +16,10 @@ Does it depend on the blank and the learning rate? Every combination is compared
         --powers 0 1 4 --seeds 0 1 2 --metric recall --reach 0.98 --output_dir outputs/compare_copying_blanks \
         --vary blank_length=50,100 learning_rate=3e-4,1e-3
 
-Every flag that is not one of this script goes to every run. The same command continues a comparison that was
-interrupted: runs that are finished are kept. It writes `summary.md`, `summary.json` and three pictures; with `--vary`
-into a folder for each combination, and a summary of all with one picture above them.
+Every flag that is not one of this script goes to every run. Each is what its own `accelerate launch` command is, but
+without `--accelerate_config` the runs of one process on the CPU make their imports once for all. The same command
+continues a comparison that was interrupted: runs that are finished are kept. It writes `summary.md`, `summary.json`
+and three pictures; with `--vary` into a folder for each combination, with a summary of all and one picture above them.
 
 With `--dry_run` it prints one `accelerate launch` command per run, for a cluster that sees the same folder; once its
 jobs have ended, the command without `--dry_run` finds the finished runs there, and makes up for those that failed:

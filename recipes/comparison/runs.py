@@ -9,23 +9,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
+import torch
 from huggingface_hub.utils import tqdm
 
 from recipes.comparison.cells import Cell
 from recipes.comparison.grid import Comparison
 from recipes.comparison.quantities import number, title_of
+from recipes.comparison.server import Forked, Server
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 LOG_LINES = 20
 INTERVAL = 0.1  # seconds between two looks at the running cells
 GRACE = 30  # seconds that a cell has to end when it is told to
 
+Process = subprocess.Popen[bytes] | Forked
 
-def start(comparison: Comparison, cell: Cell) -> subprocess.Popen[bytes] | None:
+
+def start(comparison: Comparison, cell: Cell, server: Server | None) -> Process | None:
     """Run a cell in a session of its own; None where a process of an earlier comparison still runs it.
+
+    The server forks it, where there is one; otherwise it is launched.
 
     The lock is on the log file and goes with its descriptor to every process of the cell, which write there: it is
     held for as long as one of them lives, whoever started them.
@@ -38,6 +44,8 @@ def start(comparison: Comparison, cell: Cell) -> subprocess.Popen[bytes] | None:
             return None
         log.write(f"$ {comparison.shown(cell)}\n".encode())
         log.flush()
+        if server and (forked := server.start(comparison.command(cell), log.fileno())):
+            return forked
         return subprocess.Popen(
             [*LAUNCHER, *comparison.command(cell)],
             stdin=subprocess.DEVNULL,
@@ -58,7 +66,7 @@ def cell_environment(max_parallel: int) -> dict[str, str]:
 
 
 @contextmanager
-def ending(running: Mapping[Cell, subprocess.Popen[bytes]]) -> Iterator[None]:
+def ending(running: Mapping[Cell, Process]) -> Iterator[None]:
     """Whatever ends this process, but SIGKILL, ends the cells that are still running, with all their processes.
 
     A signal that is ignored, as SIGHUP is under `nohup`, stays so.
@@ -82,7 +90,7 @@ def ending(running: Mapping[Cell, subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _signal(running: Mapping[Cell, subprocess.Popen[bytes]], number: signal.Signals) -> None:
+def _signal(running: Mapping[Cell, Process], number: signal.Signals) -> None:
     for process in running.values():
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -105,7 +113,8 @@ class Runs:
         self._waiting = [cell for cell in cells if not cell.finished]
         self._busy: set[Cell] = set()
         self._begun: dict[Cell, float] = {}
-        self._running: dict[Cell, subprocess.Popen[bytes]] = {}
+        self._running: dict[Cell, Process] = {}
+        self._server: Server | None = None
 
     def run(self) -> None:
         """Until each cell is finished or has failed.
@@ -116,7 +125,7 @@ class Runs:
         for cell in self._done:
             cell.evaluations(metric)
         total = len(self._done) + len(self._waiting)
-        with tqdm(total=total, initial=len(self._done), unit="cell") as bar, ending(self._running):
+        with tqdm(total=total, initial=len(self._done), unit="cell") as bar, ending(self._running), self._serving():
             while self._waiting or self._running:
                 ended = [cell for cell, process in self._running.items() if process.poll() is not None]
                 for cell in ended:
@@ -127,11 +136,23 @@ class Runs:
                 self._start(bar)
                 time.sleep(INTERVAL)
 
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """With a server that forks the cells, where they are one process each and on the CPU."""
+        arguments = self._comparison.arguments
+        if not self._waiting or arguments.accelerate_config or torch.accelerator.is_available():
+            yield
+            return
+        environment = cell_environment(arguments.max_parallel)
+        with closing(Server(LAUNCHER, self._comparison.recipe, environment)) as server:
+            self._server = server if server.is_ready() else None
+            yield
+
     def _start(self, bar: Any) -> None:
         """Fill the free places; a cell that is run by an earlier comparison's process takes one, too."""
         free = self._comparison.arguments.max_parallel - len(self._running)
         for cell in self._waiting[: max(0, free)]:
-            process = None if cell.finished else start(self._cells[cell], cell)
+            process = None if cell.finished else start(self._cells[cell], cell, self._server)
             if cell.finished and process is None:
                 self._waiting.remove(cell)
                 self._done.append(cell)

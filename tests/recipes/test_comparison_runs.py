@@ -38,9 +38,9 @@ def test_combinations_run_seed_by_seed_in_one_queue(flags: list[str], tmp_path: 
     begun: list[str] = []
     start = runs.start
 
-    def noted(comparison: Any, cell: Cell) -> Any:
+    def noted(comparison: Any, cell: Cell, server: Any) -> Any:
         begun.append(cell.folder.relative_to(tmp_path / "out").as_posix())
-        return start(comparison, cell)
+        return start(comparison, cell, server)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "start", noted)
@@ -93,12 +93,12 @@ def test_cells_run_side_by_side(flags: list[str], tmp_path: Path) -> None:
     both = runs.start
     begun: list[str] = []
 
-    def start(comparison: Any, cell: Cell) -> Any:
+    def start(comparison: Any, cell: Cell, server: Any) -> Any:
         begun.append(cell.name)
         if len(begun) == 2:
             assert not go.exists()
             go.touch()
-        return both(comparison, cell)
+        return both(comparison, cell, server)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "start", start)
@@ -172,6 +172,25 @@ def test_what_interrupts_the_comparison_ends_its_cells(
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
+@pytest.mark.usefixtures("_as_at_a_terminal")
+def test_interrupted_while_the_imports_are_made(flags: list[str], stub: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    text = f"import os, pathlib, time\npathlib.Path({str(begun)!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    (tmp_path / "asleep.py").write_text(text, encoding="utf-8")
+    stub.write_text("import asleep\n", encoding="utf-8")
+
+    def interrupt() -> None:
+        wait_until(lambda: begun.exists() and begun.read_text() != "")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert main(flags) == 130
+    thread.join()
+    assert not is_alive(int(begun.read_text()))
+    assert starts(tmp_path / "out") == {}
+
+
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -199,8 +218,8 @@ def test_killed_and_continued_runs_no_cell_twice_at_a_time(
     assert is_alive(pid_of(output_dir, "p0_seed0"))
     begin, tries = runs.start, []
 
-    def start(comparison: Any, cell: Cell) -> Any:
-        process = begin(comparison, cell)
+    def start(comparison: Any, cell: Cell, server: Any) -> Any:
+        process = begin(comparison, cell, server)
         tries.append((cell.name, process is not None))
         if len(tries) == 3:
             go.touch()
