@@ -14,7 +14,7 @@ from recipes.comparison.cells import Cell, Evaluations, power_name
 
 ALPHA = 0.05
 SAME = 1e-9  # differences that spread by less than this share of the values are one and the same
-LOWER_IS_BETTER = ("loss", "perplexity", "empty")
+LOWER_IS_BETTER = ("loss", "error", "perplexity", "empty")
 NEITHER_IS_BETTER = ("gen_len",)
 BESIDE = ("loss", "first_token_loss", "head_loss", "tail_loss", "last_token_loss", "gen_len", "empty")
 TITLES = {

@@ -167,7 +167,9 @@ def test_the_same_difference_on_many_seeds_is_told_apart_by_its_sign() -> None:
 
 def test_directions() -> None:
     assert [direction_of(name) for name in ("recall", "rouge1", "exact_match")] == [1, 1, 1]
-    assert [direction_of(name) for name in ("loss", "head_loss", "perplexity", "empty")] == [-1] * 4
+    assert [direction_of(name) for name in ("loss", "head_loss", "long_memory_error", "perplexity", "empty")] == [
+        -1
+    ] * 5
     assert direction_of("gen_len") == 0
 
 
