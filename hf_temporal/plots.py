@@ -38,6 +38,7 @@ class PowerPanel:
         means: by p, each with its 95 % interval, None where there is none.
         bounds: p and seed of the values that are only lower bounds; they are drawn hollow.
         log: whether equal ratios are equally far apart.
+        title: above the panel.
     """
 
     label: str
@@ -45,6 +46,7 @@ class PowerPanel:
     means: Mapping[float, tuple[float, tuple[float, float] | None]]
     bounds: frozenset[tuple[float, int]] = frozenset()
     log: bool = False
+    title: str | None = None
 
 
 def plot_loss_by_position(
@@ -170,19 +172,35 @@ def plot_weights(path: str | os.PathLike[str]) -> Figure:
     return _saved(figure, path)
 
 
-def plot_metrics_by_power(panels: Sequence[PowerPanel], path: str | os.PathLike[str], *, title: str) -> Figure:
+def plot_metrics_by_power(
+    panels: Sequence[PowerPanel | None], path: str | os.PathLike[str], *, title: str, columns: int = 1
+) -> Figure:
     """A panel for each quantity: every seed as a dot, beside them their mean with its 95 % interval, p by p.
 
-    The p stand in ascending order at equal distances, so that 0, negative ones and inf have their place.
+    The p stand in ascending order at equal distances, so that 0, negative ones and inf have their place. Of several
+    `columns`, the panels of a row have one scale; None leaves a place empty.
     """
-    colors = _power_colors({power for panel in panels for power in panel.values})
-    figure = Figure(figsize=(2.0 + 0.9 * max(len(colors), 4), 0.8 + 3.0 * len(panels)), layout="constrained")
-    every_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, panel in zip(every_axes, panels, strict=True):
+    colors = _power_colors({power for panel in panels if panel for power in panel.values})
+    rows, width = -(-len(panels) // columns), max(len(colors), 4)
+    size = (2.0 + 0.9 * width, 0.8 + 3.0 * rows) if columns == 1 else (1.0 + 0.55 * width * columns, 1.0 + 2.4 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
+    drawn = {index: (axes, panel) for index, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)) if panel}
+    for index, axes in enumerate(grid.flat):
+        axes.set_visible(index in drawn)
+    for index, (axes, panel) in drawn.items():
         _draw_panel(axes, panel, colors)
-    axes.set_xticks(range(len(colors)), [_power_name(power) for power in colors])
-    axes.set_xlim(-0.5, len(colors) - 0.5)
-    axes.set_xlabel("p of the weight $t^p$ (0: the usual loss)\ndots: one seed each, diamonds: mean and 95 % interval")
+        axes.tick_params(labelbottom=index + columns not in drawn)
+        axes.set_ylabel("" if index % columns else panel.label)
+    for axes, panel in drawn.values():
+        if panel.log:  # once the whole row is drawn: what is drawn on a logarithmic axis has rounded limits
+            _log_axis(axes)
+    grid[0, 0].set_xticks(range(len(colors)), [_power_name(power) for power in colors])
+    grid[0, 0].set_xlim(-0.5, len(colors) - 0.5)
+    figure.supxlabel(
+        "p of the weight $t^p$ (0: the usual loss)\ndots: one seed each, diamonds: mean and 95 % interval",
+        fontsize="medium",
+    )
     figure.suptitle(title)
     return _saved(figure, path)
 
@@ -268,15 +286,17 @@ def _draw_panel(axes: Axes, panel: PowerPanel, colors: Mapping[float, Any]) -> N
             axes.errorbar(
                 index + 0.28, mean, errors, marker="D", markersize=6, capsize=4, elinewidth=1.8, color=colors[power]
             )
-    axes.set_ylabel(panel.label)
-    if panel.log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(panel.title or "", fontsize="medium")
     axes.margins(y=0.1)
     _grid(axes)
     axes.grid(visible=False, axis="x")
+
+
+def _log_axis(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_powers(

@@ -128,6 +128,31 @@ def test_every_seed_is_a_dot_and_every_mean_has_its_interval(tmp_path: Path) -> 
     assert_is_picture(tmp_path / "made" / "powers.png")
 
 
+def test_small_multiples_share_a_scale_by_row(tmp_path: Path) -> None:
+    def panel(title: str, **values: float) -> PowerPanel:
+        by_power = {float(name[2:]): value for name, value in values.items()}
+        return PowerPanel(
+            "recall",
+            {p: {0: v} for p, v in by_power.items()},
+            {p: (v, None) for p, v in by_power.items()},
+            title=title,
+        )
+
+    panels = [panel("a", p_0=0.1, p_2=0.2), panel("b", p_0=0.9), panel("c", p_2=5.0), panel("d"), panel("e", p_2=7.0)]
+    figure = plot_metrics_by_power([*panels, None], tmp_path / "many.png", title="many", columns=2)
+    a, b, c, d, e, _ = figure.axes
+    assert [axes.get_title() for axes in figure.axes[:5]] == ["a", "b", "c", "d", "e"]
+    assert [axes.get_visible() for axes in figure.axes] == [True] * 5 + [False]
+    assert a.get_ylim() == b.get_ylim() != c.get_ylim() == d.get_ylim()
+    assert a.get_ylim()[0] < 0.1
+    assert a.get_ylim()[1] > 0.9
+    assert [axes.get_ylabel() for axes in (a, b, c, d, e)] == ["recall", "", "recall", "", "recall"]
+    shown = [axes.xaxis.get_tick_params()["labelbottom"] for axes in (a, b, c, d, e)]
+    assert shown == [False, False, False, True, True]
+    assert [label.get_text() for label in d.get_xticklabels()] == ["0", "2"]
+    assert_is_picture(tmp_path / "many.png")
+
+
 def test_loss_by_position_of_every_power_and_its_difference_from_none(tmp_path: Path) -> None:
     profiles = {4.0: profile(30, empty=(2,)), 0.0: profile(10), -0.5: profile(20)}
     figure = plot_loss_by_position_and_power(profiles, tmp_path / "loss.png", title="a comparison")

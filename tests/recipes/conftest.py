@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from recipes.comparison import runs
 from tests.tiny_summarization import tiny_llama, tiny_tokenizer, write_pairs
+
+from .stub_recipe import STUB
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -51,3 +55,18 @@ def child_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """Environment of child processes: the repository on the path, caches of their own."""
     folder = tmp_path_factory.mktemp("cache")
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe that takes no time; run by Python itself."""
+    monkeypatch.setattr(runs, "LAUNCHER", (sys.executable,))
+    path = tmp_path / "stub_recipe.py"
+    path.write_text(STUB, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def flags(stub: Path, tmp_path: Path) -> list[str]:
+    grid = ["--powers", "0", "1", "inf", "--seeds", "0", "1", "2"]
+    return [str(stub), *grid, "--metric", "recall", "--output_dir", str(tmp_path / "out")]

@@ -12,6 +12,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
+from recipes.compare_powers import read_arguments
 from recipes.configuration import parse
 from recipes.functional_task import FunctionalArguments
 from recipes.models import ModelArguments, Seq2SeqModelArguments
@@ -98,11 +99,28 @@ def test_commands_of_the_page_on_recipes_parse(tmp_path: Path, monkeypatch: pyte
     assert len(commands) == 3
     for command in commands:
         assert parsed(command["script"], command["flags"])["use_peft"]
-    (comparison,) = re.findall(r"compare_powers\.py recipes/(\S+) --config (\S+)", text)
-    assert comparison[0] in KINDS
-    assert (RECIPES.parent / comparison[1]).is_file()
+    assert len(comparisons_in(text)) == 2
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (RECIPES / link).exists(), link
+
+
+def comparisons_in(text: str) -> list[str]:
+    """The commands of `compare_powers.py`, whose flags and combinations are those of their recipe."""
+    commands: list[str] = re.findall(r"python recipes/compare_powers\.py (recipes(?:\\\n|[^\n])*)", text)
+    for command in commands:
+        flags = shlex.split(command.replace("\\\n", " "))
+        argv = [str(RECIPES.parent / flag) if flag.startswith("recipes/") else flag for flag in flags]
+        for combination in read_arguments(argv).combinations():
+            of_cells = shlex.join(["--config", str(combination.arguments.config), *combination.overrides])
+            arguments = parsed(combination.recipe.name, of_cells)
+            assert {name: str(arguments[name]) for name in combination.values} == {
+                name: str(type(arguments[name])(value)) for name, value in combination.values.items()
+            }
+    return commands
+
+
+def test_commands_of_comparisons_parse() -> None:
+    assert len(comparisons_in((RECIPES / "compare_powers.py").read_text("utf-8"))) == 3
 
 
 @pytest.fixture

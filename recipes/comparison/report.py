@@ -7,57 +7,36 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from hf_temporal.plots import (
-    PowerPanel,
-    plot_curves_by_power,
-    plot_loss_by_position_and_power,
-    plot_metrics_by_power,
-)
-from hf_temporal.profile import evaluation_profiles
 from recipes.benchmarks.report import environment, table
-from recipes.comparison import (
-    ALPHA,
-    Cell,
-    Difference,
-    Evaluations,
-    Quantity,
-    compare,
-    curve,
-    number,
-    power_name,
-    quantities,
-    title_of,
-)
+from recipes.comparison.cells import Cell, Evaluations, power_name
+from recipes.comparison.pictures import PICTURES, draw_comparison
+from recipes.comparison.quantities import ALPHA, Difference, Quantity, compare, number, quantities
 
 SUMMARY_NAME = "summary.json"
 REPORT_NAME = "summary.md"
-PICTURES = {
-    "metric_by_power.png": "What each p ends at",
-    "loss_by_position.png": "Loss by position in the target at the last evaluation, mean over seeds",
-    "curves.png": "Every evaluation on the way",
-}
 HARDWARE = ("processor", "cores", "accelerator")
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 UNTOLD = ("not told apart", "not compared")
-NOTES = f"""\
+_NOTES = f"""\
 - In the table: mean over seeds and its 95 % t interval; ↑ higher is better, ↓ lower is better. A cell without a word
   is not told apart from p = 0.
 - Each p is compared with p = 0 on the same seeds by a paired t-test, two-sided. What stands in brackets behind a
   difference is its 95 % t interval; d_z is the mean difference divided by the differences' standard deviation.
-- P-values are corrected for the number of p (Holm), not for the number of columns; intervals are not corrected. Told
+- P-values are corrected for the number of p (Holm), not for the number of {{other}}; intervals are not corrected. Told
   apart is what has a corrected P-value below {ALPHA}. Not told apart does not mean equal: the interval says what is
   possible.
 - A difference that is the same on every seed leaves the t-test nothing to estimate noise from. Its P-value is that of
   its sign, 2^(1 − seeds)."""
-STEPS_NOTE = """
+_STEPS_NOTE = """
 - Steps are those of the first evaluation that shows the value, as fine as evaluations are dense. A run that does not
   get there within the steps that all runs have counts as having taken them all, in means and tests alike: what is
   compared is min(steps, budget), which needs no guess at when such a run would have got there.
 - Steps are compared by ratio, as times to an event usually are: means are geometric, and the t-test is that of the
   logarithms."""
+
+Found = tuple[Quantity, dict[float, Difference]]
 
 
 @dataclass(frozen=True)
@@ -82,8 +61,16 @@ class Outcome:
     settings: Mapping[str, Any]
 
 
-def write_summary(outcome: Outcome, output_dir: Path) -> str:
-    """Write all five files from the cells that are finished; the words and the table.
+@dataclass(frozen=True)
+class Findings:
+    """What decides, and all that was found in words and as a table."""
+
+    decisive: Sequence[Found]
+    words: str
+
+
+def write_summary(outcome: Outcome, output_dir: Path) -> Findings:
+    """Write all five files from the cells that are finished.
 
     `summary.json`, in which "inf" stands for infinity and null for NaN or for what the data cannot say:
 
@@ -105,24 +92,19 @@ def write_summary(outcome: Outcome, output_dir: Path) -> str:
         raise ValueError(f"{output_dir} holds no finished cell; accepted: one or more")
     found = [(each, compare(each)) for each in quantities(runs, outcome.metric, outcome.reach)]
     summary = _summary(outcome, runs, found)
-    path = output_dir / SUMMARY_NAME
-    path.write_text(
-        json.dumps(_plain(summary), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    write_plain_json(output_dir / SUMMARY_NAME, summary)
     decisive = found[: 1 if outcome.reach is None else 2]
-    pictures = _draw(outcome, runs, [quantity for quantity, _ in decisive], output_dir)
+    pictures = draw_comparison(outcome.title, outcome.metric, runs, [quantity for quantity, _ in decisive], output_dir)
     findings = f"{_conclusions(decisive)}\n\n{_results_table(found)}"
     report = _report(outcome, findings, summary["environment"], pictures)
     (output_dir / REPORT_NAME).write_text(report, encoding="utf-8")
-    return findings
+    return Findings(decisive, findings)
 
 
 # ---- summary.json
 
 
-def _summary(
-    outcome: Outcome, runs: Mapping[Cell, Evaluations], found: Sequence[tuple[Quantity, dict[float, Difference]]]
-) -> dict[str, Any]:
+def _summary(outcome: Outcome, runs: Mapping[Cell, Evaluations], found: Sequence[Found]) -> dict[str, Any]:
     return {
         "version": 2,
         "title": outcome.title,
@@ -130,19 +112,21 @@ def _summary(
         "reach": outcome.reach,
         "powers": sorted({cell.power for cell in outcome.cells}),
         "seeds": sorted({cell.seed for cell in outcome.cells}),
-        "quantities": [
-            {
-                "title": quantity.title,
-                "direction": quantity.direction,
-                "scale": "ratio" if quantity.is_ratio else "difference",
-                "by_power": [_row(quantity, power, differences.get(power)) for power in quantity.values],
-            }
-            for quantity, differences in found
-        ],
+        "quantities": [quantity_record(quantity, differences) for quantity, differences in found],
         "cells": [_cell_state(outcome, cell, runs.get(cell)) for cell in outcome.cells],
         "commands": outcome.commands,
         "settings": outcome.settings,
         "environment": environment(),
+    }
+
+
+def quantity_record(quantity: Quantity, differences: Mapping[float, Difference]) -> dict[str, Any]:
+    """One of `quantities` in `summary.json`."""
+    return {
+        "title": quantity.title,
+        "direction": quantity.direction,
+        "scale": "ratio" if quantity.is_ratio else "difference",
+        "by_power": [_row(quantity, power, differences.get(power)) for power in quantity.values],
     }
 
 
@@ -168,6 +152,12 @@ def _cell_state(outcome: Outcome, cell: Cell, evaluations: Evaluations | None) -
     return state | {"state": "not run"}
 
 
+def write_plain_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write it in terms of JSON, see `_plain`."""
+    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
 def _plain(value: Any) -> Any:
     """The value in terms of JSON, which has no infinity ("inf" stands for it) and no NaN (null)."""
     if isinstance(value, Mapping):
@@ -183,18 +173,31 @@ def _plain(value: Any) -> Any:
 
 
 def _report(outcome: Outcome, findings: str, about: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    parts = [
+        f"# {outcome.title}: which p?",
+        findings,
+        missing_cells(outcome),
+        *(f"![{PICTURES[name]}]({name})" for name in pictures),
+        how_to_read(outcome, uncorrected="columns"),
+        how_it_was_made(outcome, about),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def how_to_read(outcome: Outcome, *, uncorrected: str) -> str:
+    """The section on statistics; P-values are not corrected for the number of `uncorrected`."""
+    notes = _NOTES.format(other=uncorrected) + (_STEPS_NOTE if outcome.reach is not None else "")
+    return f"## How to read it\n\n{notes}"
+
+
+def how_it_was_made(outcome: Outcome, about: Mapping[str, Any]) -> str:
+    """The section on commands, hardware and versions."""
     seeds = sorted({cell.seed for cell in outcome.cells})
     comparison, cell = outcome.commands
     hardware = ", ".join(f"{name} {value}" for name, value in about["hardware"].items() if name in HARDWARE)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return "\n\n".join(
         [
-            f"# {outcome.title}: which p?",
-            findings,
-            _missing(outcome),
-            *(f"![{PICTURES[name]}]({name})" for name in pictures),
-            "## How to read it",
-            NOTES + (STEPS_NOTE if outcome.reach is not None else ""),
             "## How it was made",
             f"```\n{comparison}\n```",
             "Each cell is one command with its own p, seed and folder, `--dry_run` prints them all; the first:",
@@ -202,33 +205,39 @@ def _report(outcome: Outcome, findings: str, about: Mapping[str, Any], pictures:
             f"- seeds: {', '.join(map(str, seeds))}\n- hardware: {hardware}\n- versions: {versions}\n"
             f"- summary of {about['date']}",
         ]
-    ) + "\n"  # fmt: skip
+    )
 
 
-def _conclusions(found: Sequence[tuple[Quantity, dict[float, Difference]]]) -> str:
+def _conclusions(found: Sequence[Found]) -> str:
     """One line per quantity that sorts the p by verdict, then one sentence per p."""
     lines = []
     for quantity, differences in found:
-        by_verdict: dict[str, list[str]] = {}
-        for power, difference in sorted(differences.items(), key=lambda item: (item[1].verdict in UNTOLD, item[0])):
-            by_verdict.setdefault(difference.verdict, []).append(power_name(power))
-        conclusion = "; ".join(f"{verdict} at p = {', '.join(powers)}" for verdict, powers in by_verdict.items())
-        lines.append(f"**{quantity.title}**, compared with p = 0: {conclusion or 'no other p is finished'}.\n")
+        lines.append(f"**{quantity.title}**, compared with p = 0: {conclusion(differences)}.\n")
         lines += [f"- {difference.words}" for difference in differences.values()]
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
-def _results_table(found: Sequence[tuple[Quantity, dict[float, Difference]]]) -> str:
+def conclusion(differences: Mapping[float, Difference]) -> str:
+    """The p sorted by verdict."""
+    by_verdict: dict[str, list[str]] = {}
+    for power, difference in sorted(differences.items(), key=lambda item: (item[1].verdict in UNTOLD, item[0])):
+        by_verdict.setdefault(difference.verdict, []).append(power_name(power))
+    found = "; ".join(f"{verdict} at p = {', '.join(powers)}" for verdict, powers in by_verdict.items())
+    return found or "no other p is finished"
+
+
+def _results_table(found: Sequence[Found]) -> str:
     columns = ["p", "seeds", *(f"{quantity.title}{ARROWS[quantity.direction]}" for quantity, _ in found)]
     rows = []
     for power, values in found[0][0].values.items():
-        cells = [_table_cell(quantity, power, differences.get(power)) for quantity, differences in found]
+        cells = [table_cell(quantity, power, differences.get(power)) for quantity, differences in found]
         rows.append(dict(zip(columns, [power_name(power), str(len(values)), *cells], strict=True)))
     return table(rows, columns)
 
 
-def _table_cell(quantity: Quantity, power: float, difference: Difference | None) -> str:
+def table_cell(quantity: Quantity, power: float, difference: Difference | None) -> str:
+    """Mean, interval and, where it is told apart from p = 0, the verdict."""
     values = quantity.values[power]
     missed = sum((power, seed) in quantity.bounds for seed in values)
     if missed == len(values):
@@ -243,7 +252,8 @@ def _table_cell(quantity: Quantity, power: float, difference: Difference | None)
     return f"{text} **{difference.verdict}**" if difference is not None and told else text
 
 
-def _missing(outcome: Outcome) -> str:
+def missing_cells(outcome: Outcome) -> str:
+    """Which are not finished."""
     missing = [cell for cell in outcome.cells if not cell.finished]
     if not missing:
         return f"All {len(outcome.cells)} cells are finished."
@@ -253,54 +263,3 @@ def _missing(outcome: Outcome) -> str:
         for cell in missing
     ]
     return f"Not finished, {len(missing)} of {len(outcome.cells)} cells: {'; '.join(names)}."
-
-
-# ---- pictures
-
-
-def _draw(
-    outcome: Outcome, runs: Mapping[Cell, Evaluations], decisive: Sequence[Quantity], output_dir: Path
-) -> list[str]:
-    """Draw the pictures that there are data for; their names."""
-    by_power, by_position, on_the_way = PICTURES
-    panels = [
-        PowerPanel(
-            quantity.title + ("\n(hollow: not reached)" if quantity.bounds else ""),
-            quantity.values,
-            {power: (quantity.mean(power), quantity.interval(power)) for power in quantity.values},
-            quantity.bounds,
-            quantity.is_ratio,
-        )
-        for quantity in decisive
-    ]
-    plot_metrics_by_power(panels, output_dir / by_power, title=outcome.title)
-    powers = sorted({cell.power for cell in runs})
-    curves = {
-        title_of(metric): {
-            power: [curve(evaluations, metric) for cell, evaluations in runs.items() if cell.power == power]
-            for power in powers
-        }
-        for metric in dict.fromkeys([outcome.metric, "loss"])
-        if all(curve(evaluations, metric) for evaluations in runs.values())
-    }
-    plot_curves_by_power(curves, output_dir / on_the_way, title=outcome.title)
-    profiles = {power: [_last_profile(cell) for cell in runs if cell.power == power] for power in powers}
-    if not all(all(each) for each in profiles.values()):
-        return [by_power, on_the_way]
-    means = {power: _mean_profile([each for each in profiles[power] if each]) for power in powers}
-    plot_loss_by_position_and_power(means, output_dir / by_position, title=outcome.title)
-    return list(PICTURES)
-
-
-def _last_profile(cell: Cell) -> dict[str, Any] | None:
-    profiles = evaluation_profiles(cell.folder)
-    return profiles[-1] if profiles else None
-
-
-def _mean_profile(profiles: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean over seeds of each bin's loss; None where no seed has a token there."""
-    bins = []
-    for same_bin in zip(*(profile["bins"] for profile in profiles), strict=True):
-        losses = [each["loss"] for each in same_bin if each["loss"] is not None]
-        bins.append({**same_bin[0], "loss": fmean(losses) if losses else None})
-    return {"bins": bins}

@@ -1,21 +1,20 @@
-"""What a comparison over p found: its cells read, each p tested against p = 0 on the same seeds, and said in words."""
+"""What a comparison over p found: each p tested against p = 0 on the same seeds, and said in words."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from recipes.report import EVALUATIONS_NAME, RESULTS_NAME, load_evaluations
+from recipes.comparison.cells import Cell, Evaluations, power_name
 
 ALPHA = 0.05
 SAME = 1e-9  # differences that spread by less than this share of the values are one and the same
-LOWER_IS_BETTER = ("loss", "perplexity", "empty")
+LOWER_IS_BETTER = ("loss", "error", "perplexity", "empty")
 NEITHER_IS_BETTER = ("gen_len",)
 BESIDE = ("loss", "first_token_loss", "head_loss", "tail_loss", "last_token_loss", "gen_len", "empty")
 TITLES = {
@@ -27,54 +26,7 @@ TITLES = {
     "empty": "empty texts",
 }
 
-Evaluations = dict[int, dict[str, float]]
 Values = dict[float, dict[int, float]]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One p with one seed; its run writes into a folder of its own in the comparison's `output_dir`."""
-
-    power: float
-    seed: int
-    output_dir: Path
-
-    @property
-    def name(self) -> str:
-        """The folder's."""
-        return f"p{power_name(self.power)}_seed{self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        """The `output_dir` of the run."""
-        return self.output_dir / self.name
-
-    @property
-    def log(self) -> Path:
-        """All that the run printed."""
-        return self.folder / "log.txt"
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run came to its end."""
-        return (self.folder / RESULTS_NAME).is_file()
-
-    def evaluations(self, metric: str) -> Evaluations:
-        """All metrics by step, without their prefix.
-
-        Raises ValueError where there is no evaluation, or the last one does not have this metric.
-        """
-        found = load_evaluations(self.folder)
-        if not found:
-            raise ValueError(f"{self.folder} holds no {EVALUATIONS_NAME}; accepted: a configuration with do_eval")
-        by_step = {
-            each["step"]: {name.removeprefix("eval_"): float(value) for name, value in each["metrics"].items()}
-            for each in found
-        }
-        known = by_step[max(by_step)]
-        if metric not in known:
-            raise ValueError(f"metric={metric!r} is not among what {self.name} measured: {', '.join(sorted(known))}")
-        return by_step
 
 
 @dataclass(frozen=True)
@@ -120,7 +72,7 @@ class Quantity:
         return {seed: math.log(value) for seed, value in values.items()} if self.is_ratio else values
 
     def _back(self, value: float) -> float:
-        return math.exp(value) if self.is_ratio else value
+        return float(f"{math.exp(value):.12g}") if self.is_ratio else value  # 20, not 20.000000000000004
 
 
 @dataclass(frozen=True)
@@ -148,11 +100,6 @@ class Difference:
     holm: float | None = None
     verdict: str = "not compared"
     words: str = ""
-
-
-def power_name(power: float) -> str:
-    """0.5, 1, -1, inf: the shortest text that reads as this p."""
-    return repr(power).removesuffix(".0")
 
 
 def direction_of(metric: str) -> int:
