@@ -109,7 +109,7 @@ class PowerReport:
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "Where the loss is, and where t^p looks") -> None:
         """Write the picture as a PNG; folders are made."""
-        from .plots import plot_power_report  # matplotlib takes its time
+        from .power_plots import plot_power_report  # matplotlib takes its time
 
         plot_power_report(
             self.loss_deciles, {effect.power: effect.deciles for effect in self.effects}, path, title=title

@@ -13,15 +13,16 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 
-from hf_temporal.plots import (
+from hf_temporal.plots import plot_loss_by_position, plot_memory, plot_recall_by_position, plot_weights
+from hf_temporal.power_plots import (
     PowerPanel,
     plot_curves_by_power,
-    plot_loss_by_position,
     plot_loss_by_position_and_power,
+    plot_memory_by_power,
     plot_metrics_by_power,
-    plot_recall_by_position,
-    plot_weights,
+    plot_power_report,
 )
 from hf_temporal.weighting import TemporalWeighting
 
@@ -211,3 +212,33 @@ def test_recall_is_drawn_from_the_first_position_on(tmp_path: Path) -> None:
     assert {label: values.tolist() for label, values in drawn.items()} == recalls
     assert figure.axes[0].get_lines()[1].get_xdata()[0] == 1  # type: ignore[index]
     assert_is_picture(tmp_path / "recall.png")
+
+
+def test_memory_functions_beside_the_target(tmp_path: Path) -> None:
+    figure = plot_memory({"step 0": [0.0, 0.5], "step 9": [1.0, 0.25]}, [1.0, 0.0], tmp_path / "memory.png")
+    lines = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].get_lines()}
+    assert lines == {"target": [1.0, 0.0], "step 0": [0.0, 0.5], "step 9": [1.0, 0.25]}
+    assert_is_picture(tmp_path / "memory.png")
+
+
+def test_memory_functions_of_several_p(tmp_path: Path) -> None:
+    memories = {0.0: [[0.0, 0.0], [1.0, 0.0]], 4.0: [[1.0, 0.5], [1.0, -0.1]]}
+    figure = plot_memory_by_power(memories, [1.0, 0.5], tmp_path / "memory.png", title="a comparison")
+    above, below = figure.axes
+    curves = [np.asarray(line.get_ydata()).tolist() for line in above.get_lines()]
+    expected = [[1.0, 0.5], [1.0, -0.1], [0.0, 0.0], [1.0, 0.0], [1.0, 0.2], [0.5, 0.0], [1.0, 0.5]]
+    np.testing.assert_allclose(curves, expected, rtol=1e-6)
+    errors = [np.asarray(line.get_ydata()).tolist() for line in below.get_lines()]
+    np.testing.assert_allclose(errors, [[0.0, 0.3], [0.5, 0.5]], rtol=1e-6)
+    assert_is_picture(tmp_path / "memory.png")
+
+
+def test_where_the_loss_is_and_where_each_p_looks(tmp_path: Path) -> None:
+    weights = {0.0: [0.5, 0.5], 2.0: [0.1, 0.9]}
+    figure = plot_power_report([0.7, 0.3], weights, tmp_path / "powers.png", title="my data")
+    (axes,) = figure.axes
+    heights = [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)]
+    assert heights == pytest.approx([70, 30])
+    curves = [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()]
+    np.testing.assert_allclose(curves, [[10, 90], [50, 50]])
+    assert_is_picture(tmp_path / "powers.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hf_temporal.plots import PowerPanel, plot_metrics_by_power
+from hf_temporal.power_plots import PowerPanel, plot_metrics_by_power
 from recipes.benchmarks.report import environment, table
 from recipes.comparison.cells import power_name
 from recipes.comparison.pictures import panel_of

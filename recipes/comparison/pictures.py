@@ -7,19 +7,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hf_temporal.plots import (
+from hf_temporal.power_plots import (
     PowerPanel,
     plot_curves_by_power,
     plot_loss_by_position_and_power,
+    plot_memory_by_power,
     plot_metrics_by_power,
 )
 from hf_temporal.profile import evaluation_profiles
 from recipes.comparison.cells import Cell, Evaluations
 from recipes.comparison.quantities import Quantity, curve, title_of
+from recipes.report import load_evaluations
 
 PICTURES = {
     "metric_by_power.png": "What each p ends at",
     "loss_by_position.png": "Loss by position in the target at the last evaluation, mean over seeds",
+    "memory.png": "Memory at the last evaluation, each seed thin, the mean thick, and its distance from the target's",
     "curves.png": "Every evaluation on the way",
 }
 
@@ -40,7 +43,7 @@ def draw_comparison(
     title: str, metric: str, runs: Mapping[Cell, Evaluations], decisive: Sequence[Quantity], output_dir: Path
 ) -> list[str]:
     """Draw the pictures that there are data for; their names."""
-    by_power, by_position, on_the_way = PICTURES
+    by_power, by_position, by_lag, on_the_way = PICTURES
     plot_metrics_by_power([panel_of(each) for each in decisive], output_dir / by_power, title=title)
     powers = sorted({cell.power for cell in runs})
     curves = {
@@ -52,12 +55,19 @@ def draw_comparison(
         if all(curve(evaluations, name) for evaluations in runs.values())
     }
     plot_curves_by_power(curves, output_dir / on_the_way, title=title)
+    drawn = {by_power, on_the_way}
     profiles = {power: [_last_profile(cell) for cell in runs if cell.power == power] for power in powers}
-    if not all(all(each) for each in profiles.values()):
-        return [by_power, on_the_way]
-    means = {power: _mean_profile([each for each in profiles[power] if each]) for power in powers}
-    plot_loss_by_position_and_power(means, output_dir / by_position, title=title)
-    return list(PICTURES)
+    if all(all(each) for each in profiles.values()):
+        means = {power: _mean_profile([each for each in profiles[power] if each]) for power in powers}
+        plot_loss_by_position_and_power(means, output_dir / by_position, title=title)
+        drawn.add(by_position)
+    last = {cell: load_evaluations(cell.folder)[-1] for cell in runs}
+    if all("memory" in each for each in last.values()):
+        memories = {power: [each["memory"] for cell, each in last.items() if cell.power == power] for power in powers}
+        target = next(iter(last.values()))["target_memory"]
+        plot_memory_by_power(memories, target, output_dir / by_lag, title=title)
+        drawn.add(by_lag)
+    return [name for name in PICTURES if name in drawn]
 
 
 def _last_profile(cell: Cell) -> dict[str, Any] | None:

@@ -16,8 +16,23 @@ ALPHA = 0.05
 SAME = 1e-9  # differences that spread by less than this share of the values are one and the same
 LOWER_IS_BETTER = ("loss", "error", "perplexity", "empty")
 NEITHER_IS_BETTER = ("gen_len",)
-BESIDE = ("loss", "first_token_loss", "head_loss", "tail_loss", "last_token_loss", "gen_len", "empty")
+RATIOS = ("memory_error",)  # what spans orders of magnitude is compared by ratio
+BESIDE = (
+    "short_memory_error",
+    "middle_memory_error",
+    "long_memory_error",
+    "loss",
+    "first_token_loss",
+    "head_loss",
+    "tail_loss",
+    "last_token_loss",
+    "gen_len",
+    "empty",
+)
 TITLES = {
+    "short_memory_error": "memory error, short lags",
+    "middle_memory_error": "memory error, middle lags",
+    "long_memory_error": "memory error, long lags",
     "first_token_loss": "loss, first token",
     "head_loss": "loss, first quarter",
     "tail_loss": "loss, last quarter",
@@ -69,10 +84,14 @@ class Quantity:
 
     def _scaled(self, power: float) -> dict[int, float]:
         values = self.values.get(power, {})
-        return {seed: math.log(value) for seed, value in values.items()} if self.is_ratio else values
+        return {seed: _log(value) for seed, value in values.items()} if self.is_ratio else values
 
     def _back(self, value: float) -> float:
         return float(f"{math.exp(value):.12g}") if self.is_ratio else value  # 20, not 20.000000000000004
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -187,7 +206,12 @@ def quantities(runs: Mapping[Cell, Evaluations], metric: str, reach: float | Non
     everywhere = set.intersection(*map(set, last.values()))
     names = [metric, *(name for name in BESIDE if name in everywhere - {metric})]
     compared = [
-        Quantity(title_of(name), direction_of(name), _by_power({cell: found[name] for cell, found in last.items()}))
+        Quantity(
+            title_of(name),
+            direction_of(name),
+            _by_power({cell: found[name] for cell, found in last.items()}),
+            is_ratio=name.endswith(RATIOS),
+        )
         for name in names
     ]
     if reach is not None:
@@ -251,7 +275,7 @@ def _words(quantity: Quantity, power: float, found: Difference) -> str:
 def _effect(found: Difference) -> tuple[str, Callable[[float], str]]:
     """The size of the effect, and how the ends of its interval are shown."""
     if found.ratio is not None:
-        return f"{number(found.ratio)} times as many", number
+        return f"{number(found.ratio)} times that", number
     return _signed(found.difference or 0.0), _signed
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from recipes.benchmarks.report import environment, table
 from recipes.comparison.cells import Cell, Evaluations, power_name
 from recipes.comparison.pictures import PICTURES, draw_comparison
-from recipes.comparison.quantities import ALPHA, Difference, Quantity, compare, number, quantities
+from recipes.comparison.quantities import ALPHA, RATIOS, Difference, Quantity, compare, number, quantities
 
 SUMMARY_NAME = "summary.json"
 REPORT_NAME = "summary.md"
@@ -35,6 +35,9 @@ _STEPS_NOTE = """
   compared is min(steps, budget), which needs no guess at when such a run would have got there.
 - Steps are compared by ratio, as times to an event usually are: means are geometric, and the t-test is that of the
   logarithms."""
+_ERRORS_NOTE = """
+- Memory errors are root mean squares over the short, the middle and the long third of the lags. They are compared by
+  ratio: means are geometric, and the t-test is that of the logarithms."""
 
 Found = tuple[Quantity, dict[float, Difference]]
 
@@ -187,6 +190,7 @@ def _report(outcome: Outcome, findings: str, about: Mapping[str, Any], pictures:
 def how_to_read(outcome: Outcome, *, uncorrected: str) -> str:
     """The section on statistics; P-values are not corrected for the number of `uncorrected`."""
     notes = _NOTES.format(other=uncorrected) + (_STEPS_NOTE if outcome.reach is not None else "")
+    notes += _ERRORS_NOTE if outcome.metric.endswith(RATIOS) else ""
     return f"## How to read it\n\n{notes}"
 
 

@@ -63,7 +63,7 @@ def test_ratios_are_compared_on_logarithms() -> None:
     assert found.difference is None
     assert steps.interval(4.0) == pytest.approx(np.exp(mean_interval(list(logs[0])) or ()))
     assert found.words == (
-        "p = 4: better. 29.2 instead of 100 at p = 0, which is 0.292 times as many [0.089, 0.958], d_z = −2.6, "
+        "p = 4: better. 29.2 instead of 100 at p = 0, which is 0.292 times that [0.089, 0.958], d_z = −2.6, "
         "3 seeds; P-value 0.047."
     )
 

@@ -1,0 +1,263 @@
+"""Pictures of what several p do, side by side."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from .plots import Curve, grid, middles_of, position_axis, power_label, saved, values_of
+
+# Of several p, in their order: even steps in lightness, which colour blindness leaves in place; p = 0 is black.
+POWER_COLORS = "plasma"
+
+
+@dataclass(frozen=True)
+class PowerPanel:
+    """What was measured at several p, with several seeds each.
+
+    Args:
+        label: of the axis.
+        values: by p, then by seed.
+        means: by p, each with its 95 % interval, None where there is none.
+        bounds: p and seed of the values that are only lower bounds; they are drawn hollow.
+        log: whether equal ratios are equally far apart.
+        title: above the panel.
+    """
+
+    label: str
+    values: Mapping[float, Mapping[int, float]]
+    means: Mapping[float, tuple[float, tuple[float, float] | None]]
+    bounds: frozenset[tuple[float, int]] = frozenset()
+    log: bool = False
+    title: str | None = None
+
+
+def plot_metrics_by_power(
+    panels: Sequence[PowerPanel | None], path: str | os.PathLike[str], *, title: str, columns: int = 1
+) -> Figure:
+    """A panel for each quantity: every seed as a dot, beside them their mean with its 95 % interval, p by p.
+
+    The p stand in ascending order at equal distances, so that 0, negative ones and inf have their place. Of several
+    `columns`, the panels of a row have one scale; None leaves a place empty.
+    """
+    colors = _power_colors({power for panel in panels if panel for power in panel.values})
+    rows, width = -(-len(panels) // columns), max(len(colors), 4)
+    size = (2.0 + 0.9 * width, 0.8 + 3.0 * rows) if columns == 1 else (1.0 + 0.55 * width * columns, 1.0 + 2.4 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
+    drawn = {index: (axes, panel) for index, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)) if panel}
+    for index, axes in enumerate(grid.flat):
+        axes.set_visible(index in drawn)
+    for index, (axes, panel) in drawn.items():
+        _draw_panel(axes, panel, colors)
+        axes.tick_params(labelbottom=index + columns not in drawn)
+        axes.set_ylabel("" if index % columns else panel.label)
+    for axes, panel in drawn.values():
+        if panel.log:  # once the whole row is drawn: what is drawn on a logarithmic axis has rounded limits
+            _log_axis(axes)
+    grid[0, 0].set_xticks(range(len(colors)), [power_label(power) for power in colors])
+    grid[0, 0].set_xlim(-0.5, len(colors) - 0.5)
+    figure.supxlabel(
+        "p of the weight $t^p$ (0: the usual loss)\ndots: one seed each, diamonds: mean and 95 % interval",
+        fontsize="medium",
+    )
+    figure.suptitle(title)
+    return saved(figure, path)
+
+
+def plot_loss_by_position_and_power(
+    profiles: Mapping[float, Mapping[str, Any]], path: str | os.PathLike[str], *, title: str
+) -> Figure:
+    """Mean loss over t/T for each p and, where p = 0 is among them, the differences from it below.
+
+    Args:
+        profiles: by p, of the form that `hf_temporal.profile.load_profiles` returns.
+        path: where to write the PNG; folders are made.
+        title: above the picture.
+    """
+    colors = _power_colors(profiles)
+    losses = {power: values_of(profile, "loss") for power, profile in profiles.items()}
+    shown = [losses]
+    if 0.0 in losses and len(losses) > 1:
+        differences = {
+            power: [value - usual for value, usual in zip(values, losses[0.0], strict=True)]
+            for power, values in losses.items()
+        }
+        shown.append(differences)
+    figure = Figure(figsize=(7.6, 0.8 + 3.0 * len(shown)), layout="constrained")
+    every_axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, values in zip(every_axes, shown, strict=True):
+        curves = {power: [(middles_of(profiles[power]), values[power])] for power in profiles}
+        _draw_powers(axes, curves, colors, marker="o", markersize=4, lw=2)
+    every_axes[0].set_ylabel("mean loss per token (nats)")
+    every_axes[0].set_ylim(bottom=0)
+    if len(shown) == 2:
+        every_axes[1].set_ylabel("difference from p = 0 (nats)")
+    position_axis(every_axes[-1])
+    _legend_of_powers(figure, colors)
+    figure.suptitle(title)
+    return saved(figure, path)
+
+
+def plot_curves_by_power(
+    curves: Mapping[str, Mapping[float, Sequence[Mapping[int, float]]]], path: str | os.PathLike[str], *, title: str
+) -> Figure:
+    """A panel for each quantity over training steps: each seed thin, the mean over seeds thick.
+
+    Args:
+        curves: by the label of the axis, then by p: values by step, of one seed each. The mean is drawn at the steps
+            that all seeds have.
+        path: where to write the PNG; folders are made.
+        title: above the picture.
+    """
+    colors = _power_colors({power for by_power in curves.values() for power in by_power})
+    figure = Figure(figsize=(7.6, 0.8 + 3.0 * len(curves)), layout="constrained")
+    every_axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, by_power) in zip(every_axes, curves.items(), strict=True):
+        seeds = {power: [(list(run), list(run.values())) for run in runs] for power, runs in by_power.items()}
+        _draw_powers(axes, seeds, colors, lw=0.8, alpha=0.4)
+        _draw_powers(axes, {power: [_mean_curve(runs)] for power, runs in by_power.items()}, colors, lw=2.5)
+        axes.set_ylabel(label)
+    axes.set_xlabel("training step")
+    _legend_of_powers(figure, colors)
+    figure.suptitle(title)
+    return saved(figure, path)
+
+
+def plot_power_report(
+    loss: Sequence[float], weights: Mapping[float, Sequence[float]], path: str | os.PathLike[str], *, title: str
+) -> Figure:
+    """Where the loss is, as bars by decile of t/T, and where each p puts the weight, as curves over them.
+
+    Args:
+        loss: share of each decile in the sum of all losses.
+        weights: by p, the share of each decile in the sum of all weights.
+        path: where to write the PNG; folders are made.
+        title: above the picture.
+    """
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    middles = [(index + 0.5) / len(loss) for index in range(len(loss))]
+    axes.bar(middles, [100 * share for share in loss], width=0.9 / len(loss), color="#BBBBBB", label="loss")
+    colors = _power_colors(weights)
+    percent = {power: [(middles, [100 * share for share in shares])] for power, shares in weights.items()}
+    _draw_powers(axes, percent, colors, marker="o", markersize=4, lw=2)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("share of the whole (%)\nbars: loss, curves: weight under p")
+    position_axis(axes)
+    _legend_of_powers(figure, colors)
+    figure.suptitle(title)
+    return saved(figure, path)
+
+
+def plot_memory_by_power(
+    memories: Mapping[float, Sequence[Sequence[float]]],
+    target: Sequence[float],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+) -> Figure:
+    """The memory functions that models have at each p beside the target's, and below how far they are from it.
+
+    Args:
+        memories: by p, one of each seed, with a value for each lag from 0; their mean is drawn thick.
+        target: the same for the target, drawn dotted.
+        path: where to write the PNG; folders are made.
+        title: above the picture.
+    """
+    colors = _power_colors(memories)
+    figure = Figure(figsize=(7.6, 6.8), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    lags, wanted = range(len(target)), torch.tensor(target)
+    runs = {power: torch.tensor(each) for power, each in memories.items()}
+    seeds = {power: [(lags, run.tolist()) for run in each] for power, each in runs.items()}
+    _draw_powers(above, seeds, colors, lw=0.6, alpha=0.3)
+    means = {power: [(lags, each.mean(0).tolist())] for power, each in runs.items()}
+    _draw_powers(above, means, colors, lw=2)
+    above.plot(lags, target, color="#009E73", linestyle=":", lw=2.5, zorder=3)
+    errors = {power: [(lags, (each - wanted).abs().mean(0).tolist())] for power, each in runs.items()}
+    _draw_powers(below, errors, colors, lw=2)
+    above.set_ylabel("memory function\n(green, dotted: the target's)")
+    below.set_ylabel("mean distance from the target's")
+    below.set_yscale("log")
+    below.set_xlabel("lag")
+    _legend_of_powers(figure, colors)
+    figure.suptitle(title)
+    return saved(figure, path)
+
+
+def _draw_panel(axes: Axes, panel: PowerPanel, colors: Mapping[float, Any]) -> None:
+    seeds = sorted({seed for values in panel.values.values() for seed in values})
+    width = 0.4 / max(1, len(seeds) - 1)
+    for index, power in enumerate(colors):
+        values = panel.values.get(power, {})
+        for seed, value in values.items():
+            hollow = (power, seed) in panel.bounds
+            axes.plot(
+                index - 0.1 - width * (len(seeds) - 1) / 2 + width * seeds.index(seed),
+                value,
+                marker="o",
+                markersize=5,
+                color=colors[power],
+                markerfacecolor="white" if hollow else colors[power],
+                alpha=0.75,
+            )
+        mean, interval = panel.means.get(power, (math.nan, None))
+        if math.isfinite(mean):
+            errors = None if interval is None else [[mean - interval[0]], [interval[1] - mean]]
+            axes.errorbar(
+                index + 0.28, mean, errors, marker="D", markersize=6, capsize=4, elinewidth=1.8, color=colors[power]
+            )
+    axes.set_title(panel.title or "", fontsize="medium")
+    axes.margins(y=0.1)
+    grid(axes)
+    axes.grid(visible=False, axis="x")
+
+
+def _log_axis(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_powers(
+    axes: Axes, curves: Mapping[float, Sequence[Curve]], colors: Mapping[float, Any], **style: Any
+) -> None:
+    """The curves of each p in its colour, those of p = 0 dashed and on top."""
+    for power in sorted(curves, key=lambda power: (power == 0, power)):
+        for x, y in curves[power]:
+            axes.plot(x, y, color=colors[power], linestyle="--" if power == 0 else "-", **style)
+    axes.margins(y=0.1)
+    grid(axes)
+
+
+def _mean_curve(runs: Sequence[Mapping[int, float]]) -> Curve:
+    steps = sorted(set.intersection(*map(set, runs)))
+    return steps, [sum(run[step] for run in runs) / len(runs) for step in steps]
+
+
+def _power_colors(powers: Iterable[float]) -> dict[float, Any]:
+    """A colour for each p, in ascending order."""
+    powers = sorted(powers)
+    others = [power for power in powers if power != 0]
+    shades = {power: 0.85 * rank / max(1, len(others) - 1) for rank, power in enumerate(others)}
+    return {power: "#000000" if power == 0 else colormaps[POWER_COLORS](shades[power]) for power in powers}
+
+
+def _legend_of_powers(figure: Figure, colors: Mapping[float, Any]) -> None:
+    handles = [
+        Line2D([], [], color=color, lw=2.5, linestyle="--" if power == 0 else "-", label=power_label(power))
+        for power, color in colors.items()
+    ]
+    figure.legend(handles=handles, title="p", loc="outside right upper", frameon=False)
