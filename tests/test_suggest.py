@@ -114,6 +114,14 @@ def test_the_report_says_what_counts_and_draws_it(tmp_path: Path) -> None:
     assert f"the last token alone has {effect.last_token:.0%} of the weight" in text
     assert f"A batch is worth {effect.effective_sample_size:.0%} of its tokens." in text
     assert "p = 0:" not in text
+    lines = {float(line.split(":")[0].split()[-1]): line for line in report.words()[1:]}
+    for each in report.effects[1:]:
+        first = each.quarters[0] / report.usual.quarters[0]
+        assert f"the first quarter counts {first:.2g} times" in lines[each.power]
+        assert ("hardly trained" in lines[each.power]) == (first < 0.1)
+        assert ("stops too early" in lines[each.power]) == (each.last_token >= 0.15)
+    assert "hardly trained" not in lines[0.5]
+    assert "hardly trained" in lines[10]
     report.plot(tmp_path / "made" / "powers.png")
     assert (tmp_path / "made" / "powers.png").read_bytes().startswith(b"\x89PNG")
 
@@ -158,3 +166,11 @@ def test_the_weighting_of_the_trainer_counts(tmp_path: Path) -> None:
     )
     late, early = (suggest_power(each).effects[-1] for each in (trainer, given))
     assert late.first_token > early.first_token  # a prompt comes before: t of the first target is not 1
+
+
+def test_targets_of_one_token_have_no_first_quarter(tmp_path: Path) -> None:
+    rows = [dict(row, labels=[-100] * (len(row["labels"]) - 1) + row["labels"][-1:]) for row in examples("llama", 3)]
+    report = suggest_power(trainer_of("llama", tmp_path, rows=rows))
+    assert report.lengths == (1, 1, 1)
+    assert all(effect.quarters == (0, 0, 0, 1) for effect in report.effects)
+    assert "the first quarter counts 1 times" in str(report)
