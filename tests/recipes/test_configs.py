@@ -99,7 +99,7 @@ def test_commands_of_the_page_on_recipes_parse(tmp_path: Path, monkeypatch: pyte
     assert len(commands) == 3
     for command in commands:
         assert parsed(command["script"], command["flags"])["use_peft"]
-    assert len(comparisons_in(text)) == 2
+    assert len(comparisons_in(text)) == 3
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (RECIPES / link).exists(), link
 
