@@ -122,7 +122,7 @@ def test_cells_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- interruption
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
