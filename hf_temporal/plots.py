@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .weighting import TemporalWeighting
 
@@ -67,6 +68,7 @@ def plot_recall_by_position(recalls: Mapping[str, Sequence[float]], path: str | 
     for (label, values), color, style in zip(recalls.items(), COLORS, LINE_STYLES, strict=False):
         axes.plot(range(1, len(values) + 1), values, color=color, linestyle=style, marker="o", lw=2, label=label)
     axes.set_xlabel("position among the copied tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("recall")
     axes.set_ylim(-0.02, 1.02)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def test_the_report_says_what_counts_and_draws_it(tmp_path: Path) -> None:
         assert ("stops too early" in lines[each.power]) == (each.last_token >= 0.15)
     assert "hardly trained" not in lines[0.5]
     assert "hardly trained" in lines[10]
+    worst = dataclasses.replace(report, first_token_loss=2.01 * report.usual.loss)
+    mild = dataclasses.replace(report, first_token_loss=1.99 * report.usual.loss)
+    assert ["worst at the first token" in each.words()[0] for each in (worst, mild)] == [True, False]
     report.plot(tmp_path / "made" / "powers.png")
     assert (tmp_path / "made" / "powers.png").read_bytes().startswith(b"\x89PNG")
 
