@@ -80,7 +80,7 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
     if "attention_mask" in parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     try:
-        with _undisturbed(model):
+        with undisturbed(model):
             return _probe(model, presumed, inputs, labels)
     except Exception as error:  # noqa: BLE001  a model may raise anything on inputs that are not its own
         logger.info(f"{type(base).__name__} cannot be run on nine tokens: {type(error).__name__}: {error}")
@@ -91,7 +91,7 @@ def read_on_batch(model: nn.Module, presumed: ModelLoss, batch: Mapping[str, Any
     """The same on a batch of its own, for a model that could not be run on nine tokens."""
     inputs = dict(batch)
     labels = inputs.pop("labels")
-    with _undisturbed(model):
+    with undisturbed(model):
         found = _probe(model, presumed, inputs, labels)
     if found.shifts_labels != presumed.shifts_labels and not found.unsupported:
         return dataclasses.replace(found, unsupported="a shift of the labels that its class does not tell")
@@ -101,7 +101,7 @@ def read_on_batch(model: nn.Module, presumed: ModelLoss, batch: Mapping[str, Any
 def regression_problem(model: nn.Module, batch: Mapping[str, Any]) -> str:
     """Why a model's own loss on float labels is neither mean squared nor mean absolute error; empty where it is."""
     labels = batch["labels"].where(~batch["labels"].isnan(), 0.0)
-    with _undisturbed(model):
+    with undisturbed(model):
         outputs = model(**{**batch, "labels": labels})
     own, logits = (outputs.get(key) if isinstance(outputs, Mapping) else None for key in ("loss", "logits"))
     if own is None or logits is None:
@@ -241,7 +241,7 @@ def _auxiliary_coefficient(base: Any) -> float:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; training flags and random states are restored."""
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}

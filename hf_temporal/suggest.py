@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
+from .model_loss import undisturbed
 from .profile import BINS, TokenLosses
 from .timeline import document_starts, target_positions
 from .trainer import TemporalWeightMixin
@@ -163,14 +164,9 @@ def suggest_power(
     weightings = [trainer.weighting.at(power) for power in sorted({0.0, *powers})]
     tokens = _Tokens(trainer.weighting.regression_loss)
     loader = owner.get_test_dataloader(list(islice(data, max_examples)))
-    training = owner.model.training
-    owner.model.eval()
-    try:
-        with owner._observing(tokens):
-            for batch in tqdm(loader, "Looking at the data", leave=False):
-                owner.prediction_step(owner.model, batch, True)
-    finally:
-        owner.model.train(training)
+    with undisturbed(owner.model), owner._observing(tokens):
+        for batch in tqdm(loader, "Looking at the data", leave=False):
+            owner.prediction_step(owner.model, batch, True)
     return tokens.report(weightings)
 
 

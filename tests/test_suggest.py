@@ -95,9 +95,11 @@ def test_packed_rows_and_own_weights_say_the_same_as_padded_ones(tmp_path: Path)
 def test_nothing_is_changed(tmp_path: Path) -> None:
     trainer = trainer_of("llama", tmp_path / "out")
     trainer.model.train()
+    frozen = trainer.model.model.layers[0].eval()
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     suggest_power(trainer)
     assert trainer.model.training
+    assert not frozen.training
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert trainer._losses is None
     assert not (tmp_path / "out" / "loss_by_position.json").exists()

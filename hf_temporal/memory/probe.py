@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_temporal.model_loss import undisturbed
 
 LINEARITY_TOLERANCE = 1e-3
 
@@ -131,18 +131,6 @@ def _input_of(model: Any) -> tuple[int, Tensor]:
 
 
 def _run(model: nn.Module, inputs: Tensor) -> Tensor:
-    with _evaluating(model), torch.no_grad():
+    with undisturbed(model):
         outputs: Tensor = model(input_values=inputs).logits
     return outputs
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; the training flag of each module is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
