@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
 from tests.tiny_models import (
@@ -176,3 +177,4 @@ def _rank(folder: Path) -> None:
 
 if __name__ == "__main__":
     _rank(Path(sys.argv[1]))
+    PartialState().destroy_process_group()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import DataCollatorWithFlattening, Trainer
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
@@ -77,3 +78,4 @@ def _rank(folder: Path) -> None:
 
 if __name__ == "__main__":
     _rank(Path(sys.argv[1]))
+    PartialState().destroy_process_group()
