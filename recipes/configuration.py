@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -16,7 +17,8 @@ from transformers import HfArgumentParser
 def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, description: str | None = None) -> Any:
     """One object of each dataclass in `kinds`, from `--config file.yaml` and from flags, which come last and win.
 
-    Values of the file are read as if they were given as flags.
+    Values of the file are read as if they were given as flags. `use_cpu` is true where there is nothing else: without
+    it, the processes of `accelerate launch` on a CPU would each train alone.
 
     Raises ValueError for a key of the file or a flag that no dataclass has, naming the nearest one.
     """
@@ -29,6 +31,8 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
     parser.add_argument("--config", type=Path, help="YAML file of the arguments below; flags override it.")
     names = [each.name for kind in kinds for each in fields(kind) if each.init]
     settings = read_yaml(config.config, names) if config.config else {}
+    if "use_cpu" in names:
+        parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     # the command line cannot say these, so they become the defaults that it overrides
     parser.set_defaults(**{name: value for name, value in settings.items() if _is_compound(value)})
     given = [f"--{name}={_as_flag(value)}" for name, value in settings.items() if not _is_compound(value)]

@@ -23,6 +23,7 @@ NAMES = (
     "summarization/t5_small_docstrings",
     "copying/small_llama",
     "copying/small_t5",
+    "copying/smollm2_lora",
 )
 COMMAND = re.compile(r"#\s+accelerate (launch (?:\\\n#|.)*)")
 

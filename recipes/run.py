@@ -47,8 +47,15 @@ def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task
 
     `arguments` are the dataclasses that, beside the training's, make a run the same one.
 
-    Raises ValueError where a split is missing that `do_train`, `do_eval` or `do_predict` needs.
+    Raises ValueError where a split is missing that `do_train`, `do_eval` or `do_predict` needs, and where the launched
+    processes know nothing of each other.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if training_args.world_size != launched:
+        raise ValueError(
+            f"world_size={training_args.world_size}, and {launched} processes were launched: each would train alone; "
+            "accepted: --use_cpu where they are to run on the CPU"
+        )
     there = task.data.splits
     for flag, split in (("do_train", "train"), ("do_eval", "validation"), ("do_predict", "test")):
         if getattr(training_args, flag) and split not in there:
