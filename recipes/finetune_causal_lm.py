@@ -49,6 +49,7 @@ from hf_temporal.trainer import TemporalWeightTrainer
 from hf_temporal.training_args import TemporalTrainingArguments
 from recipes.adapters import add_adapter, check_mergeable
 from recipes.configuration import parse
+from recipes.controls import ControlArguments, controlled
 from recipes.models import ModelArguments, load_causal_lm, require_4bit
 from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores, tell_powers
 from recipes.tasks import TASK_KINDS, Scores, load_task
@@ -112,13 +113,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate before and after, and report."""
     argv = sys.argv[1:] if argv is None else argv
     *arguments, training_args = parse(
-        (ModelArguments, *TASK_KINDS, TemporalTrainingArguments), argv, description=__doc__
+        (ModelArguments, *TASK_KINDS, ControlArguments, TemporalTrainingArguments), argv, description=__doc__
     )
-    model_args, task_args, _, summarization_args, _, language_modeling_args = arguments
+    model_args, task_args, _, summarization_args, _, language_modeling_args, control_args = arguments
+    weighting = controlled(control_args, training_args)
     require_4bit(model_args)
     share_cores()
     set_seed(training_args.seed)
-    task = load_task(arguments[1:], training_args)
+    task = load_task(arguments[1:-1], training_args)
     training_args.do_train &= not task_args.suggest_power
     run = begin(training_args, arguments, task)
     with training_args.main_process_first():
@@ -138,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         compute_metrics=None if task.generates else scores,
         preprocess_logits_for_metrics=None if task.generates else argmax_of_logits,
+        weighting=weighting,
         scores=scores if task.generates else None,
         max_new_tokens=task.answer_length,
         num_beams=summarization_args.num_beams,

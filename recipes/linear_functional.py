@@ -1,93 +1,39 @@
-r"""Train a model of the laboratory on a functional with a known memory, and see what of it the model has found.
+r"""Does t^p make a model learn a longer memory? Five families learn a functional whose memory is known.
 
-A linear RNN learns a polynomial memory of a hundred lags, a minute on two CPU cores:
+    python recipes/linear_functional.py
 
-    accelerate launch recipes/linear_functional.py --config recipes/configs/memory/linear_functional.yaml
+trains every family with every p and every seed, some minutes on two CPU cores, and draws the memory functions that
+they found beside the true one. Targets, families, nonlinearity, depth and lengths are flags of `train_functional.py`;
+those that `--vary` names are compared for every combination of their values:
 
-A look at the whole way in seconds:
+    python recipes/linear_functional.py --vary target=exponential,polynomial,shift,two_part,airy,sine \
+        --model_type memory_linear_rnn --output_dir outputs/linear_functional_targets
 
-    accelerate launch recipes/linear_functional.py --config recipes/configs/memory/linear_functional.yaml \
-        --max_steps 4 --eval_samples 8 --output_dir outputs/linear_functional_look
-
-Other targets (`--target shift`), families (`--model_type memory_tcn`), nonlinear functionals (`--after 0.5`) and
-series of mixed lengths (`--min_length 20`) are flags. The same command continues a run that was interrupted.
+The sizes of the paper's author, hours: `--config recipes/configs/memory/linear_functional_author.yaml`. The same
+command continues a comparison that was interrupted. Everything else is as in `compare_powers.py`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from accelerate import PartialState
-from transformers import AutoConfig, AutoModel, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hf_temporal.memory.functionals import pad_series
-from hf_temporal.memory.models import FAMILIES
-from hf_temporal.trainer import TemporalWeightTrainer
-from hf_temporal.training_args import TemporalTrainingArguments
-from recipes.configuration import parse
-from recipes.functional_task import FunctionalArguments, LearnedFunctional, MemoryScores
-from recipes.models import ModelArguments
-from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores
+from recipes.laboratory import FAMILIES, compare
 
-MODEL_TYPES = tuple(family.config.model_type for family in FAMILIES.values())
-
-
-class FunctionalTrainer(CardMixin, TemporalWeightTrainer):
-    """Adds to every evaluation how far the model's memory function is from the target's."""
-
-    def __init__(self, *args: Any, scores: MemoryScores, **kwargs: Any) -> None:
-        self._scores = scores
-        super().__init__(*args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, and the memory errors among its metrics."""
-        output: Any = super().evaluation_loop(*args, **kwargs)
-        prefix, model = kwargs.get("metric_key_prefix", "eval"), self.accelerator.unwrap_model(self.model)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._scores.of(model).items()})
-        return output
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train, evaluate before and after, and report."""
-    argv = sys.argv[1:] if argv is None else argv
-    kinds = (ModelArguments, FunctionalArguments, TemporalTrainingArguments)
-    model_args, functional_args, training_args = parse(kinds, argv, description=__doc__)
-    if model_args.model_type not in MODEL_TYPES:
-        raise ValueError(f"model_type={model_args.model_type!r}: {', '.join(MODEL_TYPES)} are accepted")
-    share_cores()
-    set_seed(training_args.seed)
-    task = LearnedFunctional(functional_args, seed=training_args.seed)
-    run = begin(training_args, (model_args, functional_args), task)
-    model = AutoModel.from_config(AutoConfig.for_model(model_args.model_type, **model_args.config_values()))
-    splits = task.encode(None, model.config)
-    scores = MemoryScores(functional_args)
-    trainer = FunctionalTrainer(
-        model,
-        training_args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        data_collator=pad_series,
-        scores=scores,
-    )
-    carry_out(trainer, run, task, scores, splits)
-    if training_args.do_train:
-        publish(
-            trainer,
-            task,
-            model_args,
-            command=command_line(__file__, argv, training_args),
-            num_beams=1,
-            trained=str(model_args.model_type),
-            base_model=None,
-            base_model_note=None,
-        )
-
+STANDING = {
+    "config": "recipes/configs/memory/linear_functional.yaml",
+    "powers": "0 1 4",
+    "seeds": "0 1 2",
+    "metric": "long_memory_error",
+    "vary": f"target=polynomial,sine {FAMILIES}",
+    "max_parallel": "2",
+    "max_steps": "200",
+    "report_to": "none",
+    "save_strategy": "no",
+    "output_dir": "outputs/linear_functional_powers",
+}
 
 if __name__ == "__main__":
-    main()
-    PartialState().destroy_process_group()
+    sys.exit(compare("train_functional.py", STANDING, description=__doc__))

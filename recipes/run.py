@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any, Protocol
 
 import torch
@@ -97,7 +98,11 @@ class Recorder(Protocol):
 
 
 class EvaluationLog(TrainerCallback):
-    """Evaluates after the last step, and keeps what every evaluation found, so that an interruption loses none."""
+    """Evaluates after the last step, and keeps what every evaluation found, so that an interruption loses none.
+
+    Beside an evaluation's metrics stand `grad_norm`, the mean over the steps since the last one, as far as they were
+    logged, and `grad_norm_spread`, their standard deviation divided by that mean.
+    """
 
     def __init__(self, scores: Recorder | None) -> None:
         self.scores = scores
@@ -116,9 +121,19 @@ class EvaluationLog(TrainerCallback):
         """Write the evaluation down."""
         if state.is_world_process_zero:
             record = self.scores.record if self.scores else {}
-            evaluation = {"step": state.global_step, "metrics": arguments["metrics"], **record}
-            save_evaluation(Path(str(args.output_dir)), evaluation)
+            metrics = {**arguments["metrics"], **gradient_norms(state)}
+            save_evaluation(Path(str(args.output_dir)), {"step": state.global_step, "metrics": metrics, **record})
         return control
+
+
+def gradient_norms(state: TrainerState) -> dict[str, float]:
+    """`grad_norm` and `grad_norm_spread` of the steps between the last two evaluations; none where none is logged."""
+    evaluations = [index for index, logs in enumerate(state.log_history) if "eval_runtime" in logs]
+    since = state.log_history[evaluations[-2] if len(evaluations) > 1 else 0 :]
+    norms = [logs["grad_norm"] for logs in since if "grad_norm" in logs]
+    if not norms:
+        return {}
+    return {"grad_norm": fmean(norms), "grad_norm_spread": pstdev(norms) / (fmean(norms) or 1.0)}
 
 
 class CardMixin:

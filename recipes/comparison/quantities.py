@@ -15,8 +15,8 @@ from recipes.comparison.cells import Cell, Evaluations, power_name
 ALPHA = 0.05
 SAME = 1e-9  # differences that spread by less than this share of the values are one and the same
 LOWER_IS_BETTER = ("loss", "error", "perplexity", "empty")
-NEITHER_IS_BETTER = ("gen_len",)
-RATIOS = ("memory_error",)  # what spans orders of magnitude is compared by ratio
+NEITHER_IS_BETTER = ("gen_len", "grad_norm", "grad_norm_spread")
+RATIOS = ("memory_error", "grad_norm")  # what spans orders of magnitude is compared by ratio
 BESIDE = (
     "short_memory_error",
     "middle_memory_error",
@@ -28,6 +28,8 @@ BESIDE = (
     "last_token_loss",
     "gen_len",
     "empty",
+    "grad_norm",
+    "grad_norm_spread",
 )
 TITLES = {
     "short_memory_error": "memory error, short lags",
@@ -39,6 +41,8 @@ TITLES = {
     "last_token_loss": "loss, last token",
     "gen_len": "generated tokens",
     "empty": "empty texts",
+    "grad_norm": "gradient norm",
+    "grad_norm_spread": "spread of the gradient norm",
 }
 
 Values = dict[float, dict[int, float]]

@@ -14,16 +14,17 @@ from accelerate.commands.config.config_args import load_config_from_file
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 from recipes.compare_powers import read_arguments
 from recipes.configuration import parse
+from recipes.controls import ControlArguments
 from recipes.functional_task import FunctionalArguments
 from recipes.models import ModelArguments, Seq2SeqModelArguments
 from recipes.tasks import TASK_KINDS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CAUSAL = (ModelArguments, *TASK_KINDS, TemporalTrainingArguments)
+CAUSAL = (ModelArguments, *TASK_KINDS, ControlArguments, TemporalTrainingArguments)
 SEQ2SEQ = (Seq2SeqModelArguments, *TASK_KINDS, TemporalSeq2SeqTrainingArguments)
-FUNCTIONAL = (ModelArguments, FunctionalArguments, TemporalTrainingArguments)
-KINDS = {"finetune_causal_lm.py": CAUSAL, "finetune_seq2seq.py": SEQ2SEQ, "linear_functional.py": FUNCTIONAL}
-COMMANDS = {"finetune_causal_lm.py": 4, "finetune_seq2seq.py": 4, "linear_functional.py": 2}
+FUNCTIONAL = (ModelArguments, FunctionalArguments, ControlArguments, TemporalTrainingArguments)
+KINDS = {"finetune_causal_lm.py": CAUSAL, "finetune_seq2seq.py": SEQ2SEQ, "train_functional.py": FUNCTIONAL}
+COMMANDS = {"finetune_causal_lm.py": 4, "finetune_seq2seq.py": 4, "train_functional.py": 2}
 TASKS = {"copying": "copying", "summarization": "summarization", "memory": None}
 COMMAND = re.compile(
     r"accelerate launch (?:--config_file (?P<engine>\S+) |--num_processes \d+ )?recipes/(?P<script>\S+)"
@@ -99,7 +100,7 @@ def test_commands_of_the_page_on_recipes_parse(tmp_path: Path, monkeypatch: pyte
     assert len(commands) == 3
     for command in commands:
         assert parsed(command["script"], command["flags"])["use_peft"]
-    assert len(comparisons_in(text)) == 3
+    assert len(comparisons_in(text)) == 2
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (RECIPES / link).exists(), link
 

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from hf_temporal.memory.models import FAMILIES
 from recipes.functional_task import FunctionalArguments, MemoryScores
-from recipes.linear_functional import FunctionalTrainer, main
+from recipes.train_functional import FunctionalTrainer, main
 
 CONFIG = "recipes/configs/memory/linear_functional.yaml"
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,39 @@
+r"""In how many steps do five families learn to copy digits over a blank, and what does p do to it?
+
+    python recipes/copying_memory.py
+
+trains every family with every p and every seed on the copying problem of the literature, some minutes on two CPU
+cores: L digits, a blank of length T, and the digits again. It counts the steps until they are recalled and draws
+recall against steps and against p. Lengths are flags:
+
+    python recipes/copying_memory.py --blank_length 100 --copy_length 10 --model_type memory_attention \
+        --vary learning_rate=1e-3,2e-3 --output_dir outputs/copying_memory_attention
+
+The sizes of the paper's author, hours: `--config recipes/configs/copying/tcn_author.yaml`. The same command
+continues a comparison that was interrupted. Everything else is as in `compare_powers.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes.laboratory import FAMILIES, compare
+
+STANDING = {
+    "config": "recipes/configs/copying/small_attention.yaml",
+    "powers": "0 1 4",
+    "seeds": "0 1 2",
+    "metric": "recall",
+    "reach": "0.98",
+    "vary": FAMILIES,
+    "max_parallel": "2",
+    "report_to": "none",
+    "save_strategy": "no",
+    "output_dir": "outputs/copying_memory_powers",
+}
+
+if __name__ == "__main__":
+    sys.exit(compare("finetune_causal_lm.py", STANDING, description=__doc__))

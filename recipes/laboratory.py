@@ -1,0 +1,27 @@
+"""What the laboratory's comparisons share: a recipe with flags that stand unless others are given."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from recipes import compare_powers
+from recipes.comparison.grid import flag_name
+
+ROOT = Path(__file__).resolve().parent
+FAMILIES = "model_type=memory_linear_rnn,memory_tanh_rnn,memory_tcn,memory_state_space,memory_attention"
+
+
+def compare(recipe: str, standing: Mapping[str, str], *, description: str | None) -> int:
+    """`compare_powers` on a recipe of this folder; the exit status.
+
+    Each of the `standing` flags, whose values are separated by spaces, gives way to one of the same name on the
+    command line. A config is one of this folder.
+    """
+    argv = sys.argv[1:]
+    if {"-h", "--help"} & set(argv):
+        print(f"{description}\n")
+    given = {flag_name(each) for each in argv if each.startswith("--")}
+    flags = [word for name, values in standing.items() if name not in given for word in (f"--{name}", *values.split())]
+    return compare_powers.main([str(ROOT / recipe), *flags, *argv])

@@ -1,0 +1,123 @@
+"""The laboratory's comparisons: their standing flags, their controls, the gradient norms that they compare."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerState
+
+from hf_temporal import TemporalTrainingArguments, target_positions
+from recipes import compare_powers, copying_memory, laboratory, linear_functional, sensitivity
+from recipes.controls import ControlArguments, controlled
+from recipes.run import gradient_norms
+
+RECIPES = Path(linear_functional.__file__).parent
+TINY = {
+    linear_functional: ("--length 9 --eval_samples 4", "memory_linear_rnn"),
+    sensitivity: ("--length 9 --eval_samples 4", "memory_tanh_rnn"),
+    copying_memory: ("--blank_length 4 --copy_length 2 --max_eval_samples 4", "memory_tcn"),
+}
+
+
+@pytest.mark.parametrize("recipe", TINY, ids=lambda recipe: recipe.__name__.rpartition(".")[2])
+def test_a_comparison_of_the_laboratory_from_one_command(
+    recipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(str(recipe.__file__))  # type: ignore[attr-defined]
+    sizes, model_type = TINY[recipe]  # type: ignore[index]
+    flags = [
+        *sizes.split(),
+        *("--config_overrides", "hidden_size=4", "--max_steps", "2", "--eval_steps", "1", "--logging_steps", "1"),
+        *("--powers", "0", "2", "--seeds", "0", "--vary", f"model_type={model_type}", "--output_dir", str(tmp_path)),
+    ]
+    monkeypatch.chdir(RECIPES.parent)
+    monkeypatch.setattr(sys, "argv", [str(path), *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    standing = recipe.STANDING  # type: ignore[attr-defined]
+    summary = json.loads((tmp_path / model_type / "summary.json").read_text("utf-8"))
+    assert summary["metric"] == standing["metric"]
+    assert "gradient norm" in [each["title"] for each in summary["quantities"]]
+    assert (tmp_path / "metric_by_power.png").is_file()
+
+
+@pytest.mark.parametrize("recipe", TINY, ids=lambda recipe: recipe.__name__.rpartition(".")[2])
+def test_flags_stand_unless_others_are_given(recipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    read: list[compare_powers.Comparison] = []
+
+    def keep(argv: list[str]) -> int:
+        read.append(compare_powers.read_arguments(argv))
+        return 0
+
+    monkeypatch.setattr(laboratory.compare_powers, "main", keep)
+    standing = recipe.STANDING  # type: ignore[attr-defined]
+    for argv in ([], ["--seeds", "7", "--max_steps=3"]):
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
+        assert laboratory.compare("train_functional.py", standing, description=None) == 0
+    usual, other = read
+    assert usual.arguments.seeds == [0, 1, 2]
+    assert other.arguments.seeds == [7]
+    assert [flag for flag in other.overrides if "max_steps" in flag] == ["--max_steps=3"]
+    assert usual.arguments.powers == other.arguments.powers
+    assert usual.arguments.varied == other.arguments.varied != {}
+
+
+# ---- controls
+
+
+def weights_of(control: str, power: float, labels: torch.Tensor, folder: Path) -> torch.Tensor:
+    args = TemporalTrainingArguments(str(folder), temporal_power=power, use_cpu=True)
+    weighting = controlled(ControlArguments(control), args)
+    assert weighting is not None
+    return weighting.weights(target_positions(labels))
+
+
+def test_the_late_control_is_the_last_part_alone(tmp_path: Path) -> None:
+    labels = torch.tensor([[-100, *range(8)], [-100] * 5 + [*range(4)]])
+    weights = weights_of("late", 3.0, labels, tmp_path)
+    assert weights.tolist() == [[0] * 7 + [4, 4], [0] * 8 + [4]]
+    assert weights_of("late", 0.0, labels, tmp_path).tolist() == (labels >= 0).float().tolist()
+    assert weights_of("late", float("inf"), labels, tmp_path).tolist() == [[0] * 8 + [8], [0] * 8 + [4]]
+
+
+def test_the_shuffled_control_has_the_weights_of_the_power_in_another_order(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([[-100, *range(8)], [-100] * 5 + [*range(4)]])
+    args = TemporalTrainingArguments(str(tmp_path), temporal_power=3.0, use_cpu=True)
+    expected = args.temporal_weighting().weights(target_positions(labels))
+    drawn = [weights_of("shuffled", 3.0, labels, tmp_path) for _ in range(400)]
+    for weights in drawn:
+        torch.testing.assert_close(weights.sort(-1).values, expected.sort(-1).values)
+    mean = torch.stack(drawn).mean(0)
+    torch.testing.assert_close(mean, (labels >= 0).float(), atol=0.25, rtol=0)
+    last = weights_of("shuffled", float("inf"), labels, tmp_path)
+    assert sorted(last[0].tolist()) == [0] * 8 + [8]
+
+
+@pytest.mark.parametrize("given", [{"temporal_power": -1.0}, {"temporal_power_schedule": "linear"}])
+def test_a_control_of_what_it_cannot_follow_is_refused(given: dict[str, float], tmp_path: Path) -> None:
+    args = TemporalTrainingArguments(str(tmp_path), use_cpu=True, **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="control='late' with temporal_power="):
+        controlled(ControlArguments("late"), args)
+    assert controlled(ControlArguments(), args) is None
+
+
+# ---- gradient norms
+
+
+def test_gradient_norms_are_those_since_the_evaluation_before() -> None:
+    evaluation: Callable[[int], dict[str, float]] = lambda step: {"eval_runtime": 0.1, "step": step}  # noqa: E731
+    state = TrainerState(log_history=[evaluation(0)])
+    assert gradient_norms(state) == {}
+    state.log_history += [{"grad_norm": 9.0, "step": 1}, evaluation(1)]
+    assert gradient_norms(state) == {"grad_norm": 9.0, "grad_norm_spread": 0.0}
+    state.log_history += [{"grad_norm": 1.0, "step": 2}, {"grad_norm": 3.0, "step": 3}, evaluation(3)]
+    assert gradient_norms(state) == {"grad_norm": 2.0, "grad_norm_spread": 0.5}
