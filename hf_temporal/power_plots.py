@@ -109,6 +109,17 @@ def plot_loss_by_position_and_power(
     return saved(figure, path)
 
 
+def plot_trials(trials: Sequence[tuple[float, float]], label: str, path: str | os.PathLike[str]) -> Figure:
+    """One dot for each run of a search: p, and the value that it reached."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*trials, strict=True), marker="o", linestyle="none")
+    axes.set_xlabel("p")
+    axes.set_ylabel(label)
+    grid(axes)
+    return saved(figure, path)
+
+
 def plot_curves_by_power(
     curves: Mapping[str, Mapping[float, Sequence[Mapping[int, float]]]], path: str | os.PathLike[str], *, title: str
 ) -> Figure:

@@ -34,8 +34,15 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, set_seed
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -51,7 +58,7 @@ from recipes.adapters import add_adapter, check_mergeable
 from recipes.configuration import parse
 from recipes.controls import ControlArguments, controlled
 from recipes.models import ModelArguments, load_causal_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores, tell_powers
+from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores, tell_powers, tell_search
 from recipes.tasks import TASK_KINDS, Scores, load_task
 
 
@@ -121,14 +128,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     share_cores()
     set_seed(training_args.seed)
     task = load_task(arguments[1:-1], training_args)
-    training_args.do_train &= not task_args.suggest_power
+    training_args.do_train &= not (task_args.suggest_power or task_args.search_power)
     run = begin(training_args, arguments, task)
-    with training_args.main_process_first():
+
+    def load() -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_causal_lm(model_args, task.tokenizer(model_args.tokenizer_name))
+        return add_adapter(model, model_args, "CAUSAL_LM") if model_args.use_peft else model, tokenizer
+
+    with training_args.main_process_first():
+        model, tokenizer = load()
         splits = task.encode(tokenizer, model.config)
     scores = task.scores(tokenizer, model.config)
     trainer = CausalTrainer(
-        add_adapter(model, model_args, "CAUSAL_LM") if model_args.use_peft else model,
+        model,
         training_args,
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
@@ -147,6 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if task_args.suggest_power:
         tell_powers(trainer)
+        return
+    if task_args.search_power:
+        tell_search(trainer, lambda: load()[0], arguments)
         return
     if model_args.merge_adapter:
         check_mergeable(trainer)

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -49,7 +50,7 @@ from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments
 from recipes.adapters import add_adapter, check_mergeable
 from recipes.configuration import parse
 from recipes.models import Seq2SeqModelArguments, load_seq2seq_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores, tell_powers
+from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores, tell_powers, tell_search
 from recipes.tasks import TASK_KINDS, Summarization, Task, load_task
 
 VOCABULARY = 8192
@@ -88,14 +89,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     generates = training_args.predict_with_generate
     training_args.generation_max_length = training_args.generation_max_length or task.answer_length + 1
     training_args.generation_num_beams = training_args.generation_num_beams or summarization_args.num_beams
-    training_args.do_train &= not task_args.suggest_power
+    training_args.do_train &= not (task_args.suggest_power or task_args.search_power)
     run = begin(training_args, arguments, task)
-    with training_args.main_process_first():
+
+    def load() -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_model(model_args, task)
+        return add_adapter(model, model_args, "SEQ_2_SEQ_LM") if model_args.use_peft else model, tokenizer
+
+    with training_args.main_process_first():
+        model, tokenizer = load()
         splits = task.encode(tokenizer, model.config)
     scores = task.scores(tokenizer, model.config)
     trainer = Seq2SeqTrainer(
-        add_adapter(model, model_args, "SEQ_2_SEQ_LM") if model_args.use_peft else model,
+        model,
         training_args,
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
@@ -105,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if task_args.suggest_power:
         tell_powers(trainer)
+        return
+    if task_args.search_power:
+        tell_search(trainer, lambda: load()[0], arguments)
         return
     if model_args.merge_adapter:
         check_mergeable(trainer)

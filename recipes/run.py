@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -31,7 +31,7 @@ from recipes.report import (
     save_evaluation,
     save_results,
 )
-from recipes.tasks import Task
+from recipes.tasks import Task, TaskArguments
 from recipes.usage import usage
 
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -40,6 +40,7 @@ FREE_SETTINGS = (
     "overwrite_cache",
     "preprocessing_num_workers",
     "suggest_power",
+    "search_power",
 )  # a run stays the same one when they change
 
 
@@ -77,6 +78,16 @@ def tell_powers(trainer: Any) -> None:
     picture = Path(trainer.args.output_dir) / POWERS_NAME
     report.plot(picture)
     print(f"\n{report}\n\n{picture}")
+
+
+def tell_search(trainer: Any, model_init: Callable[[], Any], arguments: Sequence[Any]) -> None:
+    """Search for p, see `recipes.search.search_power`, and print what was found."""
+    from recipes.search import PICTURE_NAME, search_power  # Optuna takes its time, and is needed here alone
+
+    (trials,) = [each.search_power for each in arguments if isinstance(each, TaskArguments)]
+    found = search_power(trainer, model_init, arguments, trials)
+    picture = Path(trainer.args.output_dir) / PICTURE_NAME
+    print(f"\n{found}\n\nOne run each: compare_powers.py tells what of it is noise.\n\n{picture}")
 
 
 def share_cores() -> None:

@@ -48,6 +48,17 @@ class TaskArguments:
     suggest_power: bool = field(
         default=False, metadata={"help": "Train nothing; tell what each p would do with this model and these data."}
     )
+    search_power: int = field(
+        default=0,
+        metadata={
+            "help": "Train this many models, each with a p that Optuna suggests, and tell which p was best by "
+            "metric_for_best_model; needs optuna."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.search_power < 0:
+            raise ValueError(f"search_power={self.search_power!r}: a whole number of at least 0 is accepted")
 
 
 class Scores(Protocol):
