@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,5 +24,11 @@ def compare(recipe: str, standing: Mapping[str, str], *, description: str | None
     if {"-h", "--help"} & set(argv):
         print(f"{description}\n")
     given = {flag_name(each) for each in argv if each.startswith("--")}
+    standing = {**standing, "config": path_of(standing["config"])}
     flags = [word for name, values in standing.items() if name not in given for word in (f"--{name}", *values.split())]
-    return compare_powers.main([str(ROOT / recipe), *flags, *argv])
+    return compare_powers.main([path_of(recipe), *flags, *argv])
+
+
+def path_of(name: str) -> str:
+    """A file of this folder as seen from where the command was typed, since commands are written down."""
+    return os.path.relpath(ROOT / name)

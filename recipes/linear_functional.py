@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipes.laboratory import FAMILIES, compare
 
 STANDING = {
-    "config": "recipes/configs/memory/linear_functional.yaml",
+    "config": "configs/memory/linear_functional.yaml",
     "powers": "0 1 4",
     "seeds": "0 1 2",
     "metric": "long_memory_error",

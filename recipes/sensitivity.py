@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipes.laboratory import compare
 
 STANDING = {
-    "config": "recipes/configs/memory/linear_functional.yaml",
+    "config": "configs/memory/linear_functional.yaml",
     "powers": "0 1 2 4 10 100 inf",
     "seeds": "0 1 2",
     "metric": "grad_norm",

@@ -136,14 +136,15 @@ def _table(parts: Sequence[Part]) -> str:
 
 def _draw(title: str, parts: Sequence[Part], path: Path) -> None:
     """What decides as small multiples, a block of rows each; the values of the last varied setting go along a row."""
+    titles = ["\n".join(part.values.values()) for part in parts]
     along = len({list(part.values.values())[-1] for part in parts})
     columns = min(along, MOST_COLUMNS)
     blocks: list[PowerPanel | None] = []
     for index in range(max(len(part.found) for part in parts)):
         block = [
-            panel_of(part.found[index][0], part.name) if part.found else PowerPanel("", {}, {}, title=part.name)
-            for part in parts
+            panel_of(part.found[index][0], title) if part.found else PowerPanel("", {}, {}, title=title)
+            for part, title in zip(parts, titles, strict=True)
         ]
         label = max((panel.label for panel in block), key=len)  # tells of hollow dots where one panel has some
         blocks += [*(replace(panel, label=label) for panel in block), *([None] * (-len(block) % columns))]
-    plot_metrics_by_power(blocks, path, title=title, columns=columns)
+    plot_metrics_by_power(blocks, path, title=f"{title}: {' / '.join(parts[0].values)}", columns=columns)

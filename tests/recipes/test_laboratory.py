@@ -36,7 +36,7 @@ def test_a_comparison_of_the_laboratory_from_one_command(
         *("--config_overrides", "hidden_size=4", "--max_steps", "2", "--eval_steps", "1", "--logging_steps", "1"),
         *("--powers", "0", "2", "--seeds", "0", "--vary", f"model_type={model_type}", "--output_dir", str(tmp_path)),
     ]
-    monkeypatch.chdir(RECIPES.parent)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path), *flags])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
@@ -63,6 +63,7 @@ def test_flags_stand_unless_others_are_given(recipe: object, monkeypatch: pytest
         monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
         assert laboratory.compare("train_functional.py", standing, description=None) == 0
     usual, other = read
+    assert usual.recipe == Path("recipes/train_functional.py")
     assert usual.arguments.seeds == [0, 1, 2]
     assert other.arguments.seeds == [7]
     assert [flag for flag in other.overrides if "max_steps" in flag] == ["--max_steps=3"]
