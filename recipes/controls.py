@@ -16,6 +16,11 @@ from hf_temporal.training_args import TemporalTrainingArguments
 from hf_temporal.weighting import TemporalWeighting, WeightFunction
 
 CONTROLS = ("power", "late", "shuffled")
+ACCEPTED = {
+    "temporal_power_schedule": "constant",
+    "temporal_origin": "target",
+    "temporal_normalization": "sequence",
+}
 
 
 @dataclass
@@ -33,25 +38,22 @@ class ControlArguments:
 
 
 def controlled(arguments: ControlArguments, training_args: TemporalTrainingArguments) -> TemporalWeighting | None:
-    """The control's weighting with the training's p, origin and normalisation; None for t^p itself.
+    """The control's weighting at the training's p; None for t^p itself.
 
-    Raises ValueError for a control of p < 0 or with a schedule, which would leave it alone.
+    Raises ValueError for p < 0 and for settings under which t or the weights do not begin anew with each document.
     """
     power = training_args.temporal_power
     if arguments.control == "power":
         return None
-    if power < 0 or training_args.temporal_power_schedule != "constant":
-        raise ValueError(
-            f"control={arguments.control!r} with temporal_power={power!r} and "
-            f"temporal_power_schedule={training_args.temporal_power_schedule!r}; accepted: p ≥ 0, constant"
-        )
+    if power < 0:
+        raise ValueError(f"control={arguments.control!r} with temporal_power={power!r}; accepted: p ≥ 0")
+    for name, accepted in ACCEPTED.items():
+        if getattr(training_args, name) != accepted:
+            raise ValueError(
+                f"control={arguments.control!r} with {name}={getattr(training_args, name)!r}; accepted: {accepted!r}"
+            )
     shape = late(power) if arguments.control == "late" else shuffled(power)
-    return TemporalWeighting(
-        power=power,
-        origin=training_args.temporal_origin,
-        normalization=training_args.temporal_normalization,
-        weight_fn=shape,
-    )
+    return TemporalWeighting(power=power, origin="target", normalization="sequence", weight_fn=shape)
 
 
 def late(power: float) -> WeightFunction:

@@ -9,8 +9,12 @@ recall against steps and against p. Lengths are flags:
     python recipes/copying_memory.py --blank_length 100 --copy_length 10 --model_type memory_attention \
         --vary learning_rate=1e-3,2e-3 --output_dir outputs/copying_memory_attention
 
-The sizes of the paper's author, hours: `--config recipes/configs/copying/tcn_author.yaml`. The same command
-continues a comparison that was interrupted. Everything else is as in `compare_powers.py`.
+In the sizes of the paper's author, days:
+
+    python recipes/copying_memory.py --config recipes/configs/copying/tcn_author.yaml --powers -1 0 1 2 10 100 \
+        --vary copy_length=10,20,100,150 --output_dir outputs/copying_memory_author
+
+The same command continues a comparison that was interrupted. Everything else is as in `compare_powers.py`.
 """
 
 from __future__ import annotations

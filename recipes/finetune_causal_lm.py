@@ -124,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     model_args, task_args, _, summarization_args, _, language_modeling_args, control_args = arguments
     weighting = controlled(control_args, training_args)
+    if weighting is not None and (task_args.suggest_power or task_args.search_power):
+        raise ValueError(f"control={control_args.control!r} has a weighting of its own; accepted: to train with it")
     require_4bit(model_args)
     share_cores()
     set_seed(training_args.seed)
@@ -161,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tell_powers(trainer)
         return
     if task_args.search_power:
-        tell_search(trainer, lambda: load()[0], arguments)
+        tell_search(trainer, lambda: load()[0], arguments, task)
         return
     if model_args.merge_adapter:
         check_mergeable(trainer)

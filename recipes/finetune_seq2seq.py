@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tell_powers(trainer)
         return
     if task_args.search_power:
-        tell_search(trainer, lambda: load()[0], arguments)
+        tell_search(trainer, lambda: load()[0], arguments, task)
         return
     if model_args.merge_adapter:
         check_mergeable(trainer)

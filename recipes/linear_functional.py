@@ -9,8 +9,12 @@ those that `--vary` names are compared for every combination of their values:
     python recipes/linear_functional.py --vary target=exponential,polynomial,shift,two_part,airy,sine \
         --model_type memory_linear_rnn --output_dir outputs/linear_functional_targets
 
-The sizes of the paper's author, hours: `--config recipes/configs/memory/linear_functional_author.yaml`. The same
-command continues a comparison that was interrupted. Everything else is as in `compare_powers.py`.
+In the sizes of the paper's author, hours:
+
+    python recipes/linear_functional.py --config recipes/configs/memory/linear_functional_author.yaml \
+        --output_dir outputs/linear_functional_author_powers
+
+The same command continues a comparison that was interrupted. Everything else is as in `compare_powers.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +33,6 @@ STANDING = {
     "metric": "long_memory_error",
     "vary": f"target=polynomial,sine {FAMILIES}",
     "max_parallel": "2",
-    "max_steps": "200",
     "report_to": "none",
     "save_strategy": "no",
     "output_dir": "outputs/linear_functional_powers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from recipes.report import (
     save_evaluation,
     save_results,
 )
-from recipes.tasks import Task, TaskArguments
+from recipes.tasks import Task
 from recipes.usage import usage
 
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -80,12 +81,13 @@ def tell_powers(trainer: Any) -> None:
     print(f"\n{report}\n\n{picture}")
 
 
-def tell_search(trainer: Any, model_init: Callable[[], Any], arguments: Sequence[Any]) -> None:
+def tell_search(trainer: Any, model_init: Callable[[], Any], arguments: Sequence[Any], task: Task) -> None:
     """Search for p, see `recipes.search.search_power`, and print what was found."""
     from recipes.search import PICTURE_NAME, search_power  # Optuna takes its time, and is needed here alone
 
-    (trials,) = [each.search_power for each in arguments if isinstance(each, TaskArguments)]
-    found = search_power(trainer, model_init, arguments, trials)
+    settings = {name: value for each in arguments for name, value in asdict(each).items()}
+    settings["sha256_of_the_data"] = task.data.sha256
+    found = search_power(trainer, model_init, settings, trials=settings["search_power"])
     picture = Path(trainer.args.output_dir) / PICTURE_NAME
     print(f"\n{found}\n\nOne run each: compare_powers.py tells what of it is noise.\n\n{picture}")
 
@@ -139,12 +141,14 @@ class EvaluationLog(TrainerCallback):
 
 def gradient_norms(state: TrainerState) -> dict[str, float]:
     """`grad_norm` and `grad_norm_spread` of the steps between the last two evaluations; none where none is logged."""
-    evaluations = [index for index, logs in enumerate(state.log_history) if "eval_runtime" in logs]
-    since = state.log_history[evaluations[-2] if len(evaluations) > 1 else 0 :]
-    norms = [logs["grad_norm"] for logs in since if "grad_norm" in logs]
+    history, now = state.log_history, state.global_step
+    before = max((logs["step"] for logs in history if "eval_runtime" in logs and logs["step"] < now), default=0)
+    norms = [logs["grad_norm"] for logs in history if "grad_norm" in logs and logs["step"] > before]
     if not norms:
         return {}
-    return {"grad_norm": fmean(norms), "grad_norm_spread": pstdev(norms) / (fmean(norms) or 1.0)}
+    mean = fmean(norms)
+    spread = pstdev(norms) / (mean or 1.0) if math.isfinite(mean) else math.nan
+    return {"grad_norm": mean, "grad_norm_spread": spread}
 
 
 class CardMixin:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,28 @@ from hf_temporal.power_plots import plot_trials
 from recipes.benchmarks.report import table
 from recipes.comparison.quantities import direction_of, number, title_of
 
-STUDY_NAME = "search.db"
-PICTURE_NAME = "search.png"
+FOLDER_NAME = "search"
+STUDY_NAME = "study.db"
+PICTURE_NAME = "trials.png"
 LARGEST_POWER = 10.0
+RANDOM_TRIALS = 4  # before TPE, Optuna's usual sampler, begins to learn from what there is
 # What may change within one search.
 FREE = ("output_dir", "logging_dir", "hub_token", "temporal_power", "search_power")
 
 
 def search_power(
-    trainer: Any, model_init: Callable[[], PreTrainedModel], arguments: Sequence[Any], trials: int
+    trainer: Any, model_init: Callable[[], PreTrainedModel], settings: Mapping[str, Any], *, trials: int
 ) -> str:
     """Train `trials` models, p = 0 first, then p from 0 to 10 as Optuna's TPE suggests; a table of what they reached.
 
     What decides is `metric_for_best_model` at the end of a run, the loss where none is named: p leaves both alone. The
-    study lies in `search.db` in `output_dir`. The same settings go on with it, others begin another beside it.
+    study lies in a folder `search` in `output_dir`, with all that the trials write. The same settings go on with it,
+    others begin another beside it. A run that ends without a finite value counts as infinitely bad.
 
     Args:
         trainer: of the recipe.
         model_init: an untrained model, as `Trainer` takes it.
-        arguments: the dataclasses that, beside the training's, make a search the same one.
+        settings: what, beside the training's arguments, makes a search the same one.
         trials: how many there are to be, those that are finished among them.
 
     Raises:
@@ -51,26 +54,28 @@ def search_power(
         raise ValueError(f"metric_for_best_model={metric!r} cannot choose a p; accepted: a metric that p leaves alone")
     args.eval_strategy, args.save_strategy, args.load_best_model_at_end = IntervalStrategy.NO, SaveStrategy.NO, False
     trainer.model_init = model_init
-    folder = Path(args.output_dir).resolve()
+    _objective(trainer.evaluate(), metric, direction)
+    folder = Path(args.output_dir).resolve() / FOLDER_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {
+    args.output_dir = str(folder)
+    known: dict[str, Any] = {
         "storage": f"sqlite:///{folder / STUDY_NAME}",
-        "study_name": _fingerprint(args, arguments),
+        "study_name": _fingerprint(args, settings),
         "direction": "maximize" if direction > 0 else "minimize",
         "load_if_exists": True,
     }
-    study = optuna.create_study(**settings)
+    study = optuna.create_study(**known)
     finished = len(_finished(study))
     if not finished:
         study.enqueue_trial({"temporal_power": 0.0})
     if finished < trials:
         trainer.hyperparameter_search(
             lambda trial: {"temporal_power": trial.suggest_float("temporal_power", 0.0, LARGEST_POWER)},
-            lambda metrics: _objective(metrics, metric),
+            lambda metrics: _objective(metrics, metric, direction),
             n_trials=trials - finished,
             backend="optuna",
-            sampler=optuna.samplers.TPESampler(seed=args.seed + finished),
-            **settings,
+            sampler=optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=args.seed + finished),
+            **known,
         )
     found = sorted((trial.params["temporal_power"], trial.value or 0.0) for trial in _finished(study))
     plot_trials(found, title_of(metric), folder / PICTURE_NAME)
@@ -85,14 +90,14 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(states=[TrialState.COMPLETE])
 
 
-def _objective(metrics: dict[str, float], metric: str) -> float:
-    if f"eval_{metric}" not in metrics:
-        measured = ", ".join(sorted(name.removeprefix("eval_") for name in metrics))
-        raise ValueError(f"metric_for_best_model={metric!r} is not measured; accepted: {measured}")
-    return metrics[f"eval_{metric}"]
+def _objective(metrics: dict[str, float], metric: str, direction: int) -> float:
+    value = metrics.get(f"eval_{metric}")
+    if value is None:
+        measured = ", ".join(sorted(name.removeprefix("eval_") for name in metrics if name != "eval_temporal_loss"))
+        raise ValueError(f"metric_for_best_model={metric!r} is not measured; accepted of: {measured}")
+    return value if math.isfinite(value) else -direction * math.inf
 
 
-def _fingerprint(args: Any, arguments: Sequence[Any]) -> str:
-    settings = {**args.to_dict(), **{name: value for each in arguments for name, value in asdict(each).items()}}
-    kept = {name: value for name, value in settings.items() if name not in FREE}
+def _fingerprint(args: Any, settings: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in {**args.to_dict(), **settings}.items() if name not in FREE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -23,7 +23,6 @@ STANDING = {
     "metric": "grad_norm",
     "vary": "model_type=memory_tanh_rnn,memory_attention learning_rate=3e-3,3e-2",
     "max_parallel": "2",
-    "max_steps": "200",
     "logging_steps": "1",
     "report_to": "none",
     "save_strategy": "no",

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import is_optuna_available
 from transformers.utils import logging
 
 from hf_temporal.tasks import language_modeling, summarization
@@ -59,6 +60,8 @@ class TaskArguments:
     def __post_init__(self) -> None:
         if self.search_power < 0:
             raise ValueError(f"search_power={self.search_power!r}: a whole number of at least 0 is accepted")
+        if self.search_power and not is_optuna_available():
+            raise ValueError(f"search_power={self.search_power!r} needs Optuna; accepted with: pip install optuna")
 
 
 class Scores(Protocol):

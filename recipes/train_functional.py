@@ -1,6 +1,6 @@
 r"""Train a model of the laboratory on a functional with a known memory, and see what of it the model has found.
 
-A linear RNN learns a polynomial memory of a hundred lags, a minute on two CPU cores:
+A linear RNN learns a polynomial memory of a hundred lags, seconds on a CPU:
 
     accelerate launch recipes/train_functional.py --config recipes/configs/memory/linear_functional.yaml
 

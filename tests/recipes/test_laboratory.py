@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +18,10 @@ from transformers import TrainerState
 
 from hf_temporal import TemporalTrainingArguments, target_positions
 from recipes import compare_powers, copying_memory, laboratory, linear_functional, sensitivity
+from recipes.configuration import parse
 from recipes.controls import ControlArguments, controlled
 from recipes.run import gradient_norms
+from tests.recipes.test_configs import CAUSAL, FUNCTIONAL
 
 RECIPES = Path(linear_functional.__file__).parent
 TINY = {
@@ -71,6 +77,33 @@ def test_flags_stand_unless_others_are_given(recipe: object, monkeypatch: pytest
     assert usual.arguments.varied == other.arguments.varied != {}
 
 
+def test_the_commands_of_the_laboratory_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every combination that they ask for, with the sizes of the paper's author."""
+    monkeypatch.chdir(RECIPES.parent)
+    kinds = {"train_functional.py": FUNCTIONAL, "finetune_causal_lm.py": CAUSAL}
+    seen = 0
+
+    def check(argv: list[str]) -> int:
+        nonlocal seen
+        for each in compare_powers.read_arguments(argv).combinations():
+            config = each.arguments.config
+            model_args, *_ = parse(kinds[each.recipe.name], ["--config", str(config), *each.overrides])
+            model_args.config_values()
+            seen += 1
+        return 0
+
+    monkeypatch.setattr(laboratory.compare_powers, "main", check)
+    for recipe in TINY:
+        path = Path(str(recipe.__file__))
+        text = path.read_text("utf-8").split('"""')[1].replace("\\\n", " ")
+        for command in re.findall(rf"python recipes/{path.name}(.*)", text):
+            monkeypatch.setattr(sys, "argv", [str(path), *shlex.split(command)])
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(path), run_name="__main__")
+            assert ended.value.code == 0
+    assert seen == (10 + 6 + 10) + (5 + 2 + 4) + 4
+
+
 # ---- controls
 
 
@@ -103,10 +136,18 @@ def test_the_shuffled_control_has_the_weights_of_the_power_in_another_order(tmp_
     assert sorted(last[0].tolist()) == [0] * 8 + [8]
 
 
-@pytest.mark.parametrize("given", [{"temporal_power": -1.0}, {"temporal_power_schedule": "linear"}])
-def test_a_control_of_what_it_cannot_follow_is_refused(given: dict[str, float], tmp_path: Path) -> None:
-    args = TemporalTrainingArguments(str(tmp_path), use_cpu=True, **given)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="control='late' with temporal_power="):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temporal_power", -1.0),
+        ("temporal_power_schedule", "linear"),
+        ("temporal_origin", "sequence"),
+        ("temporal_normalization", "batch"),
+    ],
+)
+def test_a_control_of_what_it_cannot_follow_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    args = TemporalTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+    with pytest.raises(ValueError, match=f"control='late' with {name}={value!r}; accepted"):
         controlled(ControlArguments("late"), args)
     assert controlled(ControlArguments(), args) is None
 
@@ -119,6 +160,13 @@ def test_gradient_norms_are_those_since_the_evaluation_before() -> None:
     state = TrainerState(log_history=[evaluation(0)])
     assert gradient_norms(state) == {}
     state.log_history += [{"grad_norm": 9.0, "step": 1}, evaluation(1)]
+    state.global_step = 1
     assert gradient_norms(state) == {"grad_norm": 9.0, "grad_norm_spread": 0.0}
     state.log_history += [{"grad_norm": 1.0, "step": 2}, {"grad_norm": 3.0, "step": 3}, evaluation(3)]
-    assert gradient_norms(state) == {"grad_norm": 2.0, "grad_norm_spread": 0.5}
+    state.global_step = 3
+    for _ in range(2):  # the second time as with load_best_model_at_end, which evaluates once more
+        assert gradient_norms(state) == {"grad_norm": 2.0, "grad_norm_spread": 0.5}
+        state.log_history.append(evaluation(3))
+    state.log_history += [{"grad_norm": float("nan"), "step": 4}, {"grad_norm": 3.0, "step": 5}, evaluation(5)]
+    state.global_step = 5
+    assert all(map(math.isnan, gradient_norms(state).values()))
