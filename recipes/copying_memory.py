@@ -29,13 +29,9 @@ from recipes.laboratory import FAMILIES, compare
 STANDING = {
     "config": "configs/copying/small_attention.yaml",
     "powers": "0 1 4",
-    "seeds": "0 1 2",
     "metric": "recall",
     "reach": "0.98",
     "vary": FAMILIES,
-    "max_parallel": "2",
-    "report_to": "none",
-    "save_strategy": "no",
     "output_dir": "outputs/copying_memory_powers",
 }
 

@@ -58,7 +58,17 @@ from recipes.adapters import add_adapter, check_mergeable
 from recipes.configuration import parse
 from recipes.controls import ControlArguments, controlled
 from recipes.models import ModelArguments, load_causal_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores, tell_powers, tell_search
+from recipes.run import (
+    CardMixin,
+    begin,
+    carry_out,
+    command_line,
+    publish,
+    settings_of,
+    share_cores,
+    tell_powers,
+    tell_search,
+)
 from recipes.tasks import TASK_KINDS, Scores, load_task
 
 
@@ -163,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tell_powers(trainer)
         return
     if task_args.search_power:
-        tell_search(trainer, lambda: load()[0], arguments, task)
+        tell_search(trainer, lambda: load()[0], settings_of(arguments, task), trials=task_args.search_power)
         return
     if model_args.merge_adapter:
         check_mergeable(trainer)

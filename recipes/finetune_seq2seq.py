@@ -50,7 +50,17 @@ from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments
 from recipes.adapters import add_adapter, check_mergeable
 from recipes.configuration import parse
 from recipes.models import Seq2SeqModelArguments, load_seq2seq_lm, require_4bit
-from recipes.run import CardMixin, begin, carry_out, command_line, publish, share_cores, tell_powers, tell_search
+from recipes.run import (
+    CardMixin,
+    begin,
+    carry_out,
+    command_line,
+    publish,
+    settings_of,
+    share_cores,
+    tell_powers,
+    tell_search,
+)
 from recipes.tasks import TASK_KINDS, Summarization, Task, load_task
 
 VOCABULARY = 8192
@@ -113,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tell_powers(trainer)
         return
     if task_args.search_power:
-        tell_search(trainer, lambda: load()[0], arguments, task)
+        tell_search(trainer, lambda: load()[0], settings_of(arguments, task), trials=task_args.search_power)
         return
     if model_args.merge_adapter:
         check_mergeable(trainer)

@@ -29,12 +29,8 @@ from recipes.laboratory import FAMILIES, compare
 STANDING = {
     "config": "configs/memory/linear_functional.yaml",
     "powers": "0 1 4",
-    "seeds": "0 1 2",
     "metric": "long_memory_error",
     "vary": f"target=polynomial,sine {FAMILIES}",
-    "max_parallel": "2",
-    "report_to": "none",
-    "save_strategy": "no",
     "output_dir": "outputs/linear_functional_powers",
 }
 

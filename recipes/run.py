@@ -68,9 +68,13 @@ def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if not training_args.do_train:
         return Continuation(None, finished=False)
-    settings = {name: value for each in arguments for name, value in asdict(each).items()}
-    settings["sha256_of_the_data"] = task.data.sha256
-    return continue_run(training_args, {name: settings[name] for name in settings if name not in FREE_SETTINGS})
+    return continue_run(training_args, settings_of(arguments, task))
+
+
+def settings_of(arguments: Sequence[Any], task: Task) -> dict[str, Any]:
+    """What, beside the training's arguments, makes a run the same one: these dataclasses, and the data."""
+    settings = {name: value for each in arguments for name, value in asdict(each).items() if name not in FREE_SETTINGS}
+    return {**settings, "sha256_of_the_data": task.data.sha256}
 
 
 def tell_powers(trainer: Any) -> None:
@@ -81,13 +85,11 @@ def tell_powers(trainer: Any) -> None:
     print(f"\n{report}\n\n{picture}")
 
 
-def tell_search(trainer: Any, model_init: Callable[[], Any], arguments: Sequence[Any], task: Task) -> None:
+def tell_search(trainer: Any, model_init: Callable[[], Any], settings: dict[str, Any], *, trials: int) -> None:
     """Search for p, see `recipes.search.search_power`, and print what was found."""
     from recipes.search import PICTURE_NAME, search_power  # Optuna takes its time, and is needed here alone
 
-    settings = {name: value for each in arguments for name, value in asdict(each).items()}
-    settings["sha256_of_the_data"] = task.data.sha256
-    found = search_power(trainer, model_init, settings, trials=settings["search_power"])
+    found = search_power(trainer, model_init, settings, trials=trials)
     picture = Path(trainer.args.output_dir) / PICTURE_NAME
     print(f"\n{found}\n\nOne run each: compare_powers.py tells what of it is noise.\n\n{picture}")
 

@@ -24,7 +24,7 @@ PICTURE_NAME = "trials.png"
 LARGEST_POWER = 10.0
 RANDOM_TRIALS = 4  # before TPE, Optuna's usual sampler, begins to learn from what there is
 # What may change within one search.
-FREE = ("output_dir", "logging_dir", "hub_token", "temporal_power", "search_power")
+FREE = ("output_dir", "logging_dir", "hub_token", "temporal_power")
 
 
 def search_power(
@@ -54,10 +54,10 @@ def search_power(
         raise ValueError(f"metric_for_best_model={metric!r} cannot choose a p; accepted: a metric that p leaves alone")
     args.eval_strategy, args.save_strategy, args.load_best_model_at_end = IntervalStrategy.NO, SaveStrategy.NO, False
     trainer.model_init = model_init
-    _objective(trainer.evaluate(), metric, direction)
     folder = Path(args.output_dir).resolve() / FOLDER_NAME
     folder.mkdir(parents=True, exist_ok=True)
     args.output_dir = str(folder)
+    _objective(trainer.evaluate(), metric, direction)
     known: dict[str, Any] = {
         "storage": f"sqlite:///{folder / STUDY_NAME}",
         "study_name": _fingerprint(args, settings),

@@ -19,13 +19,9 @@ from recipes.laboratory import compare
 STANDING = {
     "config": "configs/memory/linear_functional.yaml",
     "powers": "0 1 2 4 10 100 inf",
-    "seeds": "0 1 2",
     "metric": "grad_norm",
     "vary": "model_type=memory_tanh_rnn,memory_attention learning_rate=3e-3,3e-2",
-    "max_parallel": "2",
     "logging_steps": "1",
-    "report_to": "none",
-    "save_strategy": "no",
     "output_dir": "outputs/sensitivity",
 }
 

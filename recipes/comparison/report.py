@@ -36,8 +36,8 @@ _STEPS_NOTE = """
 - Steps are compared by ratio, as times to an event usually are: means are geometric, and the t-test is that of the
   logarithms."""
 _ERRORS_NOTE = """
-- Memory errors are root mean squares over the short, the middle and the long third of the lags. They are compared by
-  ratio: means are geometric, and the t-test is that of the logarithms."""
+- Memory errors are root mean squares over the short, the middle and the long third of the lags. They and gradient
+  norms are compared by ratio: means are geometric, and the t-test is that of the logarithms."""
 
 Found = tuple[Quantity, dict[float, Difference]]
 

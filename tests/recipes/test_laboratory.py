@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from recipes.run import gradient_norms
 from tests.recipes.test_configs import CAUSAL, FUNCTIONAL
 
 RECIPES = Path(linear_functional.__file__).parent
-TINY = {
+TINY: dict[ModuleType, tuple[str, str]] = {
     linear_functional: ("--length 9 --eval_samples 4", "memory_linear_rnn"),
     sensitivity: ("--length 9 --eval_samples 4", "memory_tanh_rnn"),
     copying_memory: ("--blank_length 4 --copy_length 2 --max_eval_samples 4", "memory_tcn"),
@@ -33,10 +34,10 @@ TINY = {
 
 @pytest.mark.parametrize("recipe", TINY, ids=lambda recipe: recipe.__name__.rpartition(".")[2])
 def test_a_comparison_of_the_laboratory_from_one_command(
-    recipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = Path(str(recipe.__file__))  # type: ignore[attr-defined]
-    sizes, model_type = TINY[recipe]  # type: ignore[index]
+    path = Path(str(recipe.__file__))
+    sizes, model_type = TINY[recipe]
     flags = [
         *sizes.split(),
         *("--config_overrides", "hidden_size=4", "--max_steps", "2", "--eval_steps", "1", "--logging_steps", "1"),
@@ -47,7 +48,7 @@ def test_a_comparison_of_the_laboratory_from_one_command(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
     assert ended.value.code == 0
-    standing = recipe.STANDING  # type: ignore[attr-defined]
+    standing = recipe.STANDING
     summary = json.loads((tmp_path / model_type / "summary.json").read_text("utf-8"))
     assert summary["metric"] == standing["metric"]
     assert "gradient norm" in [each["title"] for each in summary["quantities"]]
@@ -55,7 +56,7 @@ def test_a_comparison_of_the_laboratory_from_one_command(
 
 
 @pytest.mark.parametrize("recipe", TINY, ids=lambda recipe: recipe.__name__.rpartition(".")[2])
-def test_flags_stand_unless_others_are_given(recipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_stand_unless_others_are_given(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(RECIPES.parent)
     read: list[compare_powers.Comparison] = []
 
@@ -64,7 +65,7 @@ def test_flags_stand_unless_others_are_given(recipe: object, monkeypatch: pytest
         return 0
 
     monkeypatch.setattr(laboratory.compare_powers, "main", keep)
-    standing = recipe.STANDING  # type: ignore[attr-defined]
+    standing = recipe.STANDING
     for argv in ([], ["--seeds", "7", "--max_steps=3"]):
         monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
         assert laboratory.compare("train_functional.py", standing, description=None) == 0

@@ -58,6 +58,8 @@ def test_a_search_tells_what_each_p_reached_and_goes_on(
     assert float(told.split("|")[1]) == pytest.approx(best.params["temporal_power"], abs=5e-4)
     assert (tmp_path / "search" / "trials.png").read_bytes().startswith(b"\x89PNG")
 
+    assert {each.name for each in tmp_path.iterdir()} == {"search"}  # a run's own files stay as they are
+
     main([*flags, "--search_power", "3"])
     assert len(trained) == 4
     main([*flags, "--search_power", "1", "--learning_rate", "1e-3"])
