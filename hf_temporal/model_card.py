@@ -257,6 +257,8 @@ def _settings(run: TrainingRun) -> list[tuple[str, str]]:
         ("origin", f"`{weighting.origin}`: {ORIGIN_MEANINGS[weighting.origin]}"),
         ("normalization", f"`{weighting.normalization}`: {NORMALIZATION_MEANINGS[weighting.normalization]}"),
     ]
+    if weighting.mixture < 1:
+        rows.append(("mixture", f"{weighting.mixture:.0%} of the weighted loss, the rest of the usual one"))
     if weighting.regression_loss != "squared":
         rows.append(("regression_loss", f"`{weighting.regression_loss}`"))
     if run.effective_sample_size is not None:

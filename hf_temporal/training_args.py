@@ -31,6 +31,10 @@ class _TemporalFields:
             "choices": list(NORMALIZATIONS),
         },
     )
+    temporal_mixture: float = field(
+        default=1.0,
+        metadata={"help": "Share of the weighted loss; the rest is the usual loss. Below 1 under sequence alone."},
+    )
     temporal_power_schedule: str = field(
         default="constant",
         metadata={
@@ -55,7 +59,7 @@ class _TemporalFields:
     )
 
     def __post_init__(self) -> None:
-        for name in ("temporal_power", "temporal_power_start", "temporal_power_warmup_ratio"):
+        for name in ("temporal_power", "temporal_mixture", "temporal_power_start", "temporal_power_warmup_ratio"):
             setattr(self, name, _number(name, getattr(self, name)))
         self.validate_temporal_fields()
         super().__post_init__()  # type: ignore[misc]
@@ -90,6 +94,7 @@ class _TemporalFields:
                 power=self.temporal_power,
                 origin=self.temporal_origin,
                 normalization=self.temporal_normalization,
+                mixture=self.temporal_mixture,
             )
         except ValueError as error:
             raise ValueError(f"temporal_{error}") from None
@@ -111,6 +116,7 @@ class TemporalTrainingArguments(_TemporalFields, TrainingArguments):
         temporal_power: p of the weight t^p, see `TemporalWeighting`.
         temporal_origin: `"target"`, `"sequence"` or `"turn"`, see `target_positions`.
         temporal_normalization: `"sequence"`, `"batch"` or `"tokens"`, see `TemporalWeighting`.
+        temporal_mixture: share of the weighted loss in a mean with the usual one, see `TemporalWeighting`.
         temporal_power_schedule: `"constant"`, `"linear"` or `"cosine"`, see `power_at`.
         temporal_power_start: p at the first step of a schedule.
         temporal_power_warmup_ratio: share of `max_steps` over which the schedule runs.

@@ -31,6 +31,9 @@ class TemporalWeighting:
     - `"batch"`: w = t^p, and the loss is Σ wℓ / Σ w over the whole accumulated batch of all ranks.
     - `"tokens"`: w = t^p, and the loss is Σ wℓ divided by the number of target tokens, (1/T) Σ_t t^p ℓ_t.
 
+    With a `mixture` of λ, w is (1 − λ) + λ·w: the mean of the usual loss and the weighted one, which leaves no target
+    token with less than 1 − λ of its usual weight.
+
     Args:
         power: p, any float but NaN and −inf. 0 is the usual loss; `inf` puts all weight on the last target token of
             each document (under `"batch"` on the tokens of globally largest t).
@@ -39,6 +42,7 @@ class TemporalWeighting:
         weight_fn: `weight_fn(t, T) -> w`, a shape of one's own in place of t^p: called with float64 tensors of one
             value per target token, returns finite weights ≥ 0 of the same shape. `power` then has no effect.
         regression_loss: the error of float labels, `"squared"` or `"absolute"`.
+        mixture: λ, from 0 (the usual loss) to 1; less than 1 under `"sequence"` alone, whose weights have mean 1.
 
     Raises:
         ValueError, TypeError: a field out of what is accepted; the message names it.
@@ -51,20 +55,30 @@ class TemporalWeighting:
     normalization: str = "sequence"
     weight_fn: WeightFunction | None = None
     regression_loss: str = "squared"
+    mixture: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.power, bool) or not isinstance(self.power, (int, float)):
-            raise TypeError(f"power={self.power!r} is not a number; accepted: any float but NaN and -inf.")
+        for name, accepted in (("power", "any float but NaN and -inf"), ("mixture", "a float from 0 to 1")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r} is not a number; accepted: {accepted}.")
         if math.isnan(self.power) or self.power == -math.inf:
             raise ValueError(f"power={self.power!r} is out of range; accepted: any float but NaN and -inf.")
-        for name, accepted in (
+        if not 0 <= self.mixture <= 1:
+            raise ValueError(f"mixture={self.mixture!r} is out of range; accepted: 0 to 1.")
+        for name, choices in (
             ("origin", ORIGINS),
             ("normalization", NORMALIZATIONS),
             ("regression_loss", REGRESSION_LOSSES),
         ):
             value = getattr(self, name)
-            if value not in accepted:
-                raise ValueError(f"{name}={value!r} is not known; accepted: {', '.join(map(repr, accepted))}.")
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not known; accepted: {', '.join(map(repr, choices))}.")
+        if self.mixture < 1 and self.normalization != "sequence":
+            raise ValueError(
+                f"mixture={self.mixture!r} with normalization={self.normalization!r}: weights whose mean is not 1 "
+                "cannot be mixed with the usual ones; accepted: normalization='sequence', or mixture=1."
+            )
         if self.weight_fn is not None and not callable(self.weight_fn):
             raise TypeError(f"weight_fn={self.weight_fn!r} is not callable; accepted: a function (t, T) -> w.")
 
@@ -98,6 +112,8 @@ class TemporalWeighting:
         if self.normalization == "sequence":
             total = _segment_sum(raw, segments)
             raw = raw * (_segment_sum(target.to(raw.dtype), segments) / total.where(total > 0, 1))
+        if self.mixture < 1:
+            raw = (1 - self.mixture) * target + self.mixture * raw
         return raw.float()
 
     def denominator_terms(self, weights: Tensor, positions: Tensor, *, has_loss_weights: bool) -> Tensor:

@@ -1,7 +1,8 @@
-"""Controls of the laboratory: weightings that share one thing with t^p and lack the other.
+"""Controls: weightings that share one thing with t^p and lack another.
 
 t^p weighs late tokens more, and it makes weights uneven. A loss on the late part alone asks whether the power's shape
-matters; the same weights in random order ask whether the position does.
+matters; the same weights in random order ask whether the position does; a cap, or the usual weight for the last token,
+whether the few large weights do.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import Tensor
 from hf_temporal.training_args import TemporalTrainingArguments
 from hf_temporal.weighting import TemporalWeighting, WeightFunction
 
-CONTROLS = ("power", "late", "shuffled")
+CONTROLS = ("power", "late", "shuffled", "capped", "last_exempt")
+CAP = 2.0
 ACCEPTED = {
     "temporal_power_schedule": "constant",
     "temporal_origin": "target",
     "temporal_normalization": "sequence",
+    "temporal_mixture": 1.0,
 }
 
 
@@ -31,7 +34,8 @@ class ControlArguments:
         default="power",
         metadata={
             "help": "power: t^p; late: the last 1/(p + 1) of the target alone; shuffled: the weights of t^p in random "
-            "order, drawn anew for each loss.",
+            "order, drawn anew for each loss; capped: t^p, cut off at twice the mean; last_exempt: the last "
+            "token has the weight 1, and the others that of t^p with mean 1.",
             "choices": [*CONTROLS],
         },
     )
@@ -52,7 +56,7 @@ def controlled(arguments: ControlArguments, training_args: TemporalTrainingArgum
             raise ValueError(
                 f"control={arguments.control!r} with {name}={getattr(training_args, name)!r}; accepted: {accepted!r}"
             )
-    shape = late(power) if arguments.control == "late" else shuffled(power)
+    shape = SHAPES[arguments.control](power)
     return TemporalWeighting(power=power, origin="target", normalization="sequence", weight_fn=shape)
 
 
@@ -73,9 +77,49 @@ def shuffled(power: float) -> WeightFunction:
     """(t/T)^p, permuted at random within each document; times of a document follow one another."""
 
     def weights(t: Tensor, T: Tensor) -> Tensor:
-        document = torch.cat([t.new_zeros(1), (t.diff() <= 0).to(t.dtype)]).cumsum(0)
-        order = (document + torch.rand_like(t)).argsort()
-        ratio = (t / T)[order]
-        return (ratio == 1).to(t.dtype) if math.isinf(power) else ratio**power
+        order = (_document(t) + torch.rand_like(t)).argsort()
+        return _power((t / T)[order], power)
 
     return weights
+
+
+def capped(power: float) -> WeightFunction:
+    """The smaller of `CAP` and (t/T)^p divided by its mean over the document."""
+
+    def weights(t: Tensor, T: Tensor) -> Tensor:
+        return _mean_1(_power(t / T, power), _document(t)).clamp(max=CAP)
+
+    return weights
+
+
+def last_exempt(power: float) -> WeightFunction:
+    """1 at the last time of a document, and (t/T)^p divided by its mean over the others at those."""
+
+    def weights(t: Tensor, T: Tensor) -> Tensor:
+        last, document = t == T, _document(t)
+        own = torch.ones_like(t)
+        own[~last] = _mean_1(_power(t / T, power)[~last], document[~last])
+        return own
+
+    return weights
+
+
+def _power(ratio: Tensor, power: float) -> Tensor:
+    return (ratio == 1).to(ratio.dtype) if math.isinf(power) else ratio**power
+
+
+def _document(t: Tensor) -> Tensor:
+    """The index of each time's document."""
+    return torch.cat([t.new_zeros(1), (t.diff() <= 0).to(t.dtype)]).cumsum(0).long()
+
+
+def _mean_1(weights: Tensor, document: Tensor) -> Tensor:
+    """Divided by their mean over the document."""
+    size = int(document.max()) + 1 if len(document) else 0
+    sums, counts = (
+        weights.new_zeros(size).index_add_(0, document, values) for values in (weights, torch.ones_like(weights))
+    )
+    return weights * (counts / sums.where(sums > 0, 1))[document]
+
+
+SHAPES = {"late": late, "shuffled": shuffled, "capped": capped, "last_exempt": last_exempt}

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_temporal.memory.functionals import MEMORY_FUNCTIONS, Functional, FunctionalDataset
-from hf_temporal.memory.probe import constant_input_memory, impulse_memory, memory_distance
+from hf_temporal.memory.probe import constant_input_memory, gradient_memory, impulse_memory, memory_distance
 from hf_temporal.tasks.data import TaskData
 from recipes.tasks import LOSSES, Task
 
 RANGES = ("short", "middle", "long")
+GRADIENT_INPUTS = 64
 
 
 @dataclass
@@ -56,21 +57,31 @@ class MemoryScores:
     A model that is linear is probed by an impulse, ρ̂(s) against ρ(s). Any other, and every model of a functional that
     is not linear, by its steps under a constant input, |y_s − y_{s−1}|, against those of the functional itself.
 
+    The gradient errors are the same of E[∂y_T/∂x_{T−s}] over the first `GRADIENT_INPUTS` series of N(0, 1), in models
+    and targets of any kind.
+
     `record` keeps both functions of the last scoring, `memory` and `target_memory`.
 
-    Source of both probes: see `hf_temporal.memory.probe`.
+    Source of the probes: see `hf_temporal.memory.probe`.
     """
 
     def __init__(self, arguments: FunctionalArguments) -> None:
         self.arguments = arguments
         self.record: dict[str, list[Any]] = {}
+        shape = (GRADIENT_INPUTS, arguments.length, 1)
+        self._inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        self._target_gradients = gradient_memory(arguments.functional, self._inputs.double())[:, 0, 0]
 
     def of(self, model: PreTrainedModel) -> dict[str, float]:
-        """`short_memory_error`, `middle_memory_error`, `long_memory_error`."""
+        """`short_memory_error`, `middle_memory_error`, `long_memory_error`, and `short_gradient_error` and so on."""
         memory, target = self._memories(model)
         self.record = {"memory": memory.tolist(), "target_memory": target.tolist()}
-        distance = memory_distance(memory, target)
-        return {f"{name}_memory_error": getattr(distance, name) for name in RANGES}
+        gradients = gradient_memory(model, self._inputs.to(model.device, model.dtype))[:, 0, 0]
+        distances = {
+            "memory": memory_distance(memory, target),
+            "gradient": memory_distance(gradients.double().cpu(), self._target_gradients),
+        }
+        return {f"{name}_{kind}_error": getattr(distances[kind], name) for kind in distances for name in RANGES}
 
     def _memories(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         functional, length = self.arguments.functional, self.arguments.length
@@ -88,7 +99,9 @@ class LearnedFunctional(Task):
 
     verb = "follow a functional"
     pipeline_tag = "time-series-forecasting"
-    metrics: ClassVar = {**{f"{name}_memory_error": (f"memory error, {name} lags", 4) for name in RANGES}, **LOSSES}
+    metrics: ClassVar = {
+        f"{name}_{kind}_error": (f"{kind} error, {name} lags", 4) for kind in ("memory", "gradient") for name in RANGES
+    } | LOSSES
     answer_length = 0
     generates = False
 

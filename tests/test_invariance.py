@@ -111,6 +111,16 @@ def test_every_origin_is_read_alike_from_padded_and_packed_rows(name: str, origi
         assert steps.loss == pytest.approx(expected.loss, rel=5e-6), label
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_mixture_is_the_mean_of_the_usual_and_the_weighted_step(name: str, tmp_path: Path) -> None:
+    usual, weighted = (reference(tiny_model(name), examples(name), power=power) for power in (0.0, 4.0))
+    gradients = {key: -0.1 * (0.7 * usual.gradients[key] + 0.3 * weighted.gradients[key]) for key in usual.gradients}
+    for label, layout in (RIGHT_PADDED | ({} if name in SEQ2SEQ else DECODER_ONLY)).items():
+        steps = step(name, layout, 4.0, "sequence", tmp_path, temporal_mixture=0.3)
+        assert steps.loss == pytest.approx(0.7 * usual.loss + 0.3 * weighted.loss, rel=5e-6), label
+        assert distance(steps.update, gradients) < 2e-4, label
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_the_layouts_would_tell_a_difference(name: str) -> None:
     """A loss that forgot p, the normalisation or the origin would be off by more than the tolerances above."""

@@ -105,6 +105,12 @@ def test_schedule_is_spelt_out() -> None:
     assert "| schedule of p | linear, from 0.25 over 50% of the steps |" in temporal_section(run)
 
 
+def test_mixture_is_a_share() -> None:
+    run = dataclasses.replace(RUN, weighting=TemporalWeighting(power=4.0, mixture=0.9))
+    assert "| mixture | 90% of the weighted loss, the rest of the usual one |" in temporal_section(run)
+    assert "mixture" not in temporal_section(RUN)
+
+
 def test_effective_sample_size_is_a_share() -> None:
     run = dataclasses.replace(RUN, effective_sample_size=0.7512)
     assert "| effective sample size | 75.1% of the target tokens |" in temporal_section(run)

@@ -444,6 +444,8 @@ def test_weighting_of_another_type(tmp_path: Path) -> None:
         ({"temporal_power": math.nan}, "temporal_power=nan is out of range"),
         ({"temporal_origin": "end"}, "temporal_origin='end' is not known; accepted: 'target', 'sequence', 'turn'"),
         ({"temporal_normalization": "mean"}, "temporal_normalization='mean' is not known"),
+        ({"temporal_mixture": -0.1}, "temporal_mixture=-0.1 is out of range; accepted: 0 to 1"),
+        ({"temporal_mixture": 0.5, "temporal_normalization": "batch"}, "temporal_mixture=0.5 with normalization"),
         ({"temporal_power_schedule": "step"}, "temporal_power_schedule='step' is not known"),
         ({"temporal_fused_head": "yes"}, "temporal_fused_head='yes' is not known; accepted: 'auto', 'on', 'off'"),
         (

@@ -63,6 +63,24 @@ def test_a_million_tokens_neither_overflow_nor_vanish(power: float, normalizatio
         assert weights.double().sum().item() == pytest.approx(1_000_000, rel=1e-5)
 
 
+@pytest.mark.parametrize("power", [-1.0, 0.5, 4.0, 100.0, math.inf])
+@pytest.mark.parametrize("mixture", [0.0, 0.3, 0.9, 1.0])
+def test_a_mixture_of_usual_and_weighted_loss(power: float, mixture: float) -> None:
+    documents = [[1, 2, 3, 4, 5], [1, 2, 3], [7]]
+    expected = [
+        (1 - mixture) + mixture * weight
+        for times in documents
+        for weight in by_hand(times, power, "sequence", max(times), min(times))
+    ]
+    ids = torch.tensor([[index for index, times in enumerate(documents) for _ in times]])
+    positions = torch.tensor([[t for times in documents for t in times]])
+    off = torch.zeros(1, 2, dtype=torch.long)
+    weights = TemporalWeighting(power, mixture=mixture).weights(
+        torch.cat([off, positions, off], dim=1), document_ids=torch.cat([off, ids, off + 2], dim=1)
+    )
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 0.0, *expected, 0.0, 0.0]]), rtol=1e-6, atol=1e-30)
+
+
 def test_every_document_keeps_its_share() -> None:
     positions = target_positions(torch.tensor([[1, 2, 3, -100], [4, 5, 6, 7]]))
     weights = TemporalWeighting(3.0).weights(positions)
@@ -134,6 +152,14 @@ def test_own_functions_that_go_wrong(returned: object, message: str) -> None:
         ({"normalization": "mean"}, ValueError, "normalization='mean' is not known; accepted: 'sequence'"),
         ({"regression_loss": "huber"}, ValueError, "regression_loss='huber' is not known; accepted: 'squared'"),
         ({"weight_fn": 3}, TypeError, "weight_fn=3 is not callable"),
+        ({"mixture": 1.5}, ValueError, "mixture=1.5 is out of range; accepted: 0 to 1"),
+        ({"mixture": math.nan}, ValueError, "mixture=nan is out of range"),
+        ({"mixture": "half"}, TypeError, "mixture='half' is not a number"),
+        (
+            {"mixture": 0.5, "normalization": "tokens"},
+            ValueError,
+            "mixture=0.5 with normalization='tokens'.*accepted: normalization='sequence', or mixture=1",
+        ),
     ],
 )
 def test_bad_fields(fields: dict[str, object], error: type[Exception], message: str) -> None:

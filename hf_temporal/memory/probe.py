@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,10 +97,32 @@ def constant_input_memory(model: nn.Module, length: int, *, value: float = 1.0) 
     return (outputs[1:] - before).abs().permute(1, 2, 0)
 
 
+def gradient_memory(model: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
+    """E[∂y_T/∂x_{T−s}] over the inputs, for s = 0..T−1: how much the last output hangs on what was s times ago.
+
+    For y_t = Σ_s ρ(s) x_{t−s} that is ρ(s). Unlike a constant input, inputs of the kind that a nonlinear model was
+    trained on tell what it does with those.
+
+    Args:
+        model: one for regression, as for `impulse_memory`, linear or not, or a `Functional`. It is run as it is: put a
+            model that has dropout into eval mode.
+        inputs: `[batch, time, input_size]`, T being `time`.
+
+    Returns:
+        `[time, output_size, input_size]`, in the dtype of the inputs.
+    """
+    with torch.enable_grad():
+        inputs = inputs.detach().requires_grad_()
+        outputs = model(inputs)
+        last = (outputs if isinstance(outputs, Tensor) else outputs.logits)[:, -1].mean(0)
+        gradients = [torch.autograd.grad(each, inputs, retain_graph=True)[0].sum(0) for each in last]
+    return torch.stack(gradients, 1).flip(0)
+
+
 def memory_distance(memory: Tensor, target: Tensor) -> MemoryDistance:
     """|memory − target| by lag, and its root mean square over the short, the middle and the long lags.
 
-    Against `constant_input_memory` the target is |ρ|.
+    Against `constant_input_memory` the target is |ρ|; for a nonlinear functional, what the same probe finds in it.
 
     Args:
         memory: `[length]`, or `[length, 1, 1]` as the functions above return it for one input and one output.

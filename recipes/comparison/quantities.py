@@ -16,11 +16,14 @@ ALPHA = 0.05
 SAME = 1e-9  # differences that spread by less than this share of the values are one and the same
 LOWER_IS_BETTER = ("loss", "error", "perplexity", "empty")
 NEITHER_IS_BETTER = ("gen_len", "grad_norm", "grad_norm_spread")
-RATIOS = ("memory_error", "grad_norm")  # what spans orders of magnitude is compared by ratio
+RATIOS = ("memory_error", "gradient_error", "grad_norm")  # what spans orders of magnitude is compared by ratio
 BESIDE = (
     "short_memory_error",
     "middle_memory_error",
     "long_memory_error",
+    "short_gradient_error",
+    "middle_gradient_error",
+    "long_gradient_error",
     "loss",
     "first_token_loss",
     "head_loss",
@@ -35,6 +38,9 @@ TITLES = {
     "short_memory_error": "memory error, short lags",
     "middle_memory_error": "memory error, middle lags",
     "long_memory_error": "memory error, long lags",
+    "short_gradient_error": "gradient error, short lags",
+    "middle_gradient_error": "gradient error, middle lags",
+    "long_gradient_error": "gradient error, long lags",
     "first_token_loss": "loss, first token",
     "head_loss": "loss, first quarter",
     "tail_loss": "loss, last quarter",

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_temporal.memory.functionals import Functional
 from hf_temporal.memory.models import FAMILIES, LinearRnnConfig, LinearRnnForRegression
-from hf_temporal.memory.probe import constant_input_memory, impulse_memory, memory_distance
+from hf_temporal.memory.probe import constant_input_memory, gradient_memory, impulse_memory, memory_distance
 
 
 def linear_model(**settings: Any) -> LinearRnnForRegression:
@@ -45,6 +46,29 @@ def test_a_linear_rnn_is_exactly_the_convolution_with_its_memory() -> None:
     memory = impulse_memory(model, 40)
     expected = torch.stack([sum(x[:, t - s] @ memory[s].T for s in range(t + 1)) for t in range(40)], 1)  # type: ignore[misc]
     torch.testing.assert_close(model(x).logits, expected)
+
+
+def test_the_gradients_of_a_linear_model_are_its_memory_whatever_the_inputs() -> None:
+    model, x = linear_model(), torch.randn(3, 40, 2, dtype=torch.float64)
+    torch.testing.assert_close(gradient_memory(model, x), by_hand(model, 40))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["tanh_rnn", "attention", None])
+def test_the_gradients_of_what_is_not_linear_are_the_mean_of_finite_differences(family: str | None) -> None:
+    torch.manual_seed(0)
+    x, step = torch.randn(4, 7, 1, dtype=torch.float64), 1e-5
+    model: Any = Functional("polynomial", before=0.5, after=1.0)
+    if family:
+        model = FAMILIES[family].regression(FAMILIES[family].config(hidden_size=8)).double().eval()
+    outputs_of = (lambda each: model(each).logits) if family else model
+    found = gradient_memory(model, x)
+    for lag in range(7):
+        bump = torch.zeros_like(x)
+        bump[:, 6 - lag] = step
+        with torch.no_grad():
+            difference = (outputs_of(x + bump) - outputs_of(x - bump))[:, -1, 0].mean() / (2 * step)
+        torch.testing.assert_close(found[lag, 0, 0], difference, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["tcn", "state_space"])

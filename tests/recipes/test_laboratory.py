@@ -137,10 +137,26 @@ def test_the_shuffled_control_has_the_weights_of_the_power_in_another_order(tmp_
     assert sorted(last[0].tolist()) == [0] * 8 + [8]
 
 
+def test_the_capped_control_cuts_the_largest_weights_off(tmp_path: Path) -> None:
+    labels = torch.tensor([[-100, *range(4)], [-100, 5, -100, -100, -100]])
+    raw = torch.tensor([1.0, 16, 81, 256]) * 4 / 354
+    cut = raw.clamp(max=2)
+    expected = torch.stack([cut * 4 / cut.sum(), torch.tensor([1.0, 0, 0, 0])])
+    torch.testing.assert_close(weights_of("capped", 4.0, labels, tmp_path)[:, 1:], expected)
+
+
+def test_the_last_exempt_control_leaves_the_last_token_its_usual_weight(tmp_path: Path) -> None:
+    labels = torch.tensor([[-100, *range(4)], [-100, 5, -100, -100, -100]])
+    expected = torch.tensor([[3 / 98, 48 / 98, 243 / 98, 1.0], [1.0, 0, 0, 0]])
+    torch.testing.assert_close(weights_of("last_exempt", 4.0, labels, tmp_path)[:, 1:], expected)
+    assert weights_of("last_exempt", float("inf"), labels, tmp_path)[0].tolist() == [0, 0, 0, 0, 4]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("temporal_power", -1.0),
+        ("temporal_mixture", 0.5),
         ("temporal_power_schedule", "linear"),
         ("temporal_origin", "sequence"),
         ("temporal_normalization", "batch"),

@@ -109,8 +109,9 @@ def test_the_error_is_that_of_thirds_of_the_lags() -> None:
     with torch.no_grad():
         model.head.weight.zero_()
     found = MemoryScores(FunctionalArguments(target="shift", length=30)).of(model)
-    expected = {"short_memory_error": 0.0, "middle_memory_error": 0.1**0.5, "long_memory_error": 0.0}
-    assert found == pytest.approx(expected)
+    expected = {"short": 0.0, "middle": 0.1**0.5, "long": 0.0}
+    names = [f"{name}_{kind}_error" for kind in ("memory", "gradient") for name in expected]
+    assert found == pytest.approx(dict(zip(names, [*expected.values()] * 2, strict=True)))
 
 
 @pytest.mark.parametrize(
