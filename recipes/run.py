@@ -116,7 +116,7 @@ class EvaluationLog(TrainerCallback):
     """Evaluates after the last step, and keeps what every evaluation found, so that an interruption loses none.
 
     Beside an evaluation's metrics stand `grad_norm`, the mean over the steps since the last one, as far as they were
-    logged, and `grad_norm_spread`, their standard deviation divided by that mean.
+    logged, and `grad_norm_spread`, where they are several their standard deviation divided by that mean.
     """
 
     def __init__(self, scores: Recorder | None) -> None:
@@ -149,6 +149,8 @@ def gradient_norms(state: TrainerState) -> dict[str, float]:
     if not norms:
         return {}
     mean = fmean(norms)
+    if len(norms) == 1:
+        return {"grad_norm": mean}
     spread = pstdev(norms) / (mean or 1.0) if math.isfinite(mean) else math.nan
     return {"grad_norm": mean, "grad_norm_spread": spread}
 

@@ -178,7 +178,7 @@ def test_gradient_norms_are_those_since_the_evaluation_before() -> None:
     assert gradient_norms(state) == {}
     state.log_history += [{"grad_norm": 9.0, "step": 1}, evaluation(1)]
     state.global_step = 1
-    assert gradient_norms(state) == {"grad_norm": 9.0, "grad_norm_spread": 0.0}
+    assert gradient_norms(state) == {"grad_norm": 9.0}
     state.log_history += [{"grad_norm": 1.0, "step": 2}, {"grad_norm": 3.0, "step": 3}, evaluation(3)]
     state.global_step = 3
     for _ in range(2):  # the second time as with load_best_model_at_end, which evaluates once more
