@@ -119,7 +119,10 @@ class PowerReport:
                 f"{usual.last_token:.0%}. A batch is worth {effect.effective_sample_size:.0%} of its tokens."
             )
             if first < HARDLY_TRAINED:
-                line += " The beginning is hardly trained any more: fine where it is known or does not matter."
+                line += (
+                    " The beginning is hardly trained any more: fine where it is known or does not matter; "
+                    "temporal_mixture=0.9 would keep a tenth of its weight."
+                )
             if effect.last_token >= STOPS_AT_ONCE:
                 line += " If that token ends the text, expect a model that stops too early, or at once."
             lines.append(line)
@@ -145,7 +148,7 @@ def suggest_power(
     Nothing is trained and nothing is written. The time is that of an evaluation of `max_examples` examples.
 
     Args:
-        trainer: in one process; its model, collator and weighting (origin, normalization) are used.
+        trainer: in one process; its model, collator and weighting (origin, normalization, mixture) are used.
         dataset: unset: the trainer's training data.
         powers: p to be told of; 0 is added.
         max_examples: how many examples are looked at, from the first.
