@@ -103,7 +103,7 @@ class TrainingCase:
             "eval_strategy": "steps",
             "eval_steps": STEPS,
             "per_device_eval_batch_size": 4,
-            "trainer_arguments": {"eval_dataset": examples(self.model, 11)},
+            "trainer_arguments": {"eval_dataset": examples(self.model, 15)},
             "temporal_power": self.power,
             "temporal_normalization": self.normalization,
             "temporal_fused_head": "on" if trainer is TemporalWeightTrainer else "auto",
