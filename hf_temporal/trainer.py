@@ -381,12 +381,7 @@ class TemporalWeightMixin(HubMixin):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, plus the weighted loss, that of both ends and the profile by position."""
-        alone = self.accelerator.num_processes == 1
-        profile = PositionProfile(
-            self.weighting,
-            (lambda sums: sums) if alone else self.accelerator.gather_for_metrics,
-            batch_size=self.args.eval_batch_size,
-        )
+        profile = PositionProfile(self.weighting, self._gather_examples, batch_size=self.args.eval_batch_size)
         with self._observing(profile):
             output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -396,6 +391,12 @@ class TemporalWeightMixin(HubMixin):
             path = Path(str(self.args.output_dir)) / PROFILE_NAME
             save_profile(path, split=prefix, step=self.state.global_step, bins=profile.bins())
         return output
+
+    def _gather_examples(self, sums: Tensor) -> Tensor:
+        """The rows of all ranks; of unequal numbers where last batches are not filled up (`even_batches=False`)."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        return self.accelerator.gather_for_metrics(self.accelerator.pad_across_processes(sums))
 
     @contextlib.contextmanager
     def _observing(self, losses: TokenLosses) -> Iterator[None]:
