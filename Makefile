@@ -13,13 +13,16 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-floor quality cards clean
+.PHONY: demo test test-distributed test-floor quality cards clean
 
 demo: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 	$(VENV)/bin/accelerate launch recipes/finetune_causal_lm.py --config recipes/configs/summarization/smollm2_lora_docstrings.yaml $(ARGS)
 
 test: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) $(ARGS)
+
+test-distributed: $(VENV)/.stamp-packages
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m distributed $(ARGS)
 
 test-floor: $(FLOOR)/.stamp-packages $(FLOOR)/.stamp-model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(FLOOR)/bin/python $(PYTEST) $(ARGS)

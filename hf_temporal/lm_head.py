@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .fused_head import weighted_linear_cross_entropy_terms
 
@@ -71,6 +72,10 @@ class FusedHead:
         finally:
             hook.remove()
             self._task = self._loss = self._root = None
+
+    def loss_of(self, outputs: Mapping[str, Any]) -> Tensor:
+        """Σ wℓ of the call, in float32: FSDP2 rounds what a module returns to its `output_dtype`."""
+        return self._loss if self._loss is not None and isinstance(self._root, FSDPModule) else outputs["loss"]
 
     @torch.no_grad()
     def replay(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -189,7 +194,9 @@ def _applied_adapters(layer: Any) -> list[str]:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not module._forward_hooks
+    """Hooks of FSDP2 gather the weights; others there were when the head was compared with the model's logits."""
+    hooked = bool(module._forward_hooks) and not isinstance(module, FSDPModule)
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not hooked
 
 
 def config_number(config: Any, name: str, default: Any) -> Any:

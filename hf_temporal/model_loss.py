@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import logging
@@ -58,12 +59,14 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
 
     Args:
         model: the unwrapped model, a `PeftModel` included.
-        can_run: False where the weights are sharded, so that nine tokens cannot be run: the class of the loss
-            function then tells the shift, and no stand-in for the head is made.
+        can_run: False where the weights are not at hand, so that nine tokens cannot be run: the class of the loss
+            function then tells the shift, and no stand-in for the head is made. Sharded by FSDP2, the model is run by
+            all ranks at once.
     """
     base = base_model(model)
+    sharded = isinstance(model, FSDPModule)
     loss_type = getattr(base, "loss_type", None)
-    named = LOSS_MAPPING.get(str(loss_type), None if can_run else ForCausalLMLoss)
+    named = LOSS_MAPPING.get(str(loss_type), None if can_run and not sharded else ForCausalLMLoss)
     presumed = ModelLoss(
         shifts_labels=isinstance(base, PreTrainedModel) and not _is_encoder_decoder(base) and named is ForCausalLMLoss,
         counts_items=not _is_encoder_decoder(base),
@@ -81,10 +84,12 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     try:
         with undisturbed(model):
-            return _probe(model, presumed, inputs, labels)
+            found = _probe(model, presumed, inputs, labels)
     except Exception as error:  # noqa: BLE001  a model may raise anything on inputs that are not its own
-        logger.info(f"{type(base).__name__} cannot be run on nine tokens: {type(error).__name__}: {error}")
+        log = logger.warning if sharded else logger.info  # a model that cannot be sharded is found out here
+        log(f"{type(base).__name__} cannot be run on nine tokens: {type(error).__name__}: {error}")
         return presumed
+    return _as_presumed(found, presumed) if sharded else found  # data loaders were made before it was sharded
 
 
 def read_on_batch(model: nn.Module, presumed: ModelLoss, batch: Mapping[str, Any]) -> ModelLoss:
@@ -92,7 +97,11 @@ def read_on_batch(model: nn.Module, presumed: ModelLoss, batch: Mapping[str, Any
     inputs = dict(batch)
     labels = inputs.pop("labels")
     with undisturbed(model):
-        found = _probe(model, presumed, inputs, labels)
+        return _as_presumed(_probe(model, presumed, inputs, labels), presumed)
+
+
+def _as_presumed(found: ModelLoss, presumed: ModelLoss) -> ModelLoss:
+    """What was found; unsupported where times were made already, for another shift."""
     if found.shifts_labels != presumed.shifts_labels and not found.unsupported:
         return dataclasses.replace(found, unsupported="a shift of the labels that its class does not tell")
     return found

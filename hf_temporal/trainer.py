@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
@@ -89,7 +90,7 @@ class TemporalWeightMixin(HubMixin):
         _check_liger(given.get("args"))
         self._given_weighting = weighting
         self._model_loss: ModelLoss | None = None
-        self._model_read: nn.Module | None = None
+        self._model_read: tuple[nn.Module, bool] | None = None
         self._problem: str | None = None
         self._eval_timeline: Timeline | None = None
         self._losses: TokenLosses | None = None
@@ -204,15 +205,22 @@ class TemporalWeightMixin(HubMixin):
         return self.accelerator.unwrap_model(self.model) if self.is_fsdp_enabled else self.model
 
     def _read_model_loss(self) -> ModelLoss:
-        root = self._root
-        if self._model_loss is None or self._model_read is not root:
-            self._model_loss, self._model_read = read_model_loss(root, can_run=not self._weights_are_sharded), root
+        key = (self._root, self._can_run)
+        if self._model_loss is None or self._model_read != key:
+            self._model_loss, self._model_read = read_model_loss(self._root, can_run=self._can_run), key
             self._problem = None
         return self._model_loss
 
     @property
-    def _weights_are_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+    def _can_run(self) -> bool:
+        """Whether the model can be tried out on a few tokens, under FSDP2 by all ranks at once.
+
+        Before FSDP2 shards a model, the weights may be on the first rank alone; FSDP1 and DeepSpeed gather theirs in
+        the wrapper's forward only.
+        """
+        if self.is_fsdp_enabled:
+            return isinstance(self._root, FSDPModule)
+        return not self.is_deepspeed_enabled
 
     def _is_stock(self, batch: Mapping[str, Any]) -> bool:
         """Whether the trainer's own loss is used: p = 0 where there is nothing that t^p could weight.
@@ -245,7 +253,7 @@ class TemporalWeightMixin(HubMixin):
         if self._problem is None:
             inputs = self._prepare_inputs({key: value for key, value in batch.items() if key not in OWN_KEYS})
             if labels.is_floating_point():
-                self._problem = "" if self._weights_are_sharded else regression_problem(self._root, inputs)
+                self._problem = regression_problem(self._root, inputs) if self._can_run else ""
             else:
                 self._model_loss = read_on_batch(self._root, loss, inputs)
                 self._problem = self._model_loss.unsupported
@@ -330,7 +338,7 @@ class TemporalWeightMixin(HubMixin):
         if fused_head is not None:
             with fused_head.computing(self._root, labels, weights, label_smoothing=smoothing):
                 outputs = model(**inputs)
-            return outputs["loss"], outputs
+                return fused_head.loss_of(outputs), outputs
         outputs = model(**inputs)
         logits = answer_logits(self._root, logits_of(outputs, labels), labels.shape[1])
         total, _ = weighted_cross_entropy(logits, labels, weights, label_smoothing=smoothing)
@@ -373,12 +381,7 @@ class TemporalWeightMixin(HubMixin):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, plus the weighted loss, that of both ends and the profile by position."""
-        alone = self.accelerator.num_processes == 1
-        profile = PositionProfile(
-            self.weighting,
-            (lambda sums: sums) if alone else self.accelerator.gather_for_metrics,
-            batch_size=self.args.eval_batch_size,
-        )
+        profile = PositionProfile(self.weighting, self._gather_examples, batch_size=self.args.eval_batch_size)
         with self._observing(profile):
             output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -388,6 +391,12 @@ class TemporalWeightMixin(HubMixin):
             path = Path(str(self.args.output_dir)) / PROFILE_NAME
             save_profile(path, split=prefix, step=self.state.global_step, bins=profile.bins())
         return output
+
+    def _gather_examples(self, sums: Tensor) -> Tensor:
+        """The rows of all ranks; of unequal numbers where last batches are not filled up (`even_batches=False`)."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        return self.accelerator.gather_for_metrics(self.accelerator.pad_across_processes(sums))
 
     @contextlib.contextmanager
     def _observing(self, losses: TokenLosses) -> Iterator[None]:

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -441,33 +438,27 @@ def test_a_sharded_head_is_gathered(placement: Shard | Replicate) -> None:
         assert torch.equal(got.full_tensor(), right)
 
 
-def test_a_head_sharded_over_two_ranks_gets_the_mean_of_their_gradients() -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    subprocess.run(run, check=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+def check_a_sharded_head() -> None:
+    """A share of the positions on each rank, the head a FSDP2 module of its own whose forward is never called.
 
-
-def _on_each_of_two_ranks() -> None:
-    """Half of the positions on each rank, the head a FSDP2 module of its own whose forward is never called."""
-    torch.distributed.init_process_group("gloo")
-    assert torch.distributed.get_world_size() == 2
-    rank = torch.distributed.get_rank()
+    `tests/distributed` runs it on the ranks of a process group.
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
     plain = Tiny()
     problem = make_problem(N=12)
     x = torch.randn(12, 5)
-    whole = plain(x, problem.targets, problem.weights)
-    (whole / 2).backward()
+    (plain(x, problem.targets, problem.weights) / ranks).backward()
     sharded = copy.deepcopy(plain)
     sharded.zero_grad()
     fully_shard(sharded.head)
     fully_shard(sharded)
-    half = slice(6 * rank, 6 * rank + 6)
-    sharded(x[half], problem.targets[half], problem.weights[half]).backward()
+    share = slice(12 // ranks * rank, 12 // ranks * (rank + 1))
+    sharded(x[share], problem.targets[share], problem.weights[share]).backward()
     assert isinstance(sharded.head.weight, DTensor)
     for got, right in zip(sharded.parameters(), plain.parameters(), strict=True):
         assert isinstance(got.grad, DTensor)
         torch.testing.assert_close(got.grad.full_tensor(), right.grad)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -509,9 +500,3 @@ def test_terms_that_do_not_fit_the_first_one() -> None:
     for other in [(torch.zeros(7, 2), torch.zeros(5, 2)), (torch.zeros(6, 2), torch.zeros(9, 2))]:
         with pytest.raises(ValueError, match=r"terms hold .*; accepted: \[6, H_i\] and \[5, H_i\]"):
             weighted_linear_cross_entropy_terms([first, other], targets, weights)
-
-
-if __name__ == "__main__":
-    _on_each_of_two_ranks()
-    # The device mesh keeps gloo's threads: one that drops a tensor while the interpreter ends aborts the process.
-    os._exit(0)

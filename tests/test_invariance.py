@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
 from tests.tiny_models import (
@@ -137,54 +133,3 @@ def test_the_layouts_would_tell_a_difference(name: str) -> None:
     ]
     gaps = [abs(a - b) / b for i, a in enumerate(losses) for b in losses[:i]]
     assert min(gaps) > 1e-4
-
-
-DISTRIBUTED = [
-    ("llama", 2.0, "sequence"),
-    ("gpt2", 2.0, "batch"),
-    ("t5", 0.0, "sequence"),
-    ("bart", math.inf, "batch"),
-]
-
-
-def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__, str(tmp_path),
-        ],
-        check=True, timeout=240, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    assert [rank["world_size"] for rank in ranks] == [2, 2]
-    for case in DISTRIBUTED:
-        name, power, normalization = case
-        expected = reference(tiny_model(name), examples(name), power=power, normalization=normalization)
-        one = step(name, Layout(2), power, normalization, tmp_path)
-        for rank in ranks:
-            steps = rank[case]
-            assert steps["loss"] == pytest.approx(expected.loss, rel=5e-6), case
-            assert steps["loss"] == pytest.approx(one.loss, rel=5e-6), case
-            assert steps["grad_norm"] == pytest.approx(one.grad_norm, rel=5e-5), case
-            assert distance(steps["update"], one.update) < 2e-4, case
-        assert distance(ranks[0][case]["update"], ranks[1][case]["update"]) == 0.0, case
-
-
-def _rank(folder: Path) -> None:
-    """What each of the two processes runs: every case, four of the eight examples on either, in two micro-batches."""
-    torch.set_num_threads(1)
-    results: dict[Any, Any] = {}
-    for case in DISTRIBUTED:
-        name, power, normalization = case
-        steps = step(name, Layout(2), power, normalization, folder, gradient_accumulation_steps=2)
-        assert steps.trainer is not None
-        results["world_size"] = steps.trainer.args.world_size
-        results[case] = {"loss": steps.loss, "grad_norm": steps.grad_norm, "update": steps.update}
-    torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
-
-
-if __name__ == "__main__":
-    _rank(Path(sys.argv[1]))
-    PartialState().destroy_process_group()

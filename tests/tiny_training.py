@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tests.tiny_models import IGNORE, PAD, Batch, Example, PadCollator
@@ -77,12 +78,14 @@ def train(
     *,
     batch_size: int = 8,
     collator: Callable[[Sequence[Example]], Batch] | None = None,
+    dataset: Any = None,
     trainer_arguments: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Steps:
     """Train a copy of `model` by plain gradient descent on all rows at once, `batch_size` rows per forward pass.
 
     The optimizer step takes in all rows, by accumulation where `batch_size` is smaller. Nothing is clipped.
+    `dataset` holds the rows in another form.
     """
     model = copy.deepcopy(model)
     before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
@@ -106,16 +109,22 @@ def train(
     trainer = trainer_class(
         model=model,
         args=arguments_class(**{**settings, **arguments}),
-        train_dataset=list(rows),
+        train_dataset=list(rows) if dataset is None else dataset,
         data_collator=collator or PadCollator(),
         callbacks=[_Watch(steps)],
         **(trainer_arguments or {}),
     )
     trainer.train()
-    steps.parameters = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
+    steps.parameters = {key: whole(value) for key, value in model.named_parameters() if value.requires_grad}
     steps.update = {key: steps.parameters[key] - before[key] for key in before}
     steps.trainer = trainer
     return steps
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A copy of a parameter, gathered from all ranks where it is sharded."""
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()
 
 
 def hand_weights(times: Sequence[int], *, power: float, normalization: str, largest: int | None = None) -> list[float]:

@@ -1,0 +1,255 @@
+"""What is trained and evaluated on several processes, each case against one process or the stock trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import DataCollatorWithFlattening, Trainer
+
+from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
+from hf_temporal.profile import load_profiles
+from tests.tiny_models import IGNORE, Example, PackCollator, PadCollator, examples, tiny_model
+from tests.tiny_training import Steps, train
+
+STEPS = 5
+GLOBAL_BATCH = 8
+WEIGHTINGS = [
+    (power, normalization)
+    for power in (0.0, 2.0, math.inf)
+    for normalization in ("sequence", "batch", "tokens")
+    if (power, normalization) != (math.inf, "tokens")
+]
+
+
+class WideCollator(PadCollator):
+    """Pads to 20 columns: where one process puts the batches of all together, they have to be of one width."""
+
+    def _pad(self, rows: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (20 - len(row)) for row in rows])
+
+
+class Stream(IterableDataset[Example]):
+    """Rows without a length."""
+
+    def __init__(self, rows: Sequence[Example]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.rows)
+
+
+class FSDP2OnCPU(TemporalTrainingArguments):
+    """accelerate shards on accelerators only; told that the CPU is one, it runs all of its FSDP2 with gloo."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """Five optimizer steps of eight uneven rows each, the last step of fewer; then an evaluation.
+
+    Args:
+        rows: how many there are. Where they are no multiple of eight, the data loader of several processes fills up
+            the last batches from the first rows on; on one process the same rows are added by hand.
+        filled_to: the multiple that it fills up to, 1 where it does not; None: the number of processes.
+        accumulation: micro-batches of a step.
+        cut: one batch is made for all processes and cut up.
+        stream: the rows come without a length.
+        own_weights: the rows bring `loss_weights`.
+        stock: compared with the stock trainer on the same processes, not with one process.
+        options: of the arguments, on one process, too.
+        engine: of the arguments, on several processes alone.
+    """
+
+    model: str
+    power: float = 2.0
+    normalization: str = "sequence"
+    adapter: str = "plain"
+    rows: int = 37
+    filled_to: int | None = GLOBAL_BATCH
+    accumulation: int = 1
+    cut: bool = False
+    stream: bool = False
+    own_weights: bool = False
+    stock: bool = False
+    collator: Any = field(default_factory=PadCollator)
+    options: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def run(
+        self, processes: int, folder: Path, *, like: int | None = None, trainer: type[Trainer] = TemporalWeightTrainer
+    ) -> Steps:
+        """Train on this process, one of `processes`; a process alone takes the rows that `like` processes take."""
+        rows = self._rows()
+        if processes == 1:
+            rows += rows[: -len(rows) % (self.filled_to or like or 1)]
+        arguments = {
+            "batch_size": GLOBAL_BATCH // self.accumulation // (1 if self.cut else processes),
+            "gradient_accumulation_steps": self.accumulation,
+            "max_steps": STEPS,
+            "max_grad_norm": 1.0,
+            "eval_strategy": "steps",
+            "eval_steps": STEPS,
+            "per_device_eval_batch_size": 4,
+            "trainer_arguments": {"eval_dataset": examples(self.model, 15)},
+            "temporal_power": self.power,
+            "temporal_normalization": self.normalization,
+            "temporal_fused_head": "on" if trainer is TemporalWeightTrainer else "auto",
+            "dataset": Stream(rows) if self.stream else rows,
+            **self.options,
+            **(self.engine if processes > 1 else {}),
+        }
+        arguments_class = FSDP2OnCPU if "fsdp" in arguments else TemporalTrainingArguments
+        model = tiny_model(self.model, self.adapter)
+        return train(trainer, arguments_class, model, rows, folder, collator=self.collator, **arguments)
+
+    def _rows(self) -> list[Example]:
+        """Four in a row have no target: on two processes and on four, some have none of a step's."""
+        rows = examples(self.model, self.rows)
+        for row in rows[12:16]:
+            row["labels"] = [IGNORE] * len(row["labels"])
+        if self.own_weights:
+            rows = [{**row, "loss_weights": [(i + j) % 3 / 2 for j, _ in enumerate(row["labels"])]}
+                    for i, row in enumerate(rows)]  # type: ignore[dict-item]  # fmt: skip
+        return rows
+
+
+@dataclass(frozen=True)
+class EvaluationCase:
+    """Eleven examples, two a batch: on several processes the last batches hold examples that came before."""
+
+    model: str
+    power: float
+    normalization: str
+    collator: Any = field(default_factory=PadCollator)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, processes: int, folder: Path, trainer: type[Trainer] = TemporalWeightTrainer) -> dict[str, float]:
+        """The metrics; the profile is left in `folder`."""
+        args = TemporalTrainingArguments(
+            str(folder),
+            per_device_eval_batch_size=2,
+            temporal_power=self.power,
+            temporal_normalization=self.normalization,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            **(self.engine if processes > 1 else {}),
+        )
+        assert args.world_size == processes
+        rows = examples(self.model, 11)
+        return trainer(tiny_model(self.model), args, eval_dataset=rows, data_collator=self.collator).evaluate()
+
+
+def dispatch(**options: bool) -> dict[str, Any]:
+    """How accelerate's data loaders hand out batches."""
+    return {"accelerator_config": options}
+
+
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
+FROM_FIRST_RANK = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}
+SPLIT, DISPATCH = dispatch(split_batches=True), dispatch(dispatch_batches=True)
+OFF = {"average_tokens_across_devices": False}
+FULL_LOGITS = {"temporal_fused_head": "off"}
+
+QUICK = {
+    "padded": TrainingCase("llama"),
+    "accumulated, weighted over the batch": TrainingCase("gpt2", 2.0, "batch", accumulation=2),
+    "encoder-decoder at p = 0": TrainingCase("t5", 0.0),
+    "LoRA on the head, last token": TrainingCase("llama", math.inf, "batch", adapter="lora_head"),
+    "as stock at p = 0": TrainingCase("llama", 0.0, stock=True, options=OFF),
+    "FSDP2, tied head": TrainingCase("qwen3", engine=FSDP2),
+    "FSDP2, LoRA on the head": TrainingCase("llama", adapter="lora_head", options=FULL_LOGITS, engine=FSDP2),
+}
+TRAINING = {
+    **{
+        f"{model} at p = {power}, {normalization}": TrainingCase(
+            model, power, normalization, accumulation=accumulation
+        )
+        for model, accumulation in [("llama", 2), ("qwen3", 1), ("t5", 1), ("bart", 2)]
+        for power, normalization in WEIGHTINGS
+    },
+    **{f"{model}, full logits": TrainingCase(model, options=FULL_LOGITS) for model in ("llama", "qwen3", "bart")},
+    **{
+        f"{model} with {adapter}": TrainingCase(model, adapter=adapter)
+        for model in ("llama", "t5")
+        for adapter in ("lora", "lora_head", "saved_head")
+    },
+    "last batches not filled up": TrainingCase("llama", rows=39, filled_to=1, engine=dispatch(even_batches=False)),
+    "own weights": TrainingCase("llama", normalization="batch", own_weights=True),
+    "label smoothing": TrainingCase("llama", options={"label_smoothing_factor": 0.1}),
+    "power that grows": TrainingCase("llama", options={"temporal_power_schedule": "linear"}),
+    "weights of the whole sequence": TrainingCase("gpt2", options={"temporal_origin": "sequence"}),
+    "left-padded": TrainingCase("llama", collator=PadCollator("left")),
+    "packed": TrainingCase("llama", collator=PackCollator()),
+    "split": TrainingCase("llama", cut=True, engine=SPLIT),
+    "split and accumulated": TrainingCase("t5", accumulation=2, cut=True, engine=SPLIT, normalization="batch"),
+    "dispatched": TrainingCase("llama", filled_to=None, collator=WideCollator(), engine=DISPATCH),
+    "dispatched with own weights": TrainingCase(
+        "t5", normalization="batch", filled_to=None, own_weights=True, collator=WideCollator(), engine=DISPATCH
+    ),
+    "dispatched and split": TrainingCase(
+        "gpt2", rows=40, cut=True, engine=dispatch(dispatch_batches=True, split_batches=True)
+    ),
+    "stream, dispatched": TrainingCase("llama", filled_to=None, stream=True, collator=WideCollator()),
+    "stream, split": TrainingCase("llama", rows=40, cut=True, stream=True, engine=SPLIT),
+    "as stock, accumulated": TrainingCase("llama", 0.0, accumulation=2, stock=True),
+    "as stock, accumulated, averaged by rank": TrainingCase("llama", 0.0, accumulation=2, stock=True, options=OFF),
+    "as stock, encoder-decoder averaged by rank": TrainingCase("t5", 0.0, stock=True, options=OFF),
+}
+SHARDED = {
+    **{
+        f"FSDP2, {model}, {adapter}, {'full logits' if options else 'fused'}": TrainingCase(
+            model, adapter=adapter, options=options, engine=FSDP2
+        )
+        for model, adapter in [
+            *(("llama", adapter) for adapter in ("plain", "lora", "lora_head", "saved_head")),
+            *(("qwen3", adapter) for adapter in ("plain", "lora")),
+            ("gemma2", "plain"),
+        ]
+        for options in ({}, FULL_LOGITS)
+    },
+    **{
+        f"FSDP2 at p = {power}, {normalization}": TrainingCase(
+            "llama", power, normalization, accumulation=2, engine=FSDP2
+        )
+        for power, normalization in WEIGHTINGS
+    },
+    "FSDP2, weights on the first rank": TrainingCase("llama", engine=FROM_FIRST_RANK),
+}
+EVALUATIONS = {
+    "padded": EvaluationCase("llama", 2.0, "sequence"),
+    "weighted over the batch": EvaluationCase("llama", -1.0, "batch"),
+    "encoder-decoder": EvaluationCase("t5", 2.0, "tokens"),
+    "flattened": EvaluationCase("gpt2", 2.0, "sequence", DataCollatorWithFlattening()),
+}
+MORE_EVALUATIONS = {
+    "last token": EvaluationCase("bart", math.inf, "batch"),
+    "split": EvaluationCase("llama", 2.0, "batch", engine=SPLIT),
+    "dispatched": EvaluationCase("llama", 2.0, "batch", WideCollator(), DISPATCH),
+}
+
+
+HALF_PRECISION = {"bf16": True, **FSDP2}
+ROUNDED = {
+    "fused": TrainingCase("llama", engine=HALF_PRECISION),
+    "full logits": TrainingCase("llama", options=FULL_LOGITS, engine=HALF_PRECISION),
+}
+
+
+def bins(folder: Path) -> list[dict[str, Any]]:
+    """The profile that an evaluation left."""
+    (profile,) = load_profiles(folder / "loss_by_position.json")
+    return list(profile["bins"])
