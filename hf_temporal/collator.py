@@ -77,9 +77,9 @@ class Timeline:
 
         Raises:
             ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), one of another shape
-            than the labels where these are shifted, packed or
-                left-padded rows of an encoder–decoder model, labels out of the vocabulary, `loss_weights` that are
-                negative, not finite or of another shape than the labels; see also `document_ids_of`.
+                than labels that are shifted, packed or left-padded rows of an encoder–decoder model, labels out of the
+                vocabulary, `loss_weights` that are negative, not finite or of another shape than the labels; see also
+                `document_ids_of`.
         """
         batch = dict(batch)
         labels = batch.get("labels")

@@ -227,7 +227,7 @@ def takes_position_ids(base: Any) -> bool:
 
 def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
     """What an encoder-decoder model's own forward makes of `labels` for its decoder where it is given nothing else."""
-    ids = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    ids = base.prepare_decoder_input_ids_from_labels(labels=labels.long())
     inputs = {"decoder_input_ids": ids}
     if isinstance(base, EncoderDecoderModel):
         inputs["decoder_attention_mask"] = (ids != base.config.pad_token_id).to(ids.dtype)
