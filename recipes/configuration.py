@@ -89,8 +89,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if not isinstance(kind, type) or not isinstance(value, kind):
         return False
-    plain = isinstance(value, list) and items and items[0] in (str, int, float)
-    return all(isinstance(item, items[0]) for item in value) if plain else True
+    if isinstance(value, list) and items and items[0] in (str, int, float):
+        return all(isinstance(item, items[0]) for item in value)
+    return True
 
 
 def _is_compound(value: Any) -> bool:

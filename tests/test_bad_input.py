@@ -100,7 +100,8 @@ def documents_of(case: Case) -> list[list[tuple[int, int, int]]]:
     """Each document's target tokens: row, column and t."""
     labels, ids, masks = (rows_of(each, case.labels) for each in (case.labels, case.document_ids, case.attention_mask))
     assert labels is not None
-    documents = []
+    documents: list[list[tuple[int, int, int]]] = []
+    found: list[tuple[int, int, int]]
     for row, line in enumerate(labels):
         padding = 0
         while masks is not None and padding < len(line) and not masks[row][padding]:

@@ -82,7 +82,7 @@ def outcome(content: bytes) -> tuple[dict[str, Any] | None, str]:
 @settings(max_examples=2 * CASES)
 @given(st.dictionaries(st.sampled_from(OWN) | st.sampled_from(STOCK), VALUES, min_size=1, max_size=3))
 def test_settings_are_taken_or_named(chosen: dict[str, Any]) -> None:
-    arguments, said = outcome(yaml.safe_dump(chosen, allow_unicode=True).encode())
+    arguments, said = outcome(yaml.safe_dump(chosen).encode())
     if arguments is None:
         assert any(name in said.lower() for name in chosen), said
         return
@@ -106,7 +106,7 @@ def test_settings_are_taken_or_named(chosen: dict[str, Any]) -> None:
 @settings(max_examples=CASES)
 @given(st.dictionaries(st.text(max_size=12) | st.integers() | st.none() | st.dates(), SINGLE, min_size=1, max_size=2))
 def test_unknown_keys_are_named(chosen: dict[Any, Any]) -> None:
-    arguments, said = outcome(yaml.safe_dump(chosen, allow_unicode=True).encode())
+    arguments, said = outcome(yaml.safe_dump(chosen).encode())
     assert arguments is None
     assert any(f"{key!r} is no argument of this recipe; the nearest is" in said for key in chosen)
 
