@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-distributed test-floor quality cards clean
+.PHONY: demo test test-distributed test-bad-input test-floor quality cards clean
 
 demo: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 	$(VENV)/bin/accelerate launch recipes/finetune_causal_lm.py --config recipes/configs/summarization/smollm2_lora_docstrings.yaml $(ARGS)
@@ -26,6 +26,11 @@ test-distributed: $(VENV)/.stamp-packages
 
 test-floor: $(FLOOR)/.stamp-packages $(FLOOR)/.stamp-model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(FLOOR)/bin/python $(PYTEST) $(ARGS)
+
+# The same properties on many cases, drawn anew each time.
+test-bad-input: $(VENV)/.stamp-packages $(VENV)/.stamp-model
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) --hypothesis-profile many --timeout 7200 \
+		tests/test_bad_input.py tests/recipes/test_bad_files.py $(ARGS)
 
 quality: $(VENV)/.stamp-packages
 	$(VENV)/bin/ruff check .

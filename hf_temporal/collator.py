@@ -17,7 +17,15 @@ from transformers import (
 )
 
 from .losses import check_vocabulary
-from .timeline import IGNORE_INDEX, document_ids_of, document_starts, is_target, target_positions, time_shape
+from .timeline import (
+    IGNORE_INDEX,
+    check_shape,
+    document_ids_of,
+    document_starts,
+    is_target,
+    target_positions,
+    time_shape,
+)
 from .weighting import TemporalWeighting, check_weights, wide_dtype
 
 POSITIONS = "temporal_positions"
@@ -68,9 +76,10 @@ class Timeline:
             pads_left: whether the collator pads rows on the left; else this is looked for.
 
         Raises:
-            ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), packed or
-                left-padded rows of an encoder–decoder model, labels out of the vocabulary, `loss_weights` that are
-                negative, not finite or of another shape than the labels; see also `document_ids_of`.
+            ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), one of another shape
+                than labels that are shifted, packed or left-padded rows of an encoder–decoder model, labels out of the
+                vocabulary, `loss_weights` that are negative, not finite or of another shape than the labels; see also
+                `document_ids_of`.
         """
         batch = dict(batch)
         labels = batch.get("labels")
@@ -80,6 +89,8 @@ class Timeline:
         if self.vocabulary is not None and not labels.is_floating_point():
             check_vocabulary(labels, self.vocabulary)
         mask = batch.get("attention_mask")
+        if self.shifts_labels and isinstance(mask, Tensor) and mask.dim() == 2:
+            check_shape("attention_mask", mask, time_shape(labels))
         mask = mask if isinstance(mask, Tensor) and mask.shape == time_shape(labels) else None
         if self.encoder_decoder:
             self._check_seq2seq(batch, labels)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from .losses import check_vocabulary
-from .timeline import IGNORE_INDEX
+from .timeline import IGNORE_INDEX, SIGNED_INTEGERS
+from .weighting import check_weights
 
 VOCABULARY_BLOCK = 8192
 
@@ -53,8 +54,9 @@ def weighted_linear_cross_entropy(
         The weighted sum (not divided by anything), 0-dim, float32; it can be differentiated once.
 
     Raises:
-        ValueError: an argument of the wrong shape or out of its range; a label outside the vocabulary (looked for on
-            CPU only, elsewhere it would wait for the device).
+        ValueError: an argument of the wrong shape or type or out of its range; a label outside the
+            vocabulary, or a weight of a target that is negative or not finite (looked for on the CPU only, elsewhere
+            it would wait for the device).
         RuntimeError: a second backward pass through the same result, or one with `create_graph=True`.
     """
     return weighted_linear_cross_entropy_terms(
@@ -291,20 +293,20 @@ def _check_options(softcap: float | None, label_smoothing: float, chunk_size: in
 def _check_tensors(flat: Sequence[Tensor], targets: Tensor, weights: Tensor, bias: Tensor | None) -> None:
     hidden, head_weight = flat[:2]
     for x, weight in zip(flat[0::2], flat[1::2], strict=True):
-        if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or not len(weight):
             raise ValueError(
                 f"hidden has shape {tuple(x.shape)} and head_weight {tuple(weight.shape)}; accepted: [N, H] "
-                "and [V, H]."
+                "and [V, H], V > 0."
             )
         if len(x) != len(hidden) or len(weight) != len(head_weight):
             raise ValueError(
                 f"terms hold x of shape {tuple(x.shape)} and W of shape {tuple(weight.shape)}; accepted: "
                 f"[{len(hidden)}, H_i] and [{len(head_weight)}, H_i], as in the first term."
             )
-    if targets.shape != hidden.shape[:1] or targets.dtype.is_floating_point:
+    if targets.shape != hidden.shape[:1] or targets.dtype not in SIGNED_INTEGERS:
         raise ValueError(
-            f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; accepted: integers of shape "
-            f"({len(hidden)},), one per row of hidden."
+            f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; accepted: integers with a sign, of "
+            f"shape ({len(hidden)},), one per row of hidden."
         )
     if weights.shape != hidden.shape[:1]:
         raise ValueError(
@@ -315,3 +317,5 @@ def _check_tensors(flat: Sequence[Tensor], targets: Tensor, weights: Tensor, bia
             f"bias has shape {tuple(bias.shape)}; accepted: ({len(head_weight)},), one per row of head_weight."
         )
     check_vocabulary(targets, len(head_weight))
+    if weights.device.type == "cpu":
+        check_weights("weights", weights[targets.to(weights.device) != IGNORE_INDEX])

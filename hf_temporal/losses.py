@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .timeline import IGNORE_INDEX, is_target
-from .weighting import REGRESSION_LOSSES
+from .timeline import IGNORE_INDEX, check_integers, is_target
+from .weighting import REGRESSION_LOSSES, check_weights
 
 
 def weighted_cross_entropy(
@@ -27,8 +27,8 @@ def weighted_cross_entropy(
         Two 0-dim tensors; the first carries the gradient. Both are 0 where there is no target.
 
     Raises:
-        ValueError: shapes that do not fit, a label out of the vocabulary (looked for on the CPU), `label_smoothing`
-            out of [0, 1).
+        ValueError, TypeError: shapes that do not fit, labels that are no integers, `label_smoothing` out of [0, 1);
+            on the CPU also a label out of the vocabulary, a weight of a target that is negative or not finite.
     """
     losses = token_cross_entropy(logits, labels, label_smoothing=label_smoothing)
     return _weighted_sum(losses, weights, labels)
@@ -36,7 +36,8 @@ def weighted_cross_entropy(
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy ℓ of each token, 0 where there is no target; arguments of `weighted_cross_entropy`."""
-    if logits.shape[:-1] != labels.shape:
+    check_integers("labels", labels)
+    if logits.shape[:-1] != labels.shape or not logits.shape[-1]:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}; accepted: labels of shape "
             f"{tuple(logits.shape[:-1])}, one per position of the logits."
@@ -48,7 +49,7 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: floa
         logits = logits.float()
     losses = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]),
-        labels.reshape(-1).to(logits.device),
+        labels.reshape(-1).to(logits.device, torch.long),
         ignore_index=IGNORE_INDEX,
         reduction="none",
         label_smoothing=label_smoothing,
@@ -80,7 +81,8 @@ def weighted_regression_loss(
         kind: `"squared"` or `"absolute"`. The weight multiplies the error after the square.
 
     Raises:
-        ValueError: shapes that do not fit, unknown `kind`.
+        ValueError: shapes that do not fit, unknown `kind`; on the CPU also a target that is infinite, a weight of a
+            target that is negative or not finite.
     """
     return _weighted_sum(token_regression_loss(predictions, targets, kind=kind), weights, targets)
 
@@ -99,6 +101,8 @@ def token_regression_loss(predictions: Tensor, targets: Tensor, *, kind: str = "
     if predictions.dtype != torch.float64:
         predictions = predictions.float()
     targets = targets.to(predictions)
+    if targets.device.type == "cpu" and targets.isinf().any():
+        raise ValueError("labels hold inf; accepted: finite numbers, and NaN where there is no target.")
     error = predictions - targets.where(~targets.isnan(), 0.0)
     error = error.square() if kind == "squared" else error.abs()
     return (error.flatten(2).mean(-1) if error.dim() > 2 else error) * is_target(targets)
@@ -107,5 +111,7 @@ def token_regression_loss(predictions: Tensor, targets: Tensor, *, kind: str = "
 def _weighted_sum(losses: Tensor, weights: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if weights.shape != losses.shape:
         raise ValueError(f"weights have shape {tuple(weights.shape)}; accepted: {tuple(losses.shape)}, one per label.")
-    weights = weights.to(losses) * is_target(labels).to(losses.device)
+    weights = weights.to(losses).where(is_target(labels).to(losses.device), 0.0)
+    if weights.device.type == "cpu":  # elsewhere it would wait for the device
+        check_weights("weights", weights)
     return (weights * losses).sum(), weights.sum()

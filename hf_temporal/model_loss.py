@@ -37,6 +37,7 @@ class ModelLoss:
         fused_head: the head's stand-in, or why there is none that is exact for this model.
         unsupported: why the model's own loss is not the cross-entropy of its logits; empty where it is.
         vocabulary: the number of logits, None where it is not known.
+        needs_labels: whether the model's forward cannot do without labels, or returns other logits then.
         is_read: False where this is only presumed, from the model's class.
     """
 
@@ -46,6 +47,7 @@ class ModelLoss:
     fused_head: FusedHead | str
     unsupported: str = ""
     vocabulary: int | None = None
+    needs_labels: bool = False
     is_read: bool = True
 
 
@@ -134,7 +136,11 @@ def _probe(model: nn.Module, presumed: ModelLoss, inputs: dict[str, Any], labels
     if logits is None or own is None or logits.dim() != 3:
         what = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
         return dataclasses.replace(presumed, unsupported=f"{what} for labels of shape {tuple(labels.shape)}")
-    answers = answer_logits(model, logits, labels.shape[1])
+    try:
+        answers = answer_logits(model, logits, labels.shape[1])
+    except ValueError:  # as in speech recognition, whose labels are fewer than the frames
+        what = f"logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}"
+        return dataclasses.replace(presumed, unsupported=what)
     extra = presumed.auxiliary_coefficient * auxiliary if isinstance(auxiliary, Tensor) else 0.0
     tolerance = 16 * torch.finfo(own.dtype).eps
 
@@ -159,8 +165,26 @@ def _probe(model: nn.Module, presumed: ModelLoss, inputs: dict[str, Any], labels
         counts_items=counts_items,
         fused_head=_exact_stand_in(model, base, inputs, labels, logits),
         vocabulary=logits.shape[-1],
+        needs_labels=not _can_do_without_labels(model, base, inputs, labels, logits),
         is_read=True,
     )
+
+
+def _can_do_without_labels(
+    model: nn.Module, base: Any, inputs: dict[str, Any], labels: Tensor, logits: Tensor
+) -> bool:
+    try:
+        outputs = model(**_with_decoder_inputs(base, inputs, labels))
+    except Exception:  # noqa: BLE001  whatever a forward raises that was written for training alone
+        return False
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    return found is not None and found.shape == logits.shape and torch.allclose(found, logits, rtol=1e-3, atol=1e-5)
+
+
+def _with_decoder_inputs(base: Any, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    if _is_encoder_decoder(base) and "decoder_input_ids" not in inputs:
+        return {**inputs, **decoder_inputs(base, labels)}
+    return inputs
 
 
 def _takes_items(base: Any) -> bool:
@@ -184,10 +208,8 @@ def _exact_stand_in(
     if head is None or "forward" in head.__dict__:
         return "it has none, or one whose forward is replaced already"
     fused = FusedHead(head, base)
-    if _is_encoder_decoder(base) and "decoder_input_ids" not in inputs:
-        inputs = {**inputs, **decoder_inputs(base, labels)}
     try:
-        replayed = fused.replay(model, inputs)
+        replayed = fused.replay(model, _with_decoder_inputs(base, inputs, labels))
     except (TypeError, RuntimeError, ValueError) as error:
         return str(error)
     tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
@@ -214,7 +236,7 @@ def takes_position_ids(base: Any) -> bool:
 
 def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
     """What an encoder-decoder model's own forward makes of `labels` for its decoder where it is given nothing else."""
-    ids = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    ids = base.prepare_decoder_input_ids_from_labels(labels=labels.long())
     inputs = {"decoder_input_ids": ids}
     if isinstance(base, EncoderDecoderModel):
         inputs["decoder_attention_mask"] = (ids != base.config.pad_token_id).to(ids.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+SIGNED_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 ORIGINS = ("target", "sequence", "turn")
 
 
@@ -49,17 +50,25 @@ def target_positions(
         document_ids: `[batch, time]` integers; a new document starts wherever the id changes. Without it each
             row is one document.
         attention_mask: `[batch, time]`, 0 on padding; only its leading zeros matter, and only to
-            `origin="sequence"`.
+            `origin="sequence"`, where a target in the left padding has no t.
 
     Raises:
-        ValueError: unknown `origin`, or a shape other than that of the labels.
+        ValueError, TypeError: unknown `origin`; labels of another shape or type than above; a shape other than theirs.
     """
     if origin not in ORIGINS:
         raise ValueError(f"origin={origin!r} is not known; accepted: {', '.join(map(repr, ORIGINS))}.")
+    if not (isinstance(labels, Tensor) and labels.is_floating_point()):
+        check_integers("labels", labels)
+    if labels.dim() == 0 or (labels.dim() > 2 and not labels.is_floating_point()):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; accepted: [batch, time] or [time], and floats with more behind."
+        )
     target = is_target(labels)
     for name, tensor in (("document_ids", document_ids), ("attention_mask", attention_mask)):
-        if tensor is not None and tensor.shape != target.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: that of the labels, {target.shape}.")
+        if tensor is not None:
+            check_shape(name, tensor, target.shape)
+    if document_ids is not None:
+        check_integers("document_ids", document_ids)
     if target.numel() == 0:
         return torch.zeros_like(target, dtype=torch.long)
     starts = document_starts(target, document_ids)
@@ -68,12 +77,31 @@ def target_positions(
         before = torch.where(starts, column - 1, 0).cummax(-1).values
         if attention_mask is not None:
             before = before.maximum((attention_mask != 0).int().cumsum(-1).eq(0).sum(-1, keepdim=True))
-        return (column - before) * target
+        return (column - before).clamp(min=0) * target
     if origin == "turn":
         starts = starts | (target & ~target.roll(1, -1))
     count = target.long().cumsum(-1)
     before = torch.where(starts, count - target.long(), 0).cummax(-1).values
     return (count - before) * target
+
+
+def check_integers(name: str, values: Any) -> None:
+    """Raise a `TypeError` where an argument is no tensor, a `ValueError` where it is none of signed integers.
+
+    Unsigned ones cannot hold −100, and PyTorch takes 156 for it.
+    """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} of type {type(values).__name__}; accepted: a tensor of integers.")
+    if values.dtype not in SIGNED_INTEGERS:
+        raise ValueError(f"{name} of dtype {values.dtype}; accepted: signed integers.")
+
+
+def check_shape(name: str, values: Any, shape: torch.Size) -> None:
+    """Raise a `TypeError` where an argument is no tensor, a `ValueError` where its shape is not that of the labels."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} of type {type(values).__name__}; accepted: a tensor of shape {tuple(shape)}.")
+    if values.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; accepted: {tuple(shape)}, that of the labels.")
 
 
 def document_starts(target: Tensor, document_ids: Tensor | None) -> Tensor:
@@ -100,8 +128,9 @@ def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
         batch: what a data collator returns; `labels` or `input_ids` give the shape `[batch, time]`.
 
     Raises:
-        ValueError: a 4-D `attention_mask` without any of the four keys, since it may hide documents; or a key of
-            a shape that does not fit.
+        ValueError, TypeError: a 4-D `attention_mask` without any of the four keys, since it may hide documents; a key
+            that holds no integers or has a shape that does not fit; `cu_seq_lens_q` that do not rise from 0 to at most
+            the number of tokens.
     """
     reference = batch["labels"] if batch.get("labels") is not None else batch.get("input_ids")
     if reference is None or reference.dim() < 2:
@@ -111,8 +140,8 @@ def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
         if batch.get(key) is not None:
             return _run_index(_as_rows(key, batch[key], reference))
     if batch.get("cu_seq_lens_q") is not None:
-        ends = batch["cu_seq_lens_q"].flatten()[1:].long()
-        columns = torch.arange(reference.shape[0] * reference.shape[1], device=ends.device)
+        columns = torch.arange(reference.shape[0] * reference.shape[1], device=reference.device)
+        ends = _document_ends(batch["cu_seq_lens_q"], len(columns)).to(reference.device)
         return _run_index(torch.searchsorted(ends, columns, right=True).view(reference.shape[:2]))
     if batch.get("position_ids") is not None:
         return _documents_of_positions(_as_rows("position_ids", batch["position_ids"], reference), mask)
@@ -124,7 +153,21 @@ def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
+def _document_ends(bounds: Tensor, tokens: int) -> Tensor:
+    check_integers("cu_seq_lens_q", bounds)
+    bounds = bounds.flatten().long()
+    if bounds.device.type == "cpu":  # elsewhere it would wait for the device
+        found = bounds.tolist()
+        if not found or found[0] != 0 or found[-1] > tokens or found != sorted(found):
+            raise ValueError(
+                f"cu_seq_lens_q={found} for {tokens} tokens; accepted: 0 and then the end of each document, rising to "
+                "at most the number of tokens."
+            )
+    return bounds[1:]
+
+
 def _as_rows(key: str, ids: Tensor, reference: Tensor) -> Tensor:
+    check_integers(key, ids)
     rows = ids[0] if ids.dim() == 3 else ids
     if rows.dim() != 2 or rows.shape[0] not in (1, reference.shape[0]) or rows.shape[1] != reference.shape[1]:
         raise ValueError(

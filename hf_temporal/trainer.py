@@ -329,12 +329,12 @@ class TemporalWeightMixin(HubMixin):
             total, _ = weighted_regression_loss(logits_of(outputs, labels), labels, weights, kind=kind)
             return total, outputs
         own = self._read_model_loss()
-        inputs |= self._decoder_inputs(inputs, labels)
+        inputs |= {"labels": labels} if own.needs_labels else self._decoder_inputs(inputs, labels)
         labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
         if own.shifts_labels:
             labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
         smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
-        fused_head = None if needs_outputs else self._fused_head()
+        fused_head = None if needs_outputs or own.needs_labels else self._fused_head()
         if fused_head is not None:
             with fused_head.computing(self._root, labels, weights, label_smoothing=smoothing):
                 outputs = model(**inputs)

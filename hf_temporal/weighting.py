@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timeline import ORIGINS, document_starts
+from .timeline import ORIGINS, check_integers, check_shape, document_starts
 
 WEIGHTING_NAME = "temporal_weighting.json"
 NORMALIZATIONS = ("sequence", "batch", "tokens")
@@ -62,6 +63,8 @@ class TemporalWeighting:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}={value!r} is not a number; accepted: {accepted}.")
+        if isinstance(self.power, int) and abs(self.power) > sys.float_info.max:
+            raise ValueError("power is an integer that is no float any more; accepted: any float but NaN and -inf.")
         if math.isnan(self.power) or self.power == -math.inf:
             raise ValueError(f"power={self.power!r} is out of range; accepted: any float but NaN and -inf.")
         if not 0 <= self.mixture <= 1:
@@ -101,9 +104,13 @@ class TemporalWeighting:
             reference_time: t* under `"batch"`, broadcastable, where calls have to agree; see `reference_time_of`.
 
         Raises:
-            ValueError: `"tokens"` where t^p is not a normal float32; weights of `weight_fn` that are negative, not
-                finite or of another shape.
+            ValueError, TypeError: positions or `document_ids` of another shape or type; `"tokens"` where t^p is not a
+                normal float32; weights of `weight_fn` that are negative, not finite or of another shape.
         """
+        check_integers("positions", positions)
+        if document_ids is not None:
+            check_shape("document_ids", document_ids, positions.shape)
+            check_integers("document_ids", document_ids)
         if positions.numel() == 0:
             return torch.zeros_like(positions, dtype=torch.float32)
         target = positions > 0

@@ -6,8 +6,10 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -20,7 +22,8 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
     Values of the file are read as if they were given as flags. `use_cpu` is true where there is nothing else: without
     it, the processes of `accelerate launch` on a CPU would each train alone.
 
-    Raises ValueError for a key of the file or a flag that no dataclass has, naming the nearest one.
+    Raises ValueError for a key of the file or a flag that no dataclass has, naming the nearest one; for null, a list
+    or a mapping where the argument takes none; and for a file that cannot be read.
     """
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--config", type=Path)
@@ -31,6 +34,7 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
     parser.add_argument("--config", type=Path, help="YAML file of the arguments below; flags override it.")
     names = [each.name for kind in kinds for each in fields(kind) if each.init]
     settings = read_yaml(config.config, names) if config.config else {}
+    _check_compounds(settings, kinds)
     if "use_cpu" in names:
         parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     # the command line cannot say these, so they become the defaults that it overrides
@@ -47,7 +51,10 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
 
 def read_yaml(path: Path, names: Iterable[str]) -> dict[str, Any]:
     """The settings in a YAML file; every key has to be one of `names`."""
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the kinds that a YAML loader raises on a broken file have nothing in common
+        raise ValueError(f"{path}: {error}; accepted: a file of lines of the form `name: value`, in UTF-8") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}; accepted: lines of the form `name: value`")
     known = list(names)
@@ -57,8 +64,39 @@ def read_yaml(path: Path, names: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+def _check_compounds(settings: dict[str, Any], kinds: Sequence[Any]) -> None:
+    """Raise ValueError where a value that is no single one is not what its dataclass says: no flag is read for it."""
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for each in fields(kind):
+            value = settings.get(each.name)
+            if each.name not in settings or not _is_compound(value):
+                continue
+            accepted = _alternatives(hints[each.name])
+            fits = (value is None and each.default is None) or any(_fits(value, one) for one in accepted)
+            if not fits:
+                names = ", ".join(str(one) if get_args(one) else one.__name__ for one in accepted)
+                raise ValueError(f"{each.name}={value!r}; accepted: {names}")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, items = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if not isinstance(kind, type) or not isinstance(value, kind):
+        return False
+    if isinstance(value, list) and items and items[0] in (str, int, float):
+        return all(isinstance(item, items[0]) for item in value)
+    return True
+
+
 def _is_compound(value: Any) -> bool:
-    return value is None or isinstance(value, (list, dict))
+    """Whether it is none of what YAML writes as a single value; a set and bytes are no values of any argument."""
+    return not isinstance(value, (str, int, float, date))
 
 
 def _as_flag(value: Any) -> str:

@@ -13,4 +13,5 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("hf_temporal", deadline=None, derandomize=True)
-settings.load_profile("hf_temporal")
+settings.register_profile("many", deadline=None, derandomize=False, max_examples=2000)
+settings.load_profile("hf_temporal")  # --hypothesis-profile overrides it

@@ -145,9 +145,12 @@ def test_a_four_dimensional_mask_needs_documents() -> None:
     mask = torch.zeros(1, 1, 6, 6)
     with pytest.raises(ValueError, match="4-D mask"):
         document_ids_of({"labels": LABELS, "attention_mask": mask})
-    assert document_ids_of({"labels": LABELS, "attention_mask": mask, "seq_idx": torch.zeros(1, 6)}) is not None
+    assert (
+        document_ids_of({"labels": LABELS, "attention_mask": mask, "seq_idx": torch.zeros(1, 6, dtype=torch.int32)})
+        is not None
+    )
 
 
 def test_ids_of_another_length() -> None:
     with pytest.raises(ValueError, match=r"seq_idx has shape \(1, 4\); accepted: \(1, 6\)"):
-        document_ids_of({"labels": LABELS, "seq_idx": torch.zeros(1, 4)})
+        document_ids_of({"labels": LABELS, "seq_idx": torch.zeros(1, 4, dtype=torch.int32)})

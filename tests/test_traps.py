@@ -126,6 +126,44 @@ def test_a_model_that_cannot_be_run_on_tokens_is_read_on_its_first_batch(tmp_pat
     assert loss == pytest.approx(float((each * weights * 6 / weights.sum()).mean()), rel=1e-5)
 
 
+class NeedsLabels(Tagger):
+    """Takes its labels as they come, since it is never run without."""
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return super().forward(tokens, labels)
+
+
+def test_a_model_that_cannot_be_run_without_labels(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [{key: torch.randint(97, (6,), generator=generator) for key in ("tokens", "labels")} for _ in range(4)]
+    losses = []
+    for model in (Tagger(), NeedsLabels()):
+        args = TemporalTrainingArguments(str(tmp_path), temporal_power=2.0, **SETTINGS)
+        losses.append(first_loss(TemporalWeightTrainer(model, args, train_dataset=rows)))
+    assert losses[0] == losses[1]
+
+
+class Recognizer(Tagger):
+    """More frames than labels, as in speech recognition."""
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = super().forward(tokens)["logits"]
+        return {"logits": logits} if labels is None else {"loss": logits.square().mean(), "logits": logits}
+
+
+def test_more_frames_than_labels(tmp_path: Path) -> None:
+    rows = [{"tokens": torch.arange(6) + i, "labels": torch.arange(3)} for i in range(4)]
+    losses = []
+    for kind in (Trainer, TemporalWeightTrainer):
+        args = TemporalTrainingArguments(str(tmp_path), temporal_power=0.0, **SETTINGS)
+        losses.append(first_loss(kind(Recognizer(), args, train_dataset=rows)))
+    assert losses[0] == losses[1]
+    args = TemporalTrainingArguments(str(tmp_path), temporal_power=1.0, **SETTINGS)
+    what = r"Recognizer with logits of shape \(4, 6, 97\) for labels of shape \(4, 3\): there is no loss per time"
+    with pytest.raises(ValueError, match=what):
+        TemporalWeightTrainer(Recognizer(), args, train_dataset=rows).train()
+
+
 def test_position_ids_that_count_from_elsewhere_are_left_to_the_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings = TINY_BERT | {"hidden_size": 16, "max_position_embeddings": 64, "num_labels": 5, "pad_token_id": 1}

@@ -200,10 +200,11 @@ def reference(
             weighted = weighted + weight * ((1 - label_smoothing) * loss - label_smoothing * scores.mean())
         weight_sum += sum(weights)
         tokens += len(positions)
-    loss = weighted / (tokens if normalization == "tokens" else weight_sum)
+    loss = weighted / ((tokens if normalization == "tokens" else weight_sum) or 1)
     if auxiliary is not None:
         loss = loss + auxiliary(model)
-    loss.backward()
+    if loss.requires_grad:  # there is a target
+        loss.backward()
     gradients = {
         key: parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         for key, parameter in model.named_parameters()

@@ -118,6 +118,13 @@ def check_column(argument: str, column: str, examples: Dataset, split: str) -> N
         raise ValueError(f"{argument}={column!r} is no column of the {split} data; accepted: {accepted}")
 
 
+def check_texts(argument: str, column: str, examples: Dataset, split: str) -> None:
+    """Raise ValueError where a column holds anything but texts."""
+    kind = getattr(examples.features[column], "dtype", examples.features[column])
+    if kind not in ("string", "large_string", "null"):
+        raise ValueError(f"{argument}={column!r} of the {split} data holds {kind}; accepted: a column of texts")
+
+
 def named_columns(examples: Dataset, split: str, columns: Mapping[str, str], limit: int | None) -> Dataset:
     """The first `limit` examples that have something in every one of `columns`, under the names that these map to.
 

@@ -15,6 +15,7 @@ from .data import (
     DataArguments,
     TaskData,
     check_column,
+    check_texts,
     load_splits,
     named_columns,
     sha256_of,
@@ -44,14 +45,17 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
 
     The text is in `text_column`, or else in "text"; the embedded data's are the docstrings' bodies.
 
-    Raises ValueError where there is none of these, or not in every split.
+    Raises ValueError where there is none of these, or not in every split, or no texts in it.
     """
     splits, name, provenance = load_splits(data_args)
     columns = _columns(next(iter(splits.values())), text_column or ("body" if name == EMBEDDED_DATA else None))
     chosen = {}
     for split, examples in splits.items():
         for column in columns:
-            check_column("text_column" if column == text_column else "column", column, examples, split)
+            argument = "text_column" if column == text_column else "column"
+            check_column(argument, column, examples, split)
+            if column != "messages" or column == text_column:
+                check_texts(argument, column, examples, split)
         chosen[split] = named_columns(examples, split, columns, data_args.limits[split])
     return TaskData(chosen, name, sha256_of(chosen), provenance)
 
@@ -77,7 +81,8 @@ def encode_for_causal_lm(
     Of a text every token is a target, the end token behind it too; of prompt and completion the completion and its
     end token; of messages what the assistant says, up to the end token of each turn.
 
-    Raises ValueError for a chat template from which the assistant's tokens cannot be told.
+    Raises ValueError for a chat template from which the assistant's tokens cannot be told, and for messages of which
+    it makes nothing.
     """
     size = arguments.block_size
     if "messages" in batch:
@@ -111,9 +116,17 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) ->
     """Each turn is tokenized apart, as it is when the model has to answer what came before."""
     if tokenizer.chat_template is None:
         raise ValueError("the data hold messages, and the tokenizer has no chat template; accepted: one that has it")
+    if not (isinstance(messages, list) and all(isinstance(each, Mapping) and "role" in each for each in messages)):
+        raise ValueError(f"messages hold {messages!r}; accepted: a list of mappings with role and content")
 
     def rendered(turns: int, *, answer: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=answer))
+        try:
+            return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=answer))
+        except Exception as error:  # a template may raise anything
+            raise ValueError(
+                f"messages hold {messages[:turns]!r}, of which the tokenizer's chat template makes nothing ({error}); "
+                "accepted: a list of mappings with role and content"
+            ) from error
 
     tokens: list[int] = []
     labels: list[int] = []

@@ -25,6 +25,7 @@ from .data import (
     DataArguments,
     TaskData,
     check_column,
+    check_texts,
     load_splits,
     named_columns,
     sha256_of,
@@ -82,9 +83,7 @@ def _columns(examples: Dataset, split: str, arguments: SummarizationArguments, e
     wanted = {"text": arguments.text_column or first, "summary": arguments.summary_column or second}
     for name, column in wanted.items():
         check_column(f"{name}_column", column, examples, split)
-        kind = getattr(examples.features[column], "dtype", examples.features[column])
-        if kind not in ("string", "large_string", "null"):
-            raise ValueError(f"{name}_column={column!r} of the {split} data holds {kind}; accepted: a column of texts")
+        check_texts(f"{name}_column", column, examples, split)
     if wanted["text"] == wanted["summary"]:
         raise ValueError(f"text_column and summary_column are both {wanted['text']!r}; accepted: two columns")
     return {column: name for name, column in wanted.items()}
