@@ -14,6 +14,7 @@ import pytest
 from transformers import TrainingArguments
 
 from recipes.checkpoints import check_checkpoint
+from recipes.comparison.cells import Cell
 from recipes.continuation import continue_run
 from recipes.report import load_evaluations
 from recipes.train_functional import main
@@ -102,13 +103,15 @@ def test_data_worker_killed(undisturbed: Run, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_a_number(undisturbed: Run, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "p1_seed0")
     assert run.end(fault=NotANumber(5)) == 1
     assert "FloatingPointError: input.weight is not finite after step 3: a loss or its gradient was not" in run.log
     assert sorted(each.name for each in run.folder.glob("checkpoint-*")) == ["checkpoint-2"]
     assert run.evaluated == [0, 2, 6]
     assert all(math.isnan(value) for value in load_evaluations(run.folder)[-1]["metrics"].values())
-    assert (run.folder / "all_results.json").is_file()  # a comparison does not wait for it
+    cell = Cell(1.0, 0, tmp_path)
+    assert cell.finished
+    assert math.isnan(cell.evaluations("loss")[6]["loss"])
     assert run.end() == 0, run.log
     run.assert_ends_as(undisturbed)
 
