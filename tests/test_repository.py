@@ -56,7 +56,7 @@ def imported_packages(folder: str) -> set[str]:
 
 
 UNPICKLING = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
-UNSAFE_CALLS = {"eval", "exec", "os.system", "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"}
+UNSAFE_CALLS = {"eval", "os.system", "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"}
 UNSAFE_ARGUMENTS = {"allow_pickle": True, "shell": True, "trust_remote_code": True, "weights_only": False}
 
 
