@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
 
+from hf_temporal import TemporalTrainingArguments
 from recipes.checkpoints import check_checkpoint
 from recipes.comparison.cells import Cell
 from recipes.continuation import continue_run
@@ -199,11 +199,11 @@ def test_no_checkpoint_is_good(damaged: Run) -> None:
 
 @pytest.mark.parametrize("asked", ["last_good", None])
 def test_a_run_without_a_checkpoint_begins(asked: str | None, tmp_path: Path) -> None:
-    arguments = TrainingArguments(str(tmp_path), resume_from_checkpoint=asked, use_cpu=True)
+    arguments = TemporalTrainingArguments(str(tmp_path), resume_from_checkpoint=asked, use_cpu=True)
     assert continue_run(arguments, {}).checkpoint is None
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
-    arguments = TrainingArguments(str(tmp_path), resume_from_checkpoint="nowhere", use_cpu=True)
+    arguments = TemporalTrainingArguments(str(tmp_path), resume_from_checkpoint="nowhere", use_cpu=True)
     with pytest.raises(ValueError, match="nowhere is not there; accepted: --resume_from_checkpoint last_good"):
         continue_run(arguments, {})
