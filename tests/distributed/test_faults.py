@@ -33,6 +33,8 @@ def test_one_rank_of_two_is_killed(tmp_path: Path) -> None:
     names = {path.name for path in (undisturbed.folder / "checkpoint-2").glob("rng_state*")}
     assert names == {"rng_state_0.pth", "rng_state_1.pth"}  # there were two
     assert both(run, KilledBeforeStep(3, rank=1)) == [1, -signal.SIGKILL], run.log
-    assert sorted(run.complete) == ["checkpoint-2"]
+    before = run.complete
+    assert [*before] == ["checkpoint-2"]
     assert both(run) == [0, 0], run.log
+    assert run.complete["checkpoint-2"] == before["checkpoint-2"]
     run.assert_ends_as(undisturbed)

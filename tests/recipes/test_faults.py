@@ -41,6 +41,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def assert_kept(before: dict[str, dict[str, bytes]], run: Run) -> None:
+    """Not written anew either: `trainer_state.json` holds times."""
     after = run.complete
     assert {name: after.get(name) for name in before} == before
 
@@ -62,7 +63,9 @@ def test_killed_at_any_moment(undisturbed: Run, tmp_path: Path) -> None:
         assert_kept(before, run)
     assert -signal.SIGKILL in statuses
     assert set(statuses) <= {-signal.SIGKILL, 0}, run.log
+    before = run.complete
     assert run.end() == 0, run.log
+    assert_kept(before, run)
     run.assert_ends_as(undisturbed)
 
 
@@ -97,8 +100,10 @@ def test_disk_full(size: int, message: str, undisturbed: Run, tmp_path: Path) ->
 def test_data_worker_killed(undisturbed: Run, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     assert run.end("--dataloader_num_workers", "1", fault=WorkerKilled(9)) == 1
-    assert "checkpoint-2" in run.complete
+    before = run.complete
+    assert "checkpoint-2" in before
     assert run.end("--dataloader_num_workers", "1") == 0, run.log
+    assert_kept(before, run)
     run.assert_ends_as(undisturbed)
 
 
@@ -112,7 +117,9 @@ def test_a_loss_that_is_not_a_number(undisturbed: Run, tmp_path: Path) -> None:
     cell = Cell(1.0, 0, tmp_path)
     assert cell.finished
     assert math.isnan(cell.evaluations("loss")[6]["loss"])
+    before = run.complete
     assert run.end() == 0, run.log
+    assert_kept(before, run)
     run.assert_ends_as(undisturbed)
 
 
