@@ -38,6 +38,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hf_temporal.model_card import without_tokens
 from recipes.comparison.cells import Cell
 from recipes.comparison.grid import OWN, CompareArguments, Comparison, flag_name, keep_settings
 from recipes.comparison.overview import Part, write_overview
@@ -122,7 +123,7 @@ def outcome_of(comparison: Comparison, command: str, failed: Mapping[Cell, int])
         reach=comparison.arguments.reach,
         cells=list(cells),
         failed=failed,
-        commands=(command, of_combination.shown(first)),
+        commands=(without_tokens(command), without_tokens(of_combination.shown(first))),
         settings=comparison.settings(),
     )
 

@@ -44,8 +44,9 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
         [*given, *flags], return_remaining_strings=True, look_for_args_file=False
     )
     for flag in unknown:
-        name = flag.partition("=")[0].lstrip("-").replace("-", "_")
-        raise ValueError(f"{flag} is no argument of this recipe; the nearest is --{_nearest(name, names)}")
+        given_name = flag.partition("=")[0]  # without the value, which may be a token
+        nearest = _nearest(given_name.lstrip("-").replace("-", "_"), names)
+        raise ValueError(f"{given_name} is no argument of this recipe; the nearest is --{nearest}")
     return tuple(parsed)
 
 

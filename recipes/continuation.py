@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from recipes.checkpoints import CHECKSUMS_NAME, check_checkpoint
+from recipes.report import write_json
 
 logger = logging.get_logger(__name__)
 
+LAST_GOOD = "last_good"
 SETTINGS_NAME = "run.json"
 TRAINER_STATE_NAME = "trainer_state.json"
 TRAINING_SETTINGS = (
@@ -47,33 +53,85 @@ class Continuation:
 
 
 def continue_run(training_args: TrainingArguments, settings: dict[str, Any]) -> Continuation:
-    """Find the last complete checkpoint in `output_dir`, or prepare the folder for a new run.
+    """Find the last checkpoint in `output_dir` that was written to its end, or prepare the folder for a new run.
 
     `settings` are what makes a run the same one, beside the `TRAINING_SETTINGS` of its arguments.
 
-    Raises ValueError where the checkpoints there belong to a run with other settings.
+    Where `resume_from_checkpoint` is "last_good", checkpoints that are damaged are set aside, under another name, and
+    the one before them is found. Any other value of it is the checkpoint.
+
+    Raises ValueError where the checkpoints there belong to a run with other settings, and where the one to go on from,
+    with "last_good" every one, is damaged: see `recipes.checkpoints.check_checkpoint`.
     """
-    if training_args.resume_from_checkpoint:
-        return Continuation(training_args.resume_from_checkpoint, finished=False)
-    output_dir = Path(training_args.output_dir or ".")
+    asked, output_dir = training_args.resume_from_checkpoint, Path(training_args.output_dir or ".")
+    if asked and asked != LAST_GOOD:
+        _check(Path(asked), training_args)
+        return Continuation(asked, finished=False)
     settings = json.loads(json.dumps(settings | _training_settings(training_args)))
     with training_args.main_process_first():
-        states = _complete_checkpoints(output_dir)
-        if states:
+        newest_first = _complete_checkpoints(output_dir)
+        if newest_first:
             _check_settings(output_dir, settings)
         elif training_args.should_save:
             output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if not states:
+            write_json(output_dir / SETTINGS_NAME, settings)
+        if asked:
+            newest_first = _without_damaged(newest_first, training_args)
+    if not newest_first:
         return Continuation(None, finished=False)
-    checkpoint, state = max(states.items(), key=lambda item: item[1]["global_step"])
+    checkpoint = newest_first[0]
+    if not asked:
+        _check(checkpoint, training_args)
+    state = _read_state(checkpoint)
     step, last_step = state["global_step"], state["max_steps"]
     finished = step >= last_step
     if finished and training_args.load_best_model_at_end and state["best_model_checkpoint"]:
-        checkpoint = state["best_model_checkpoint"]
+        checkpoint = Path(state["best_model_checkpoint"])
+        _check(checkpoint, training_args)
     what = "is not trained again; another output_dir starts anew" if finished else "goes on from there"
     logger.warning(f"output_dir={str(output_dir)!r} holds step {step} of {last_step} of this run, which {what}.")
     return Continuation(str(checkpoint), finished)
+
+
+def _damage_of(checkpoint: Path, training_args: TrainingArguments) -> str | None:
+    try:
+        check_checkpoint(checkpoint, with_optimizer=not training_args.save_only_model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check(checkpoint: Path, training_args: TrainingArguments) -> None:
+    if damage := _damage_of(checkpoint, training_args):
+        raise ValueError(
+            f"{damage}; accepted: --resume_from_checkpoint {LAST_GOOD}, which goes on from the last checkpoint in "
+            "output_dir that is whole, or the folder of another checkpoint in its place"
+        )
+
+
+def _without_damaged(newest_first: list[Path], training_args: TrainingArguments) -> list[Path]:
+    """The checkpoints from the first on that is whole; those before it get names that no one takes for a checkpoint's.
+
+    A folder that stayed would be written into when its step comes again, and a run that dies there would leave a
+    checkpoint of new and old files.
+    """
+    damages: dict[Path, str] = {}
+    for checkpoint in newest_first:
+        damage = _damage_of(checkpoint, training_args)
+        if damage is None:
+            break
+        damages[checkpoint] = damage
+    if damages and len(damages) == len(newest_first):
+        raise ValueError(
+            f"resume_from_checkpoint={LAST_GOOD!r}: no checkpoint is whole: {'; '.join(damages.values())}; accepted: "
+            "another output_dir, which starts anew"
+        )
+    for checkpoint, damage in damages.items():
+        logger.warning(f"{damage}; {checkpoint.name} is set aside.")
+        if training_args.should_save:
+            names = (f"damaged-{checkpoint.name}{f'-{count}' if count else ''}" for count in itertools.count())
+            checkpoint.rename(next(path for name in names if not (path := checkpoint.with_name(name)).exists()))
+    return newest_first[len(damages) :]
 
 
 def _training_settings(training_args: TrainingArguments) -> dict[str, Any]:
@@ -82,18 +140,29 @@ def _training_settings(training_args: TrainingArguments) -> dict[str, Any]:
     return settings | {"examples_per_step": examples * training_args.world_size}
 
 
-def _complete_checkpoints(output_dir: Path) -> dict[Path, dict[str, Any]]:
-    """The trainer's state in each checkpoint; it is written last, so one that can be read ends a whole checkpoint."""
-    states = {path.parent: _read_state(path) for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")}
-    return {checkpoint: state for checkpoint, state in states.items() if state is not None}
+def _complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints that were written to their end, the newest first."""
+    found = {
+        int(path.name.rpartition("-")[2]): path
+        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdecimal() and _is_complete(path)
+    }
+    return [found[step] for step in sorted(found, reverse=True)]
 
 
-def _read_state(path: Path) -> dict[str, Any] | None:
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether there is what is written last: the trainer's state to its end, or the checksums behind it."""
+    if (checkpoint / CHECKSUMS_NAME).is_file():
+        return True
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        logger.warning(f"{path.parent} was not written to its end and is left out.")
-        return None
+        return "global_step" in _read_state(checkpoint)
+    except (OSError, TypeError, ValueError):
+        logger.warning(f"{checkpoint} was not written to its end and is left out.")
+        return False
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     return state
 
 

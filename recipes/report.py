@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ def save_results(output_dir: Path, logs: list[dict[str, float]]) -> None:
     results |= {name: value for log in logs if "train_runtime" in log for name, value in log.items()}
     results |= {name: value for each in load_evaluations(output_dir)[-1:] for name, value in each["metrics"].items()}
     write_json(path, dict(sorted(results.items())))
+
+
+def save_divergence(output_dir: Path, last_step: int) -> None:
+    """Close a run that ended early with weights that are not finite: its evaluation at the last step is all NaN."""
+    evaluations = load_evaluations(output_dir)
+    if evaluations:
+        save_evaluation(
+            output_dir, {"step": last_step, "metrics": dict.fromkeys(evaluations[-1]["metrics"], math.nan)}
+        )
+        save_results(output_dir, [])
 
 
 def first_and_last(output_dir: Path) -> list[Evaluation]:

@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import torch
 from accelerate import load_checkpoint_in_model
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_temporal import suggest_power
 from hf_temporal.model_card import TrainingRun, draw_loss_by_position
 from recipes.adapters import merge_adapter
+from recipes.checkpoints import Checksums
 from recipes.continuation import TRAINER_STATE_NAME, Continuation, continue_run
 from recipes.models import ModelArguments
 from recipes.report import (
@@ -29,6 +31,7 @@ from recipes.report import (
     draw_memory,
     draw_recall_by_position,
     report,
+    save_divergence,
     save_evaluation,
     save_results,
 )
@@ -155,6 +158,33 @@ def gradient_norms(state: TrainerState) -> dict[str, float]:
     return {"grad_norm": mean, "grad_norm_spread": spread}
 
 
+class FiniteWeights(TrainerCallback):
+    """Ends a run whose weights are no longer finite, before anything of them is logged, evaluated or saved.
+
+    Its evaluation at the last step is then NaN in every metric, and the run is closed: a comparison counts it as one
+    that came to a value that is not finite. The same command goes on from the last checkpoint all the same.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Raise FloatingPointError, which names a weight that is not finite, where this step logs or the like."""
+        if not (control.should_log or control.should_evaluate or control.should_save):
+            return
+        for name, weight in model.named_parameters():
+            here = weight.to_local() if isinstance(weight, DTensor) else weight
+            if weight.requires_grad and not here.isfinite().all():
+                if state.is_world_process_zero:
+                    save_divergence(Path(str(args.output_dir)), state.max_steps)
+                raise FloatingPointError(
+                    f"{name} is not finite after step {state.global_step}: a loss or its gradient was not, in this "
+                    "step or since the one last logged. Nothing of it is saved, and the same command goes on from the "
+                    "last checkpoint; where it comes again, a smaller learning_rate or other data may help"
+                )
+
+    on_epoch_end = on_step_end
+
+
 class CardMixin:
     """Put in front of a Trainer: once `card` is set, it is the model card, in a push to the Hub too."""
 
@@ -178,6 +208,8 @@ def carry_out(trainer: Any, run: Continuation, task: Task, scores: Recorder | No
         restore_weights(trainer.model, str(run.checkpoint))
         trainer.state = TrainerState.load_from_json(str(Path(str(run.checkpoint)) / TRAINER_STATE_NAME))
     elif args.do_train:
+        trainer.add_callback(Checksums())
+        trainer.add_callback(FiniteWeights())
         trainer.train(resume_from_checkpoint=run.checkpoint)
     elif args.do_eval:
         trainer.evaluate()

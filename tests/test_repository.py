@@ -55,6 +55,64 @@ def imported_packages(folder: str) -> set[str]:
     return found
 
 
+UNPICKLING = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+UNSAFE_CALLS = {"eval", "os.system", "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"}
+UNSAFE_ARGUMENTS = {"allow_pickle": True, "shell": True, "trust_remote_code": True, "weights_only": False}
+
+
+def unsafe_lines(source: str) -> list[str]:
+    """What in a file may run code that comes from elsewhere."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            if UNPICKLING & {name.split(".")[0] for name in names}:
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call):
+            arguments = {each.arg: each.value for each in node.keywords if each.arg}
+            constants = {name: value.value for name, value in arguments.items() if isinstance(value, ast.Constant)}
+            name = ast.unparse(node.func)
+            if (
+                name in UNSAFE_CALLS
+                or name.endswith("read_pickle")
+                or (name == "torch.load" and constants.get("weights_only") is not True)
+                or any(constants.get(argument) is value for argument, value in UNSAFE_ARGUMENTS.items())
+            ):
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle", "from joblib import load", "torch.load(path)", "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)", "yaml.load(file, Loader)", "yaml.unsafe_load(file)", "eval(text)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)", "subprocess.run(text, shell=True)",
+        "np.load(path, allow_pickle=True)", "pandas.read_pickle(path)",
+    ],
+)  # fmt: skip
+def test_unsafe_lines_are_found(line: str) -> None:
+    assert unsafe_lines(f"def f():\n    {line}\n") == [line]
+
+
+def test_safe_lines_are_not_taken_for_unsafe() -> None:
+    safe = "model.eval()\nyaml.safe_load(x)\ntorch.load(x, weights_only=True)\nf(trust_remote_code=flag)\n"
+    assert unsafe_lines(safe) == []
+
+
+@pytest.mark.parametrize("folder", ["hf_temporal", "recipes"])
+def test_no_code_from_elsewhere_is_run(folder: str) -> None:
+    files = [*(ROOT / folder).rglob("*.py")]
+    assert len(files) > 20
+    assert {str(path): lines for path in files if (lines := unsafe_lines(path.read_text(encoding="utf-8")))} == {}
+
+
+@pytest.mark.parametrize("requirement", DEPENDENCIES + EXTRAS, ids=str)
+def test_no_version_is_kept_out(requirement: Requirement) -> None:
+    """No break is known; one that is gets an upper bound in pyproject.toml, and its reason here."""
+    assert {clause.operator for clause in requirement.specifier} <= {">="}
+
+
 def test_the_package_is_typed() -> None:
     assert resources.files("hf_temporal").joinpath("py.typed").is_file()
 

@@ -163,13 +163,19 @@ class Comparison:
         accelerate, config = self.arguments.accelerate_config, self.arguments.config
         settings = {
             "recipe": self.recipe.name,
-            "config": config and yaml.safe_load(config.read_text(encoding="utf-8")),
+            "config": config and _without_token(yaml.safe_load(config.read_text(encoding="utf-8"))),
             "accelerate_config": accelerate and yaml.safe_load(accelerate.read_text(encoding="utf-8")),
             "overrides": self.overrides,
             **({"vary": list(self.arguments.varied)} if self.arguments.vary else {}),
         }
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
+
+
+def _without_token(config: Any) -> Any:
+    return (
+        {name: value for name, value in config.items() if name != "hub_token"} if isinstance(config, dict) else config
+    )
 
 
 def keep_settings(comparison: Comparison) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 
+from hf_temporal.model_card import without_tokens
 from recipes.comparison.cells import Cell
 from recipes.comparison.grid import Comparison
 from recipes.comparison.quantities import number, title_of
@@ -42,7 +43,7 @@ def start(comparison: Comparison, cell: Cell, server: Server | None) -> Process 
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
-        log.write(f"$ {comparison.shown(cell)}\n".encode())
+        log.write(f"$ {without_tokens(comparison.shown(cell))}\n".encode())
         log.flush()
         if server and (forked := server.start(comparison.command(cell), log.fileno())):
             return forked

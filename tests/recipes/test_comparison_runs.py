@@ -52,6 +52,23 @@ def test_combinations_run_seed_by_seed_in_one_queue(flags: list[str], tmp_path: 
     assert "12/12" in output.err
 
 
+def test_no_token_and_no_home_is_written_down(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text("seed: 0\nhub_token: not_even_like_a_token\n", encoding="utf-8")
+    secrets = ["--config", str(config), "--offset", "0.01"]
+    assert main([*flags, "--powers", "0", "1", *secrets]) == 0
+    written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert [str(path) for path, content in written.items() if b"not_even_like_a_token" in content] == []
+    logs = [path for path in written if path.name in ("log.txt", "summary.json", "summary.md")]
+    assert len(logs) == 6 + 2
+    assert [str(path) for path in logs if str(tmp_path).encode() in written[path]] == []
+    assert b"--config ~/config.yaml" in written[tmp_path / "out" / "p1_seed0" / "log.txt"]
+    assert main([*flags, "--powers", "0", "1", *secrets]) == 0  # it is the same comparison
+
+
 def test_a_failed_cell_leaves_the_others_alone(flags: list[str], tmp_path: Path, capfd: Any) -> None:
     assert main([*flags, "--fail", "p1_seed1"]) == 1
     output = capfd.readouterr()

@@ -191,6 +191,14 @@ def test_unknown_flags_are_refused(flags: list[str]) -> None:
         parse(CAUSAL, flags)
 
 
+def test_the_value_of_an_unknown_flag_is_not_printed() -> None:
+    with pytest.raises(
+        ValueError, match="--hub_tokn is no argument of this recipe; the nearest is --hub_token"
+    ) as told:
+        parse(CAUSAL, ["--hub_tokn=secret"])
+    assert "secret" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     "lines", ["learning_rate: fast", "temporal_origin: start", "max_steps: 1.5", "use_peft: maybe", "dtype: int8"]
 )
