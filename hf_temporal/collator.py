@@ -77,8 +77,8 @@ class Timeline:
 
         Raises:
             ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), one of another shape
-                than labels that are shifted, packed or left-padded rows of an encoder–decoder model, labels out of the
-                vocabulary, `loss_weights` that are negative, not finite or of another shape than the labels; see also
+                than the tokens, packed or left-padded rows of an encoder–decoder model, labels out of the vocabulary,
+                `loss_weights` that are negative, not finite or of another shape than the labels; see also
                 `document_ids_of`.
         """
         batch = dict(batch)
@@ -89,8 +89,15 @@ class Timeline:
         if self.vocabulary is not None and not labels.is_floating_point():
             check_vocabulary(labels, self.vocabulary)
         mask = batch.get("attention_mask")
-        if self.shifts_labels and isinstance(mask, Tensor) and mask.dim() == 2:
-            check_shape("attention_mask", mask, time_shape(labels))
+        tokens = batch.get("input_ids")
+        if (
+            self.shifts_labels
+            and isinstance(tokens, Tensor)
+            and isinstance(mask, Tensor)
+            and tokens.shape == time_shape(labels)
+            and mask.dim() == 2
+        ):
+            check_shape("attention_mask", mask, tokens.shape)
         mask = mask if isinstance(mask, Tensor) and mask.shape == time_shape(labels) else None
         if self.encoder_decoder:
             self._check_seq2seq(batch, labels)

@@ -383,7 +383,7 @@ def batches(draw: st.DrawFn) -> tuple[str, list[Example], dict[str, Any], dict[s
         batch = {key: PadCollator()(columns[key])[key] for key in columns}
         batch["attention_mask"] = (batch["input_ids"] != PAD).long()
         if "loss_weights" in rows[0]:
-            padded = [row["loss_weights"] + [0.0] * 5 for row in rows]
+            padded = [(row["loss_weights"] + [0.0] * 5)[:5] for row in rows]
             batch["loss_weights"] = torch.tensor(padded)[:, : batch["labels"].shape[1]]
     else:
         lengths = [len(row["labels"]) for row in rows]
