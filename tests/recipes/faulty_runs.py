@@ -173,7 +173,7 @@ class DiskFull:
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-        Trainer._save_checkpoint = limited  # type: ignore[assignment, method-assign]
+        Trainer._save_checkpoint = limited  # type: ignore[assignment,method-assign]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class NotANumber:
                 inputs["input_values"][0, 0] = math.nan
             return step(trainer, model, inputs, *arguments)
 
-        train_functional.FunctionalTrainer.training_step = poisoned  # type: ignore[assignment, method-assign]
+        train_functional.FunctionalTrainer.training_step = poisoned  # type: ignore[assignment,method-assign]
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class WorkerKilled:
                 os.kill(os.getpid(), signal.SIGKILL)
             return make(data, indices)
 
-        FunctionalDataset.__getitems__ = killed  # type: ignore[assignment, method-assign]
+        FunctionalDataset.__getitems__ = killed  # type: ignore[assignment,method-assign]
 
 
 @dataclass(frozen=True)
@@ -229,4 +229,4 @@ class KilledBeforeStep:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(trainer, *arguments)
 
-        train_functional.FunctionalTrainer.training_step = killed  # type: ignore[assignment, method-assign]
+        train_functional.FunctionalTrainer.training_step = killed  # type: ignore[assignment,method-assign]
