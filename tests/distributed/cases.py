@@ -130,19 +130,20 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class EvaluationCase:
-    """Eleven examples, two a batch: on several processes the last batches hold examples that came before."""
+    """Eleven examples, `batch_size` a batch: on several processes the last batches hold some that came before."""
 
     model: str
     power: float
     normalization: str
     collator: Any = field(default_factory=PadCollator)
     engine: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 2
 
     def run(self, processes: int, folder: Path, trainer: type[Trainer] = TemporalWeightTrainer) -> dict[str, float]:
         """The metrics; the profile is left in `folder`."""
         args = TemporalTrainingArguments(
             str(folder),
-            per_device_eval_batch_size=2,
+            per_device_eval_batch_size=self.batch_size,
             temporal_power=self.power,
             temporal_normalization=self.normalization,
             report_to="none",
@@ -239,7 +240,7 @@ EVALUATIONS = {
 }
 MORE_EVALUATIONS = {
     "last token": EvaluationCase("bart", math.inf, "batch"),
-    "split": EvaluationCase("llama", 2.0, "batch", engine=SPLIT),
+    "split": EvaluationCase("llama", 2.0, "batch", engine=SPLIT, batch_size=4),
     "dispatched": EvaluationCase("llama", 2.0, "batch", WideCollator(), DISPATCH),
 }
 
