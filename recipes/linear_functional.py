@@ -28,7 +28,7 @@ from recipes.laboratory import FAMILIES, compare
 
 STANDING = {
     "config": "configs/memory/linear_functional.yaml",
-    "powers": "0 1 4",
+    "powers": "0 4",
     "metric": "long_memory_error",
     "vary": f"target=polynomial,sine {FAMILIES}",
     "output_dir": "outputs/linear_functional_powers",

@@ -18,7 +18,7 @@ from recipes.laboratory import compare
 
 STANDING = {
     "config": "configs/memory/linear_functional.yaml",
-    "powers": "0 1 2 4 10 100 inf",
+    "powers": "0 1 4 10 inf",
     "metric": "grad_norm",
     "vary": "model_type=memory_tanh_rnn,memory_attention learning_rate=3e-3,3e-2",
     "logging_steps": "1",

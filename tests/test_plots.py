@@ -129,6 +129,15 @@ def test_every_seed_is_a_dot_and_every_mean_has_its_interval(tmp_path: Path) -> 
     assert_is_picture(tmp_path / "made" / "powers.png")
 
 
+@pytest.mark.parametrize(("largest", "marks"), [(30.0, {1.0, 2.0, 5.0, 10.0, 20.0}), (1e7, {1.0, 10.0, 100.0, 1e6})])
+def test_marks_of_many_decades_are_far_apart(tmp_path: Path, largest: float, marks: set[float]) -> None:
+    panel = PowerPanel("norm", {0.0: {0: 1.0, 1: largest}}, {0.0: (1.0, None)}, log=True)
+    (axes,) = plot_metrics_by_power([panel], tmp_path / "powers.png", title="norms").axes
+    shown = {float(mark) for mark in axes.get_yticks()}
+    assert shown > marks
+    assert (2.0 in shown) == (largest < 1e4)
+
+
 def test_small_multiples_share_a_scale_by_row(tmp_path: Path) -> None:
     def panel(title: str, **values: float) -> PowerPanel:
         by_power = {float(name[2:]): value for name, value in values.items()}
