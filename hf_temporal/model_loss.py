@@ -275,7 +275,7 @@ def _auxiliary_coefficient(base: Any) -> float:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; training flags, random states and FSDP2's shards are restored.
 
-    FSDP2 leaves a root's parameters gathered after a forward, where an optimizer that is made then never sees its shards.
+    FSDP2 leaves a root gathered after a forward, and an optimizer that is made then never sees its shards.
     """
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}

@@ -272,7 +272,7 @@ SHARDED = {
             config={"num_hidden_layers": 0},
             ranks_per_row=2,
             engine=FSDP2,
-        )  # fmt: skip
+        )
         for power, normalization in WEIGHTINGS
     },
     **{
