@@ -56,6 +56,7 @@ class Timeline:
         encoder_decoder: labels belong to the decoder.
         takes_position_ids: whether left-padded rows are given `position_ids` that start after the padding.
         takes_packed_rows: whether the model keeps the documents of a row apart.
+        ranks_per_row: how many ranks a row is split between (context parallelism), 1 where it is not.
         vocabulary: labels have to lie below it; None where it is not known.
         pad_token_id: what the decoder is fed on padding; None where it is not known.
     """
@@ -65,6 +66,7 @@ class Timeline:
     encoder_decoder: bool
     takes_position_ids: bool
     takes_packed_rows: bool
+    ranks_per_row: int
     vocabulary: int | None
     pad_token_id: int | None
 
@@ -104,6 +106,8 @@ class Timeline:
             documents = mask = None
         else:
             documents = self._documents(batch)
+        if self.ranks_per_row > 1:
+            self._check_split(labels, documents, mask)
         targets = self._without_first_tokens(labels, documents, mask)
         batch[POSITIONS] = target_positions(targets, origin=self.origin, document_ids=documents, attention_mask=mask)
         if not self.encoder_decoder:  # in every batch, since a dispatching loader takes the keys of its first
@@ -140,6 +144,21 @@ class Timeline:
                 "a 4-D one."
             )
         return documents
+
+    def _check_split(self, labels: Tensor, documents: Tensor | None, mask: Tensor | None) -> None:
+        split = f"rows split between {self.ranks_per_row} ranks (cp_size)"
+        accepted = "accepted: rows of one document, padded on the right, for a decoder-only model"
+        if self.encoder_decoder:
+            raise ValueError(f"an encoder-decoder model, whose attention is not causal, on {split}; {accepted}.")
+        if documents is not None or (mask is not None and _is_left_padded(mask)):
+            what = "several documents in a row" if documents is not None else "attention_mask padded on the left"
+            raise ValueError(f"{what}, on {split}: their attention knows no mask; {accepted}.")
+        length = time_shape(labels)[1]
+        if length % (2 * self.ranks_per_row):
+            raise ValueError(
+                f"labels of length {length}, on {split}; accepted: multiples of {2 * self.ranks_per_row}, such as a "
+                "collator with pad_to_multiple_of makes."
+            )
 
     def _without_first_tokens(self, labels: Tensor, documents: Tensor | None, mask: Tensor | None) -> Tensor:
         if not self.shifts_labels or labels.is_floating_point():

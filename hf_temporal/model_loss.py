@@ -273,7 +273,10 @@ def _auxiliary_coefficient(base: Any) -> float:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags and random states are restored."""
+    """Eval mode without gradients; training flags, random states and FSDP2's shards are restored.
+
+    FSDP2 leaves a root gathered after a forward, and an optimizer that is made then never sees its shards.
+    """
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
@@ -283,3 +286,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -68,7 +69,7 @@ class TemporalWeightMixin(HubMixin):
     `eval_head_loss`, `eval_tail_loss`, `eval_last_token_loss` and the file `loss_by_position.json` in `output_dir`.
 
     Raises:
-        ValueError: `compute_loss_func`, `nn.DataParallel`, a fused Liger cross-entropy, context or sequence
+        ValueError: `compute_loss_func`, `nn.DataParallel`, a fused Liger cross-entropy, DeepSpeed's sequence
             parallelism; with p ≠ 0, labels without a time dimension or a model whose own loss is not the cross-entropy
             of its logits.
 
@@ -102,13 +103,11 @@ class TemporalWeightMixin(HubMixin):
                 f"n_gpu={self.args.n_gpu}: nn.DataParallel splits the batch after its weights are summed. Accepted "
                 "instead: one process per GPU, `accelerate launch` or `torchrun`."
             )
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        for name in ("cp", "sp"):
-            if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1:
-                raise ValueError(
-                    f"parallelism_config.{name}_size={getattr(parallel, f'{name}_size')}: a sequence that is split "
-                    f"between ranks is not weighted yet; accepted: {name}_size=1."
-                )
+        if self.get_sp_size() > 1:
+            raise ValueError(
+                f"parallelism_config.sp_size={self.get_sp_size()}: under DeepSpeed's sequence parallelism the trainer "
+                "takes the model's own loss. Accepted: sp_size=1; cp_size > 1 splits sequences, too, and is weighted."
+            )
         if isinstance(self.args, _TemporalFields):
             self.args.validate_schedule(self.weighting.power)
 
@@ -188,6 +187,7 @@ class TemporalWeightMixin(HubMixin):
             encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
             takes_position_ids=loss.shifts_labels and takes_position_ids(base),
             takes_packed_rows=not is_prompt_learner(self._root),
+            ranks_per_row=self.get_cp_size(),
             vocabulary=loss.vocabulary,
             pad_token_id=getattr(config, "pad_token_id", None),
         )
@@ -283,7 +283,28 @@ class TemporalWeightMixin(HubMixin):
             device=device,
         )
         self._sample_size.append(sample_size)
-        return batches, denominator / self.get_tp_size()
+        return batches, denominator / (self.get_tp_size() * self.get_cp_size())
+
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Batch) -> tuple[Any, Batch]:
+        """The trainer's own, which splits rows between ranks, with the weights split as the labels are.
+
+        Where the model shifts its labels they have to be shifted before that, and the weights with them.
+        """
+        if self.get_cp_size() == 1 or WEIGHTS not in inputs:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        labels = inputs["labels"]
+        if self._read_model_loss().shifts_labels and not labels.is_floating_point():
+            shifted = shift_left(labels, IGNORE_INDEX)
+            inputs = {**inputs, WEIGHTS: shift_left(inputs[WEIGHTS], 0.0), "shift_labels": shifted}
+        context: Any
+        context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
+        split, weights = context.keywords, inputs[WEIGHTS]
+        return functools.partial(
+            context.func,
+            buffers=[*split["buffers"], weights],
+            buffer_seq_dims=[*split["buffer_seq_dims"], 1],
+            no_restore_buffers={*split["no_restore_buffers"], weights},
+        ), inputs
 
     def compute_loss(
         self,
@@ -308,6 +329,11 @@ class TemporalWeightMixin(HubMixin):
             )
         self.loss_is_scaled_for_ga = WEIGHTS in inputs and num_items_in_batch is not None
         if WEIGHTS not in inputs or num_items_in_batch is None:
+            if self.get_cp_size() > 1:
+                raise ValueError(
+                    f"a batch that did not come from get_batch_samples, split between {self.get_cp_size()} ranks "
+                    "(cp_size): its weights need the whole rows. Accepted: trainer.train()."
+                )
             (inputs,), num_items_in_batch = self._weigh([inputs], self.args.device)
         total, outputs = self._weighted_sum(model, dict(inputs), needs_outputs=return_outputs)
         loss = total / num_items_in_batch
@@ -321,8 +347,8 @@ class TemporalWeightMixin(HubMixin):
 
     def _weighted_sum(self, model: nn.Module, inputs: Batch, *, needs_outputs: bool) -> tuple[Tensor, Any]:
         """Σ wℓ of a micro-batch, and the model's outputs."""
-        labels, weights = inputs.pop("labels"), inputs.pop(WEIGHTS)
-        inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS and key != "shift_labels"}
+        labels, weights, shifted = inputs.pop("labels"), inputs.pop(WEIGHTS), inputs.pop("shift_labels", None)
+        inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS}
         if labels.is_floating_point():
             outputs = model(**inputs, labels=labels)
             kind = self.weighting.regression_loss
@@ -330,9 +356,11 @@ class TemporalWeightMixin(HubMixin):
             return total, outputs
         own = self._read_model_loss()
         inputs |= {"labels": labels} if own.needs_labels else self._decoder_inputs(inputs, labels)
-        labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
-        if own.shifts_labels:
+        if own.shifts_labels and self.get_cp_size() > 1:
+            labels = shifted
+        elif own.shifts_labels:
             labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
+        labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
         smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
         fused_head = None if needs_outputs or own.needs_labels else self._fused_head()
         if fused_head is not None:
@@ -393,10 +421,19 @@ class TemporalWeightMixin(HubMixin):
         return output
 
     def _gather_examples(self, sums: Tensor) -> Tensor:
-        """The rows of all ranks; of unequal numbers where last batches are not filled up (`even_batches=False`)."""
-        if self.accelerator.num_processes == 1:
+        """The rows of all ranks; of unequal numbers where last batches are not filled up (`even_batches=False`).
+
+        Tensor parallel ranks are neighbours with the same rows, which accelerate would count once for each of them.
+        """
+        accelerator, copies = self.accelerator, self.get_tp_size()
+        if accelerator.num_processes == 1:
             return sums
-        return self.accelerator.gather_for_metrics(self.accelerator.pad_across_processes(sums))
+        sums = accelerator.pad_across_processes(sums)
+        if copies == 1:
+            return accelerator.gather_for_metrics(sums)
+        rows = accelerator.gather(sums).unflatten(0, (-1, copies, len(sums)))[:, 0].flatten(0, 1)
+        state = accelerator.gradient_state
+        return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
 
     @contextlib.contextmanager
     def _observing(self, losses: TokenLosses) -> Iterator[None]:
@@ -413,7 +450,7 @@ class TemporalWeightMixin(HubMixin):
         """The trainer's own step, whose logits are observed."""
         batch = dict(inputs) if POSITIONS in inputs else self._timeline.add(inputs)
         timeline = {key: self._prepare_input(batch.pop(key)) for key in TIMELINE_KEYS if key in batch}
-        if self._losses is None or POSITIONS not in timeline or self._problem_with(batch):
+        if self._losses is None or POSITIONS not in timeline or self.get_cp_size() > 1 or self._problem_with(batch):
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         calls: deque[Any] = deque(maxlen=1)
         hook = model.register_forward_hook(lambda *call: calls.append(call[-1]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ CAUSAL = Timeline(
     encoder_decoder=False,
     takes_position_ids=True,
     takes_packed_rows=True,
+    ranks_per_row=1,
     vocabulary=50,
     pad_token_id=0,
 )
@@ -32,6 +34,7 @@ SEQ2SEQ = Timeline(
     encoder_decoder=True,
     takes_position_ids=False,
     takes_packed_rows=True,
+    ranks_per_row=1,
     vocabulary=50,
     pad_token_id=0,
 )
@@ -181,3 +184,25 @@ def test_labels_out_of_the_vocabulary() -> None:
 @pytest.mark.parametrize("labels", [None, torch.tensor([1, 0]), torch.tensor([0.5, 1.0])])
 def test_labels_without_time_pass_through(labels: torch.Tensor | None) -> None:
     assert "temporal_positions" not in CAUSAL.add({"labels": labels})
+
+
+SPLIT = dataclasses.replace(CAUSAL, ranks_per_row=2)
+
+
+def test_rows_split_between_ranks_have_the_times_of_whole_rows() -> None:
+    batch = {"labels": torch.tensor([[-100, 5, 6, 7], [4, 5, -100, -100]])}
+    assert torch.equal(SPLIT.add(batch)["temporal_positions"], torch.tensor([[0, 1, 2, 3], [0, 1, 0, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("timeline", "batch", "message"),
+    [
+        (SPLIT, {"document_ids": torch.tensor([[0, 0, 1, 1]])}, "several documents in a row, on rows split between 2"),
+        (SPLIT, {"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "attention_mask padded on the left, on rows split"),
+        (SPLIT, {"labels": torch.tensor([[3, 4, 5, 6, 7]])}, "labels of length 5, .*; accepted: multiples of 4"),
+        (dataclasses.replace(SEQ2SEQ, ranks_per_row=2), {}, "an encoder-decoder model, .*, on rows split between 2"),
+    ],
+)
+def test_rows_that_cannot_be_split_are_refused(timeline: Timeline, batch: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timeline.add({"labels": torch.tensor([[3, 4, 5, 6]]), **batch})

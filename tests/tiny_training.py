@@ -85,10 +85,11 @@ def train(
     """Train a copy of `model` by plain gradient descent on all rows at once, `batch_size` rows per forward pass.
 
     The optimizer step takes in all rows, by accumulation where `batch_size` is smaller. Nothing is clipped.
-    `dataset` holds the rows in another form.
+    `dataset` holds the rows in another form. A model that is divided between ranks is trained itself.
     """
-    model = copy.deepcopy(model)
-    before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        model = copy.deepcopy(model)
+    before = {key: whole(value) for key, value in model.named_parameters() if value.requires_grad}
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": batch_size,

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ParallelismConfig
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import DataCollatorWithFlattening, Trainer
+from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers.distributed import DistributedConfig
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
 from hf_temporal.profile import load_profiles
@@ -22,6 +23,7 @@ from tests.tiny_training import Steps, train
 
 STEPS = 5
 GLOBAL_BATCH = 8
+HEADS = ("num_attention_heads", "num_key_value_heads")
 WEIGHTINGS = [
     (power, normalization)
     for power in (0.0, 2.0, math.inf)
@@ -47,7 +49,7 @@ class Stream(IterableDataset[Example]):
         return iter(self.rows)
 
 
-class FSDP2OnCPU(TemporalTrainingArguments):
+class OnAccelerators(TemporalTrainingArguments):
     """accelerate shards on accelerators only; told that the CPU is one, it runs all of its FSDP2 with gloo."""
 
     def __post_init__(self) -> None:
@@ -71,6 +73,10 @@ class TrainingCase:
         own_weights: the rows bring `loss_weights`.
         stock: compared with the stock trainer on the same processes, not with one process.
         options: of the arguments, on one process, too.
+        config: of the model.
+        ranks_per_row: between how many processes each row is split (context parallelism).
+        ranks_per_layer: between how many processes each layer is split (tensor parallelism); the model is a Llama
+            whose heads can be divided.
         engine: of the arguments, on several processes alone.
     """
 
@@ -88,6 +94,9 @@ class TrainingCase:
     stock: bool = False
     collator: Any = field(default_factory=PadCollator)
     options: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    ranks_per_row: int = 1
+    ranks_per_layer: int = 1
     engine: dict[str, Any] = field(default_factory=dict)
 
     def run(
@@ -97,8 +106,12 @@ class TrainingCase:
         rows = self._rows()
         if processes == 1:
             rows += rows[: -len(rows) % (self.filled_to or like or 1)]
+        loaders = max(processes // (self.ranks_per_row * self.ranks_per_layer), 1)
+        engine = {**self.engine} if processes > 1 else {}
+        if self.ranks_per_row > 1 and processes > 1:
+            engine["parallelism_config"] = ParallelismConfig(cp_size=self.ranks_per_row, dp_shard_size=loaders)
         arguments = {
-            "batch_size": GLOBAL_BATCH // self.accumulation // (1 if self.cut else processes),
+            "batch_size": GLOBAL_BATCH // self.accumulation // (1 if self.cut else loaders),
             "gradient_accumulation_steps": self.accumulation,
             "max_steps": STEPS,
             "max_grad_norm": 1.0,
@@ -111,11 +124,27 @@ class TrainingCase:
             "temporal_fused_head": "on" if trainer is TemporalWeightTrainer else "auto",
             "dataset": Stream(rows) if self.stream else rows,
             **self.options,
-            **(self.engine if processes > 1 else {}),
+            **engine,
         }
-        arguments_class = FSDP2OnCPU if "fsdp" in arguments else TemporalTrainingArguments
-        model = tiny_model(self.model, self.adapter)
+        sharded = "fsdp" in arguments or (self.ranks_per_layer > 1 and processes > 1)
+        arguments_class = OnAccelerators if sharded else TemporalTrainingArguments
+        model = self._model() if self.ranks_per_layer == 1 else self._divided_model(loaders, processes, folder)
         return train(trainer, arguments_class, model, rows, folder, collator=self.collator, **arguments)
+
+    def _model(self) -> Any:
+        return tiny_model(self.model, self.adapter, **self.config)
+
+    def _divided_model(self, loaders: int, processes: int, folder: Path) -> Any:
+        torch.manual_seed(0)
+        config = LlamaConfig(**{**tiny_model("llama").config.to_dict(), **dict.fromkeys(HEADS, 4), **self.config})
+        model = LlamaForCausalLM(config)
+        if processes == 1:
+            return model
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                model.save_pretrained(folder / "whole")
+        split = DistributedConfig(tp_size=self.ranks_per_layer, fsdp_size=loaders)
+        return LlamaForCausalLM.from_pretrained(folder / "whole", distributed_config=split)
 
     def _rows(self) -> list[Any]:
         """Four in a row have no target: on two processes and on four, some have none of a step's."""
@@ -227,6 +256,28 @@ SHARDED = {
     **{
         f"FSDP2 at p = {power}, {normalization}": TrainingCase(
             "llama", power, normalization, accumulation=2, engine=FSDP2
+        )
+        for power, normalization in WEIGHTINGS
+    },
+    **{
+        f"rows split, p = {power}, {normalization}": TrainingCase(
+            "llama",
+            power,
+            normalization,
+            rows=36,
+            filled_to=1,
+            accumulation=2,
+            own_weights=normalization == "batch",
+            collator=WideCollator(),
+            config={"num_hidden_layers": 0},
+            ranks_per_row=2,
+            engine=FSDP2,
+        )
+        for power, normalization in WEIGHTINGS
+    },
+    **{
+        f"layers split, p = {power}, {normalization}": TrainingCase(
+            "llama", power, normalization, rows=36, accumulation=2, filled_to=1, ranks_per_layer=2, options=FULL_LOGITS
         )
         for power, normalization in WEIGHTINGS
     },
