@@ -152,6 +152,7 @@ class TemporalWeightMixin(HubMixin):
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own, whose batches carry t."""
+        self._sample_size.clear()  # of a run that was cut short, as by a batch size that did not fit
         with self._making_timelines():
             return super().get_train_dataloader()
 

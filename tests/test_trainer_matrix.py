@@ -277,22 +277,17 @@ def test_a_micro_batch_without_targets_changes_nothing(name: str, fused: str, tm
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     {"train_sampling_strategy": "group_by_length"},
     {"train_sampling_strategy": "random", "dataloader_num_workers": 1},
     {"include_num_input_tokens_seen": "all"},
-    {"auto_find_batch_size": True},
     {"optim": "adamw_torch", "max_grad_norm": 1.0},
 ]
-COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
 @pytest.mark.parametrize(
     ("name", "fused", "option"),
     [("llama", fused, option) for option in OPTIONS for fused in ("on", "off")]
-    + [("t5", "on", option) for option in OPTIONS]
-    + [("llama", "on", COMPILED), ("t5", "off", COMPILED)],
+    + [("t5", "on", option) for option in OPTIONS],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
 def test_options_of_the_trainer_change_neither_loss_nor_gradient(
@@ -303,15 +298,14 @@ def test_options_of_the_trainer_change_neither_loss_nor_gradient(
     steps = temporal(
         model, examples(name), tmp_path, batch_size=4, temporal_power=2.0, temporal_fused_head=fused, **option
     )
-    gradients = {key.removeprefix("_orig_mod."): value for key, value in steps.gradients[0].items()}
     assert steps.loss == pytest.approx(expected.loss, rel=3e-6)
     scale = min(1.0, 1.0 / expected.grad_norm) if option.get("max_grad_norm") else 1.0
     clipped = {key: value * scale for key, value in expected.gradients.items()}
-    assert distance(gradients, clipped) < 3e-5
+    assert distance(steps.gradients[0], clipped) < 3e-5
 
 
 @pytest.mark.parametrize("fused", ["on", "off"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
+@pytest.mark.parametrize("name", ["gemma2", "bart"])
 def test_bf16_is_as_close_to_float64_as_stock_is(name: str, fused: str, tmp_path: Path) -> None:
     rows, model = examples(name), tiny_model(name)
     plain = reference(model, rows)
@@ -322,22 +316,6 @@ def test_bf16_is_as_close_to_float64_as_stock_is(name: str, fused: str, tmp_path
         steps = temporal(model, rows, tmp_path, bf16=True, temporal_power=power, temporal_fused_head=fused)
         assert steps.loss == pytest.approx(expected.loss, rel=0.01)
         assert distance(steps.gradients[0], expected.gradients) < 2.0 * stock_error
-
-
-def test_a_batch_size_that_does_not_fit_is_halved(tmp_path: Path) -> None:
-    class Small(TemporalWeightTrainer):
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if inputs["input_ids"].shape[0] > 4:
-                raise RuntimeError("CUDA out of memory. Tried to allocate")
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    rows = examples("llama")
-    expected = reference(tiny_model("llama"), rows[:4], power=2.0)
-    steps = train(
-        Small, TemporalTrainingArguments, tiny_model("llama"), rows, tmp_path, temporal_power=2.0,
-        auto_find_batch_size=True,
-    )  # fmt: skip
-    assert steps.loss == pytest.approx(expected.loss, rel=3e-6)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "encoder_decoder"])

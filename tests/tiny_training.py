@@ -123,9 +123,9 @@ def train(
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A copy of a parameter, gathered from all ranks where it is sharded."""
+    """A copy of a parameter on the CPU, gathered from all ranks where it is sharded."""
     parameter = parameter.detach()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).to("cpu", copy=True)
 
 
 def hand_weights(times: Sequence[int], *, power: float, normalization: str, largest: int | None = None) -> list[float]:
