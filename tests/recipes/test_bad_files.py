@@ -219,6 +219,17 @@ def learnable(encoded: dict[str, list[list[int]]]) -> None:
         assert all(label in (IGNORED, token) for label, token in zip(labels, ids, strict=True))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_files_in_another_encoding_are_refused_by_name(suffix: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / f"train{suffix}"
+    content = {".jsonl": '{"text": "café"}\n', ".json": '[{"text": "café"}]', ".csv": "text\ncafé\n"}[suffix]
+    path.write_bytes(content.encode(encoding))
+    with pytest.raises(ValueError, match=r"gives no examples \(.*\); accepted: .* in UTF-8") as raised:
+        load_texts(DataArguments(train_file=str(path)), "text")
+    assert f"train_file='{path}'" in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
