@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -24,6 +25,7 @@ from hf_temporal import (
     TemporalWeighting,
     TemporalWeightTrainer,
 )
+from hf_temporal.model_loss import read_model_loss
 from tests.test_trainer import SETTINGS, losses, trainer
 from tests.tiny_models import PadCollator, causal_examples, tiny_model
 
@@ -113,6 +115,18 @@ def test_fused_head_on_where_it_is_not_exact(tmp_path: Path) -> None:
     model = Shifting()
     with pytest.raises(ValueError, match="temporal_fused_head='on', but the LM head of Shifting cannot be fused"):
         trainer(tmp_path, model=model, temporal_fused_head="on").train()
+
+
+def test_a_model_that_fsdp2_cannot_shard() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_model("t5")
+        fully_shard(model.shared)
+        fully_shard(model)
+        with pytest.raises(ValueError, match=r"T5For.* cannot be run under FSDP2: .*shared\.weight.* Accepted: DDP"):
+            read_model_loss(model, can_run=True)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ---- labels without time
