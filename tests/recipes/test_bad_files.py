@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 import datasets
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_temporal.tasks import language_modeling, summarization
@@ -177,7 +177,11 @@ def files(draw: st.DrawFn) -> tuple[str, bytes, list[dict[str, Any]] | None]:
     return kind, content[:at] + broken + content[at:], rows if sound else None
 
 
+BLANK = [{"article": "a", "highlights": " "}, {"article": "b", "highlights": "c"}]
+
+
 @settings(max_examples=max(CASES // 3, 1))
+@example((".jsonl", "".join(json.dumps(row) + "\n" for row in BLANK).encode(), BLANK), "article", "highlights")
 @given(files(), st.sampled_from([None, "article", "text", "gone"]), st.sampled_from([None, "highlights", "article"]))
 def test_files_give_examples_or_a_reason(
     given_file: tuple[str, bytes, list[dict[str, Any]] | None], text_column: str | None, summary_column: str | None
