@@ -84,7 +84,8 @@ def test_killed_in_every_file_of_a_checkpoint(undisturbed: Run, tmp_path: Path) 
 
 
 def test_disk_full(undisturbed: Run, tmp_path: Path) -> None:
-    run, before, log = Run(tmp_path / "run"), {}, ""
+    run, log = Run(tmp_path / "run"), ""
+    before: dict[str, dict[str, bytes]] = {}
     for size, message in [(400, "File too large"), (12_000, "File too large"), (30_000, "unexpected pos")]:
         assert run.end(fault=DiskFull(size)) == 1
         assert message in run.log.removeprefix(log)
