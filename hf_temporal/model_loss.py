@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,6 +65,9 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
         can_run: False where the weights are not at hand, so that nine tokens cannot be run: the class of the loss
             function then tells the shift, and no stand-in for the head is made. Sharded by FSDP2, the model is run by
             all ranks at once.
+
+    Raises:
+        ValueError: FSDP2 cannot shard the model.
     """
     base = base_model(model)
     sharded = isinstance(model, FSDPModule)
@@ -87,8 +91,11 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
     try:
         with undisturbed(model):
             found = _probe(model, presumed, inputs, labels)
-    except Exception as error:  # noqa: BLE001  a model may raise anything on inputs that are not its own
-        log = logger.warning if sharded else logger.info  # a model that cannot be sharded is found out here
+    except Exception as error:  # a model may raise anything on inputs that are not its own
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if sharded and frame.f_globals["__name__"].startswith("torch.distributed.fsdp"):
+            raise ValueError(f"{type(base).__name__} cannot be run under FSDP2: {error} Accepted: DDP.") from error
+        log = logger.warning if sharded else logger.info
         log(f"{type(base).__name__} cannot be run on nine tokens: {type(error).__name__}: {error}")
         return presumed
     return _as_presumed(found, presumed) if sharded else found  # data loaders were made before it was sharded

@@ -313,12 +313,21 @@ def test_a_weight_off_the_targets_is_ignored_whatever_it_is() -> None:
     st.sampled_from([(0, 3), (2, 0), (1, 1), (2, 3), (2, 3, 1), (2, 3, 2), (2, 3, 2, 2)]),
     st.sampled_from(FLOATS),
     st.sampled_from(["squared", "absolute"]),
-    st.lists(st.floats(width=16), min_size=24, max_size=24),
+    st.lists(st.floats(-65504, 65504, width=16), min_size=24, max_size=24),
+    st.dictionaries(st.integers(0, 23), st.just(math.nan), max_size=6),
+    st.dictionaries(st.integers(0, 23), st.sampled_from([math.inf, -math.inf]), max_size=1),
     st.integers(0, 99),
 )
 def test_errors_of_float_labels_are_those_by_hand(
-    shape: tuple[int, ...], dtype: torch.dtype, kind: str, values: list[float], seed: int
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kind: str,
+    finite: list[float],
+    nans: dict[int, float],
+    infinite: dict[int, float],
+    seed: int,
 ) -> None:
+    values = [(nans | infinite).get(i, value) for i, value in enumerate(finite)]
     labels = torch.tensor(values[: math.prod(shape)]).reshape(shape).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     predictions, weights = torch.randn(shape, generator=generator), torch.rand(shape[:2], generator=generator)

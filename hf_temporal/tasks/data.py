@@ -97,11 +97,13 @@ def load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dict
         name = EMBEDDED_DATA
     for split, path in files.items():
         try:
-            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), download_mode=download)
+            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), download_mode=download)["train"]
+            read.data.validate(full=True)  # pyarrow takes JSON in any encoding, and a text fails only when it is read
         except (ValueError, DatasetGenerationError) as error:
-            accepted = f"accepted: {path.suffix} with at least one example"
-            raise ValueError(f"{split}_file={str(path)!r} gives no examples ({error}); {accepted}") from error
-        loaded[split] = read["train"]
+            accepted = f"accepted: {path.suffix} in UTF-8 with at least one example"
+            reason = f"{split}_file={str(path)!r} gives no examples ({error.__cause__ or error})"
+            raise ValueError(f"{reason}; {accepted}") from error
+        loaded[split] = read
     splits = {split: loaded[split] for split in SPLITS if split in loaded}
     for split, examples in splits.items():
         if not len(examples):

@@ -149,7 +149,8 @@ class Child:
     """A process that runs one peer on command."""
 
     def __init__(self, peer: str, case: dict[str, Any], threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # forked where the libraries are imported once
+        context.set_forkserver_preload(["hf_temporal.fused_head"])
         self.peer = peer
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, peer, case, threads), daemon=True)

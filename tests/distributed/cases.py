@@ -13,11 +13,25 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, ParallelismConfig
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import (
+    DataCollatorWithFlattening,
+    EvalPrediction,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Trainer,
+    default_data_collator,
+)
 from transformers.distributed import DistributedConfig
 
-from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
+from hf_temporal import (
+    TemporalSeq2SeqTrainingArguments,
+    TemporalTrainingArguments,
+    TemporalWeightSeq2SeqTrainer,
+    TemporalWeightTrainer,
+)
 from hf_temporal.profile import load_profiles
+from tests.test_trainer_models import Regressor, series
 from tests.tiny_models import IGNORE, Example, PackCollator, PadCollator, examples, tiny_model
 from tests.tiny_training import Steps, train
 
@@ -47,6 +61,11 @@ class Stream(IterableDataset[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self.rows)
+
+
+def rows_of(model: str, count: int) -> list[Any]:
+    """Uneven examples of a model, with float labels where it is no language model."""
+    return series(count) if model == "regressor" else list(examples(model, count))
 
 
 class OnAccelerators(TemporalTrainingArguments):
@@ -118,7 +137,7 @@ class TrainingCase:
             "eval_strategy": "steps",
             "eval_steps": STEPS,
             "per_device_eval_batch_size": 4,
-            "trainer_arguments": {"eval_dataset": examples(self.model, self.evaluated)},
+            "trainer_arguments": {"eval_dataset": rows_of(self.model, self.evaluated)},
             "temporal_power": self.power,
             "temporal_normalization": self.normalization,
             "temporal_fused_head": "on" if trainer is TemporalWeightTrainer else "auto",
@@ -132,7 +151,7 @@ class TrainingCase:
         return train(trainer, arguments_class, model, rows, folder, collator=self.collator, **arguments)
 
     def _model(self) -> Any:
-        return tiny_model(self.model, self.adapter, **self.config)
+        return Regressor() if self.model == "regressor" else tiny_model(self.model, self.adapter, **self.config)
 
     def _divided_model(self, loaders: int, processes: int, folder: Path) -> Any:
         torch.manual_seed(0)
@@ -148,10 +167,11 @@ class TrainingCase:
 
     def _rows(self) -> list[Any]:
         """Four in a row have no target: on two processes and on four, some have none of a step's."""
-        rows: list[Any] = examples(self.model, self.rows)
+        rows = rows_of(self.model, self.rows)
         for i, row in enumerate(rows):
             if 12 <= i < 16:
-                row["labels"] = [IGNORE] * len(row["labels"])
+                labels = row["labels"]
+                row["labels"] = labels * math.nan if self.model == "regressor" else [IGNORE] * len(labels)
             if self.own_weights:
                 row["loss_weights"] = [(i + j) % 3 / 2 for j, _ in enumerate(row["labels"])]
         return rows
@@ -159,7 +179,10 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class EvaluationCase:
-    """Eleven examples, `batch_size` a batch: on several processes the last batches hold some that came before."""
+    """Eleven examples, `batch_size` a batch: on several processes the last batches hold some that came before.
+
+    With `generates`, the model generates, too, and what it generates is counted.
+    """
 
     model: str
     power: float
@@ -167,10 +190,18 @@ class EvaluationCase:
     collator: Any = field(default_factory=PadCollator)
     engine: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 2
+    generates: bool = False
 
-    def run(self, processes: int, folder: Path, trainer: type[Trainer] = TemporalWeightTrainer) -> dict[str, float]:
+    def run(self, processes: int, folder: Path, *, stock: bool = False) -> dict[str, float]:
         """The metrics; the profile is left in `folder`."""
-        args = TemporalTrainingArguments(
+        arguments: Any = TemporalTrainingArguments
+        trainer: Any = Trainer if stock else TemporalWeightTrainer
+        generation: dict[str, Any] = {}
+        if self.generates:
+            arguments = TemporalSeq2SeqTrainingArguments
+            trainer = Seq2SeqTrainer if stock else TemporalWeightSeq2SeqTrainer
+            generation = {"predict_with_generate": True, "generation_max_length": 7}
+        args = arguments(
             str(folder),
             per_device_eval_batch_size=self.batch_size,
             temporal_power=self.power,
@@ -178,11 +209,21 @@ class EvaluationCase:
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
+            **generation,
             **(self.engine if processes > 1 else {}),
         )
         assert args.world_size == processes
         rows = examples(self.model, 11)
-        return trainer(tiny_model(self.model), args, eval_dataset=rows, data_collator=self.collator).evaluate()
+        return trainer(
+            tiny_model(self.model), args, eval_dataset=rows, data_collator=self.collator,
+            compute_metrics=tokens_generated if self.generates else None,
+        ).evaluate()  # fmt: skip
+
+
+def tokens_generated(prediction: EvalPrediction) -> dict[str, float]:
+    """How many, and the sum of their squares."""
+    tokens = torch.as_tensor(prediction.predictions).double()
+    return {"tokens": float((tokens > 0).sum()), "squares": float(tokens.clamp(min=0).square().sum())}
 
 
 def dispatch(**options: bool) -> dict[str, Any]:
@@ -194,7 +235,7 @@ FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 FROM_FIRST_RANK = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}
 SPLIT, DISPATCH = dispatch(split_batches=True), dispatch(dispatch_batches=True)
 OFF = {"average_tokens_across_devices": False}
-FULL_LOGITS = {"temporal_fused_head": "off"}
+FULL_LOGITS, AUTO = {"temporal_fused_head": "off"}, {"temporal_fused_head": "auto"}
 
 QUICK = {
     "padded": TrainingCase("llama"),
@@ -240,6 +281,11 @@ TRAINING = {
     "as stock, accumulated": TrainingCase("llama", 0.0, accumulation=2, stock=True),
     "as stock, accumulated, averaged by rank": TrainingCase("llama", 0.0, accumulation=2, stock=True, options=OFF),
     "as stock, encoder-decoder averaged by rank": TrainingCase("t5", 0.0, stock=True, options=OFF),
+    "as stock, mixture of experts averaged by rank": TrainingCase("mixtral", 0.0, rows=12, stock=True, options=OFF),
+    "float labels": TrainingCase("regressor", options=AUTO, collator=default_data_collator),
+    "float labels, accumulated, weighted over the batch": TrainingCase(
+        "regressor", 2.0, "batch", accumulation=2, options=AUTO, collator=default_data_collator
+    ),
 }
 SHARDED = {
     **{
@@ -293,6 +339,8 @@ MORE_EVALUATIONS = {
     "last token": EvaluationCase("bart", math.inf, "batch"),
     "split": EvaluationCase("llama", 2.0, "batch", engine=SPLIT, batch_size=4),
     "dispatched": EvaluationCase("llama", 2.0, "batch", WideCollator(), DISPATCH),
+    "generating": EvaluationCase("t5", 2.0, "sequence", generates=True),
+    "generating, its last token forced": EvaluationCase("bart", 2.0, "sequence", generates=True),
 }
 
 

@@ -68,7 +68,7 @@ def main(folder: Path, processes: int, groups: Sequence[str]) -> None:
             if isinstance(case, cases.EvaluationCase):
                 results[name] = {
                     "metrics": case.run(processes, place),
-                    "stock": case.run(processes, folder / "stock", Trainer),
+                    "stock": case.run(processes, folder / "stock", stock=True),
                 }
                 continue
             results[name] = train(case, processes, place, TemporalWeightTrainer)

@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 import datasets
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_temporal.tasks import language_modeling, summarization
@@ -177,7 +177,11 @@ def files(draw: st.DrawFn) -> tuple[str, bytes, list[dict[str, Any]] | None]:
     return kind, content[:at] + broken + content[at:], rows if sound else None
 
 
+BLANK = [{"article": "a", "highlights": " "}, {"article": "b", "highlights": "c"}]
+
+
 @settings(max_examples=max(CASES // 3, 1))
+@example((".jsonl", "".join(json.dumps(row) + "\n" for row in BLANK).encode(), BLANK), "article", "highlights")
 @given(files(), st.sampled_from([None, "article", "text", "gone"]), st.sampled_from([None, "highlights", "article"]))
 def test_files_give_examples_or_a_reason(
     given_file: tuple[str, bytes, list[dict[str, Any]] | None], text_column: str | None, summary_column: str | None
@@ -217,6 +221,17 @@ def learnable(encoded: dict[str, list[list[int]]]) -> None:
     for ids, mask, labels in zip(*encoded.values(), strict=True):
         assert len(ids) == len(mask) == len(labels)
         assert all(label in (IGNORED, token) for label, token in zip(labels, ids, strict=True))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_files_in_another_encoding_are_refused_by_name(suffix: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / f"train{suffix}"
+    content = {".jsonl": '{"text": "café"}\n', ".json": '[{"text": "café"}]', ".csv": "text\ncafé\n"}[suffix]
+    path.write_bytes(content.encode(encoding))
+    with pytest.raises(ValueError, match=r"gives no examples \(.*\); accepted: .* in UTF-8") as raised:
+        load_texts(DataArguments(train_file=str(path)), "text")
+    assert f"train_file='{path}'" in str(raised.value)
 
 
 @pytest.mark.parametrize(

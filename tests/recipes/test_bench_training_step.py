@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+from recipes.benchmarks import memory_models, timeline, training_step
+
+Run = Callable[..., tuple[dict[str, Any], str]]
 
 
-def run(script: str, output: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    done = subprocess.run(
-        [sys.executable, f"recipes/benchmarks/{script}", "--output", str(output), "--threads", "1", *arguments],
-        cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    return json.loads(output.read_text(encoding="utf-8")), done.stdout
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(benchmark: Any, *arguments: str) -> tuple[dict[str, Any], str]:
+        output = tmp_path / "folder" / "results.json"
+        benchmark.main(["--output", str(output), "--threads", "1", *arguments])
+        return json.loads(output.read_text(encoding="utf-8")), capsys.readouterr().out
+
+    return run
 
 
-def test_training_step(tmp_path: Path) -> None:
+def test_training_step(run: Run) -> None:
     results, printed = run(
-        "training_step.py", tmp_path / "folder" / "step.json", "--model", "toy", "--repeats", "3", "--length", "64",
-        "--targets", "8", "--tuned", "lora",
-    )  # fmt: skip
+        training_step, "--model", "toy", "--repeats", "3", "--length", "64", "--targets", "8", "--tuned", "lora"
+    )
     rows = results["rows"]
     assert [row["trainer"] for row in rows] == ["stock Trainer", "fused head", "full logits", "no head"]
     for row in rows:
@@ -40,10 +42,8 @@ def test_training_step(tmp_path: Path) -> None:
     assert results["hardware"]["processor"]
 
 
-def test_timeline(tmp_path: Path) -> None:
-    results, printed = run(
-        "timeline.py", tmp_path / "timeline.json", "--rows", "2", "--length", "300", "--repeats", "3"
-    )
+def test_timeline(run: Run) -> None:
+    results, printed = run(timeline, "--rows", "2", "--length", "300", "--repeats", "3")
     assert len(results["rows"]) == 18
     for row in results["rows"]:
         assert row["both [ms]"] > max(row["t [ms]"], row["w [ms]"]) > 0.0
@@ -51,10 +51,8 @@ def test_timeline(tmp_path: Path) -> None:
         assert f"{row['both [ms]']:.3g}" in printed
 
 
-def test_memory_models(tmp_path: Path) -> None:
-    results, printed = run(
-        "memory_models.py", tmp_path / "models.json", "--repeats", "3", "--length", "20", "--batch_size", "2"
-    )
+def test_memory_models(run: Run) -> None:
+    results, printed = run(memory_models, "--repeats", "3", "--length", "20", "--batch_size", "2")
     rows = results["rows"]
     assert [row["family"] for row in rows[::2]] == ["linear_rnn", "tanh_rnn", "tcn", "state_space", "attention"]
     for reference, ours in zip(rows[::2], rows[1::2], strict=True):

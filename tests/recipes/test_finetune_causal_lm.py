@@ -307,7 +307,8 @@ def test_two_processes_evaluate_as_one_does(tiny: Tiny, tmp_path: Path, child_en
     flags = tiny.flags(tmp_path / "run", "--per_device_train_batch_size", "2", "--lora_dropout", "0")
     if not torch.accelerator.is_available():
         flags.remove("--use_cpu")  # nothing else is there, and the README's command does without
-    run = _run([*launch, str(script), *flags], child_environment)
+    command = [*launch, str(script), *flags]
+    run = subprocess.run(command, env=child_environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     main(tiny.flags(tmp_path / "alone", "--lora_dropout", "0"))
     assert "--num_processes 2" in (tmp_path / "run" / "README.md").read_text("utf-8")
@@ -323,17 +324,27 @@ def test_two_processes_evaluate_as_one_does(tiny: Tiny, tmp_path: Path, child_en
     assert run.stdout.count("| ROUGE-1") == 1
 
 
+ALONE = "world_size=1, and 2 processes were launched: each would train alone"
+
+
+def test_one_of_two_processes_that_is_alone_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=ALONE):
+        main([*(flag for flag in tiny.flags(tmp_path / "run") if flag != "--use_cpu"), "--use_cpu", "false"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="they would know of each other")
 def test_processes_that_know_nothing_of_each_other_are_refused(
     tiny: Tiny, tmp_path: Path, child_environment: dict[str, str]
 ) -> None:
     flags = [flag for flag in tiny.flags(tmp_path / "run") if flag != "--use_cpu"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = _run([*launch, finetune_causal_lm.__file__, *flags, "--use_cpu", "false"], child_environment)
+    command = [*launch, finetune_causal_lm.__file__, *flags, "--use_cpu", "false"]
+    run = subprocess.run(command, env=child_environment, capture_output=True, text=True, check=False)
     assert run.returncode != 0
-    assert "world_size=1, and 2 processes were launched: each would train alone" in run.stderr
+    assert ALONE in run.stderr
     assert not (tmp_path / "run").exists()
-
-
-def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
