@@ -56,6 +56,16 @@ class FSDP2OnCPU(TemporalTrainingArguments):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+class ZeroOnCPU(TemporalTrainingArguments):
+    """DeepSpeed over gloo, without collectives of its own, which it would compile first."""
+
+    def __post_init__(self) -> None:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        super().__post_init__()
+
+
 @dataclass(frozen=True)
 class TrainingCase:
     """Five optimizer steps of eight uneven rows each, the last step of fewer; then an evaluation.
@@ -113,7 +123,8 @@ class TrainingCase:
             **self.options,
             **(self.engine if processes > 1 else {}),
         }
-        arguments_class = FSDP2OnCPU if "fsdp" in arguments else TemporalTrainingArguments
+        classes = {"fsdp": FSDP2OnCPU, "deepspeed": ZeroOnCPU}
+        arguments_class = next((classes[key] for key in classes if key in arguments), TemporalTrainingArguments)
         model = tiny_model(self.model, self.adapter)
         return train(trainer, arguments_class, model, rows, folder, collator=self.collator, **arguments)
 
@@ -161,11 +172,19 @@ def dispatch(**options: bool) -> dict[str, Any]:
     return {"accelerator_config": options}
 
 
+def zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed, with what the arguments say of batches, accumulation and clipping."""
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    settings = dict.fromkeys((*batch, "gradient_clipping"), "auto")
+    return {"deepspeed": {**settings, "zero_optimization": {"stage": stage}}}
+
+
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 FROM_FIRST_RANK = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}
 SPLIT, DISPATCH = dispatch(split_batches=True), dispatch(dispatch_batches=True)
 OFF = {"average_tokens_across_devices": False}
 FULL_LOGITS = {"temporal_fused_head": "off"}
+AUTO = {"temporal_fused_head": "auto"}
 
 QUICK = {
     "padded": TrainingCase("llama"),
@@ -231,6 +250,20 @@ SHARDED = {
         for power, normalization in WEIGHTINGS
     },
     "FSDP2, weights on the first rank": TrainingCase("llama", engine=FROM_FIRST_RANK),
+}
+ZERO = {
+    **{
+        f"ZeRO-{stage} at p = {power}, {normalization}": TrainingCase(
+            "llama", power, normalization, accumulation=2, options=AUTO, engine=zero(stage)
+        )
+        for stage in (2, 3)
+        for power, normalization in WEIGHTINGS
+    },
+    **{
+        f"ZeRO-{stage}, {model}, {adapter}": TrainingCase(model, adapter=adapter, options=AUTO, engine=zero(stage))
+        for stage in (2, 3)
+        for model, adapter in [("qwen3", "plain"), ("t5", "plain"), ("llama", "lora_head")]
+    },
 }
 EVALUATIONS = {
     "padded": EvaluationCase("llama", 2.0, "sequence"),
