@@ -281,7 +281,9 @@ def weigh_batches(
     reference = None
     if weighting.normalization == "batch":
         times = torch.stack([weighting.reference_time_of(batch[POSITIONS]).to(device) for batch in batches])
-        reference = weighting.reference_time_of(times if gather is None else gather(times))
+        reference = weighting.reference_time_of(times)
+        if gather is not None:
+            reference = weighting.reference_time_of(gather(reference))
     sums = torch.zeros(4, dtype=wide_dtype(device), device=device)
     for batch in batches:
         positions, own = batch.pop(POSITIONS).to(device), batch.pop(LOSS_WEIGHTS, None)

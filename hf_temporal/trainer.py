@@ -262,6 +262,12 @@ class TemporalWeightMixin(HubMixin):
 
     # ---- training
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The trainer's own, which under DeepSpeed would round the weights to the model's bf16 or fp16."""
+        kept = {key: inputs[key].to(self.args.device) for key in (WEIGHTS, LOSS_WEIGHTS) if key in inputs}
+        prepared = super()._prepare_inputs(inputs)
+        return {**prepared, **kept} if kept else prepared
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -450,7 +456,7 @@ class TemporalWeightMixin(HubMixin):
     ) -> Any:
         """The trainer's own step, whose logits are observed."""
         batch = dict(inputs) if POSITIONS in inputs else self._timeline.add(inputs)
-        timeline = {key: self._prepare_input(batch.pop(key)) for key in TIMELINE_KEYS if key in batch}
+        timeline = {key: batch.pop(key).to(self.args.device) for key in TIMELINE_KEYS if key in batch}
         if self._losses is None or POSITIONS not in timeline or self.get_cp_size() > 1 or self._problem_with(batch):
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         calls: deque[Any] = deque(maxlen=1)

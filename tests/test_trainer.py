@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from accelerate import Accelerator, ParallelismConfig
+from torch import Tensor, nn
 from transformers import (
     LlamaForCausalLM,
     Trainer,
@@ -250,16 +251,17 @@ def test_liger_cross_entropy_is_refused(config: dict[str, bool] | None, tmp_path
         TemporalWeightTrainer(tiny_model("llama"), args)
 
 
-def test_sequence_parallelism_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "get_sp_size", lambda _: 2)
-    with pytest.raises(ValueError, match=r"sp_size=2: .* Accepted: sp_size=1; cp_size > 1 splits sequences, too"):
-        TemporalWeightTrainer(tiny_model("llama"), TemporalTrainingArguments(str(tmp_path), use_cpu=True))
-
-
 def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TemporalTrainingArguments, "n_gpu", 2)
     with pytest.raises(ValueError, match=r"n_gpu=2: nn\.DataParallel.*`accelerate launch`"):
         TemporalWeightTrainer(tiny_model("llama"), TemporalTrainingArguments(str(tmp_path), **SETTINGS))
+
+
+def test_sequence_parallelism_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "multi_device", True)  # else accelerate refuses it itself
+    args = TemporalTrainingArguments(str(tmp_path), parallelism_config=ParallelismConfig(sp_size=2), **SETTINGS)
+    with pytest.raises(ValueError, match=r"parallelism_config\.sp_size=2: .* Accepted: sp_size=1; cp_size > 1"):
+        TemporalWeightTrainer(tiny_model("llama"), args)
 
 
 def test_weighting_of_another_type(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -17,10 +19,11 @@ from transformers import (
     RobertaConfig,
     RobertaForTokenClassification,
     Trainer,
+    TrainingArguments,
 )
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeighting, TemporalWeightTrainer
-from hf_temporal.collator import TimelineCollator
+from hf_temporal.collator import LOSS_WEIGHTS, WEIGHTS, TimelineCollator
 from hf_temporal.model_loss import read_model_loss
 from tests.test_collator import CAUSAL, tokenizer
 from tests.tiny_models import PadCollator, causal_examples, tiny_model
@@ -53,6 +56,19 @@ def test_negative_power_after_a_long_prompt(normalization: str, document_ids: Te
     assert not weights[positions == 0].any()
     if normalization == "sequence":
         assert weights[0].sum() == pytest.approx(10, rel=1e-5)
+
+
+def test_deepspeed_does_not_round_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It brings each float of a batch to the model's dtype."""
+    trainer = TemporalWeightTrainer(tiny_model("llama"), TrainingArguments(str(tmp_path), use_cpu=True))
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    weights = torch.rand(2, 5)
+    batch = trainer._prepare_inputs({"features": weights, WEIGHTS: weights, LOSS_WEIGHTS: weights})
+    assert batch["features"].dtype == torch.bfloat16
+    assert torch.equal(batch[WEIGHTS], weights)
+    assert torch.equal(batch[LOSS_WEIGHTS], weights)
 
 
 def test_sharded_weights_keep_the_auxiliary_loss() -> None:

@@ -124,6 +124,11 @@ def train(
 
 def whole(parameter: Tensor) -> Tensor:
     """A copy of a parameter on the CPU, gathered from all ranks where it is sharded."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
     parameter = parameter.detach()
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).to("cpu", copy=True)
 

@@ -77,6 +77,16 @@ class OnAccelerators(TemporalTrainingArguments):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+class ZeroOnCPU(TemporalTrainingArguments):
+    """DeepSpeed over gloo, without collectives of its own, which it would compile first."""
+
+    def __post_init__(self) -> None:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        super().__post_init__()
+
+
 @dataclass(frozen=True)
 class TrainingCase:
     """Five optimizer steps of eight uneven rows each, the last step of fewer; then an evaluation.
@@ -145,8 +155,11 @@ class TrainingCase:
             **self.options,
             **engine,
         }
-        sharded = "fsdp" in arguments or (self.ranks_per_layer > 1 and processes > 1)
-        arguments_class = OnAccelerators if sharded else TemporalTrainingArguments
+        classes = {"fsdp": OnAccelerators, "deepspeed": ZeroOnCPU}
+        if self.ranks_per_layer > 1 and processes > 1:
+            arguments_class: type[TemporalTrainingArguments] = OnAccelerators
+        else:
+            arguments_class = next((classes[key] for key in classes if key in arguments), TemporalTrainingArguments)
         model = self._model() if self.ranks_per_layer == 1 else self._divided_model(loaders, processes, folder)
         return train(trainer, arguments_class, model, rows, folder, collator=self.collator, **arguments)
 
@@ -229,6 +242,13 @@ def tokens_generated(prediction: EvalPrediction) -> dict[str, float]:
 def dispatch(**options: bool) -> dict[str, Any]:
     """How accelerate's data loaders hand out batches."""
     return {"accelerator_config": options}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed, with what the arguments say of batches, accumulation and clipping."""
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    settings = dict.fromkeys((*batch, "gradient_clipping"), "auto")
+    return {"deepspeed": {**settings, "zero_optimization": {"stage": stage}}}
 
 
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
@@ -328,6 +348,20 @@ SHARDED = {
         for power, normalization in WEIGHTINGS
     },
     "FSDP2, weights on the first rank": TrainingCase("llama", engine=FROM_FIRST_RANK),
+}
+ZERO = {
+    **{
+        f"ZeRO-{stage} at p = {power}, {normalization}": TrainingCase(
+            "llama", power, normalization, accumulation=2, options=AUTO, engine=zero(stage)
+        )
+        for stage in (2, 3)
+        for power, normalization in WEIGHTINGS
+    },
+    **{
+        f"ZeRO-{stage}, {model}, {adapter}": TrainingCase(model, adapter=adapter, options=AUTO, engine=zero(stage))
+        for stage in (2, 3)
+        for model, adapter in [("qwen3", "plain"), ("t5", "plain"), ("llama", "lora_head")]
+    },
 }
 EVALUATIONS = {
     "padded": EvaluationCase("llama", 2.0, "sequence"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def check_evaluation(case: EvaluationCase, found: dict[str, Any], processes: int
         assert (one["loss"] or 0.0) == pytest.approx(many["loss"] or 0.0, rel=1e-6), place.name
 
 
-def check(processes: int, folder: Path, *groups: str) -> None:
-    for group, results in launch(processes, folder, *groups).items():
+def check(processes: int, folder: Path, *groups: str, machines: int = 1) -> None:
+    for group, results in launch(processes, folder, *groups, machines=machines).items():
         for name, case in getattr(cases, group).items():
             if isinstance(case, EvaluationCase):
                 check_evaluation(case, results[name], processes, folder / group / name, folder / "alone" / name)
@@ -68,3 +69,15 @@ def test_the_fused_loss_is_not_rounded_where_outputs_are(tmp_path: Path) -> None
     """FSDP2 in bfloat16 rounds what a module returns: a loss by up to 0.4 percent."""
     fused, full = launch(2, tmp_path, "ROUNDED")["ROUNDED"].values()
     assert fused["steps"][0]["loss"] == pytest.approx(full["steps"][0]["loss"], rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_two_machines_do_what_one_process_does(tmp_path: Path) -> None:
+    check(2, tmp_path, "QUICK", machines=2)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero(tmp_path: Path) -> None:
+    check(2, tmp_path, "ZERO")
