@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, ParallelismConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     LlamaForCausalLM,
     Trainer,
