@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(script: str, output: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     done = subprocess.run(
-        [sys.executable, f"recipes/benchmarks/{script}", "--output", str(output), "--threads", "1", *arguments],
+        [sys.executable, f"recipes/benchmarks/{script}", "--output", str(output), *arguments],
         cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
@@ -24,7 +24,7 @@ def run(script: str, output: Path, *arguments: str) -> tuple[dict[str, Any], str
 def test_training_step(tmp_path: Path) -> None:
     results, printed = run(
         "training_step.py", tmp_path / "folder" / "step.json", "--model", "toy", "--repeats", "3", "--length", "64",
-        "--targets", "8", "--tuned", "lora",
+        "--targets", "8", "--tuned", "lora", "--threads", "1",
     )  # fmt: skip
     rows = results["rows"]
     assert [row["trainer"] for row in rows] == ["stock Trainer", "fused head", "full logits", "no head"]
@@ -42,7 +42,7 @@ def test_training_step(tmp_path: Path) -> None:
 
 def test_timeline(tmp_path: Path) -> None:
     results, printed = run(
-        "timeline.py", tmp_path / "timeline.json", "--rows", "2", "--length", "300", "--repeats", "3"
+        "timeline.py", tmp_path / "timeline.json", "--rows", "2", "--length", "300", "--repeats", "3", "--threads", "1"
     )
     assert len(results["rows"]) == 18
     for row in results["rows"]:
@@ -53,8 +53,9 @@ def test_timeline(tmp_path: Path) -> None:
 
 def test_memory_models(tmp_path: Path) -> None:
     results, printed = run(
-        "memory_models.py", tmp_path / "models.json", "--repeats", "3", "--length", "20", "--batch_size", "2"
-    )
+        "memory_models.py", tmp_path / "models.json", "--repeats", "3", "--length", "20", "--batch_size", "2",
+        "--threads", "1",
+    )  # fmt: skip
     rows = results["rows"]
     assert [row["family"] for row in rows[::2]] == ["linear_rnn", "tanh_rnn", "tcn", "state_space", "attention"]
     for reference, ours in zip(rows[::2], rows[1::2], strict=True):
@@ -63,3 +64,21 @@ def test_memory_models(tmp_path: Path) -> None:
         ratios = sorted(a / b for a, b in zip(ours["all_seconds"], reference["all_seconds"], strict=True))
         assert ours["time / reference"] == ratios[1] > 0.0
         assert f"{ours['seconds']:.3g}" in printed
+
+
+def test_reduction(tmp_path: Path) -> None:
+    """Beside the stock trainer's, a step takes one reduction of four float64, under "batch" one of an int64 too."""
+    results, printed = run(
+        "reduction.py", tmp_path / "reduction.json", "--processes", "2", "--repeats", "3", "--gradients", "1000"
+    )
+    assert [(row["what"], row["collectives"], row["bytes per rank"]) for row in results["rows"]] == [
+        ("stock Trainer", 1, 8),
+        ("sequence", 2, 8 + 32),
+        ("batch", 3, 8 + 32 + 8),
+        ("tokens", 2, 8 + 32),
+        ("all-reduce of 1,000 gradients", 1, 4000),
+    ]
+    for row in results["rows"]:
+        assert row["processes"] == 2
+        assert row["microseconds"] > 0.0
+        assert f"{row['microseconds']:.3g}" in printed
