@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recipes.benchmarks import memory_models, timeline, training_step
+from recipes.benchmarks import memory_models, reduction, timeline, training_step
 
 Run = Callable[..., tuple[dict[str, Any], str]]
 
@@ -18,7 +18,7 @@ Run = Callable[..., tuple[dict[str, Any], str]]
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     def run(benchmark: Any, *arguments: str) -> tuple[dict[str, Any], str]:
         output = tmp_path / "folder" / "results.json"
-        benchmark.main(["--output", str(output), "--threads", "1", *arguments])
+        benchmark.main(["--output", str(output), *arguments])
         return json.loads(output.read_text(encoding="utf-8")), capsys.readouterr().out
 
     return run
@@ -26,7 +26,19 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 def test_training_step(run: Run) -> None:
     results, printed = run(
-        training_step, "--model", "toy", "--repeats", "3", "--length", "64", "--targets", "8", "--tuned", "lora"
+        training_step,
+        "--model",
+        "toy",
+        "--repeats",
+        "3",
+        "--length",
+        "64",
+        "--targets",
+        "8",
+        "--tuned",
+        "lora",
+        "--threads",
+        "1",
     )
     rows = results["rows"]
     assert [row["trainer"] for row in rows] == ["stock Trainer", "fused head", "full logits", "no head"]
@@ -43,7 +55,7 @@ def test_training_step(run: Run) -> None:
 
 
 def test_timeline(run: Run) -> None:
-    results, printed = run(timeline, "--rows", "2", "--length", "300", "--repeats", "3")
+    results, printed = run(timeline, "--rows", "2", "--length", "300", "--repeats", "3", "--threads", "1")
     assert len(results["rows"]) == 18
     for row in results["rows"]:
         assert row["both [ms]"] > max(row["t [ms]"], row["w [ms]"]) > 0.0
@@ -52,7 +64,7 @@ def test_timeline(run: Run) -> None:
 
 
 def test_memory_models(run: Run) -> None:
-    results, printed = run(memory_models, "--repeats", "3", "--length", "20", "--batch_size", "2")
+    results, printed = run(memory_models, "--repeats", "3", "--length", "20", "--batch_size", "2", "--threads", "1")
     rows = results["rows"]
     assert [row["family"] for row in rows[::2]] == ["linear_rnn", "tanh_rnn", "tcn", "state_space", "attention"]
     for reference, ours in zip(rows[::2], rows[1::2], strict=True):
@@ -61,3 +73,19 @@ def test_memory_models(run: Run) -> None:
         ratios = sorted(a / b for a, b in zip(ours["all_seconds"], reference["all_seconds"], strict=True))
         assert ours["time / reference"] == ratios[1] > 0.0
         assert f"{ours['seconds']:.3g}" in printed
+
+
+def test_reduction(run: Run) -> None:
+    """Beside the stock trainer's, a step takes one reduction of four float64, under "batch" one of an int64 too."""
+    results, printed = run(reduction, "--processes", "2", "--repeats", "3", "--gradients", "1000")
+    assert [(row["what"], row["collectives"], row["bytes per rank"]) for row in results["rows"]] == [
+        ("stock Trainer", 1, 8),
+        ("sequence", 2, 8 + 32),
+        ("batch", 3, 8 + 32 + 8),
+        ("tokens", 2, 8 + 32),
+        ("all-reduce of 1,000 gradients", 1, 4000),
+    ]
+    for row in results["rows"]:
+        assert row["processes"] == 2
+        assert row["microseconds"] > 0.0
+        assert f"{row['microseconds']:.3g}" in printed
