@@ -188,15 +188,15 @@ def test_a_reentrant_checkpoint_around_the_head_is_refused(tmp_path: Path) -> No
         steps_of(whole_checkpoint(reentrant=True), twelve("llama"), tmp_path, temporal_fused_head="on")
 
 
-@pytest.mark.parametrize(("name", "fused"), [("llama", "on"), ("llama", "off"), ("t5", "on")])
-def test_a_compiled_model(name: str, fused: str, plain: Plain, tmp_path: Path) -> None:
-    """AOT autograd's graphs, forward and backward; inductor would spend most of a minute on C++ here."""
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_a_compiled_model(fused: str, plain: Plain, tmp_path: Path) -> None:
+    """AOT autograd's graphs, forward and backward; what inductor makes of them in C++ is left out, for time."""
     torch._dynamo.reset()
     steps = steps_of(
-        tiny_model(name), twelve(name), tmp_path, temporal_fused_head=fused, torch_compile=True,
+        tiny_model("llama"), twelve("llama"), tmp_path, temporal_fused_head=fused, torch_compile=True,
         torch_compile_backend="aot_eager",
     )  # fmt: skip
-    assert_same(steps, plain(name, temporal_fused_head=fused))
+    assert_same(steps, plain("llama", temporal_fused_head=fused))
 
 
 @pytest.mark.parametrize("first", [0, 1])
