@@ -19,8 +19,9 @@ EXACT = tuple(f"eval_{name}_loss" for name in ("temporal", "first_token", "head"
 def check_training(name: str, case: TrainingCase, found: dict[str, Any], processes: int, folder: Path) -> None:
     expected = found["stock"] if case.stock else trained(case.run(1, folder, like=processes))
     assert len(found["steps"]) == cases.STEPS, name
-    for got, right in zip(found["steps"], expected["steps"], strict=True):
-        assert got["loss"] == pytest.approx(right["loss"], rel=1e-6), name
+    for step, (got, right) in enumerate(zip(found["steps"], expected["steps"], strict=True)):
+        # later losses come from parameters that may lie 1e-5 of their update apart, which moves them by |gradient| × that
+        assert got["loss"] == pytest.approx(right["loss"], rel=5e-6 if step else 1e-6), name
         assert got["grad_norm"] == pytest.approx(right["grad_norm"], rel=5e-6), name
         if not case.stock:
             assert got["effective_sample_size"] == pytest.approx(right["effective_sample_size"], rel=1e-6), name
