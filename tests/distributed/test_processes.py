@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def check_training(name: str, case: TrainingCase, found: dict[str, Any], process
     expected = found["stock"] if case.stock else trained(case.run(1, folder, like=processes))
     assert len(found["steps"]) == cases.STEPS, name
     for step, (got, right) in enumerate(zip(found["steps"], expected["steps"], strict=True)):
-        # later losses come from parameters that may lie 1e-5 of their update apart, which moves them by |gradient| × that
+        # parameters may lie 1e-5 of their update apart, which moves later losses by |gradient| times that
         assert got["loss"] == pytest.approx(right["loss"], rel=5e-6 if step else 1e-6), name
         assert got["grad_norm"] == pytest.approx(right["grad_norm"], rel=5e-6), name
         if not case.stock:
@@ -45,12 +46,24 @@ def check_evaluation(case: EvaluationCase, found: dict[str, Any], processes: int
 
 
 def check(processes: int, folder: Path, *groups: str, machines: int = 1) -> None:
+    failed = []
     for group, results in launch(processes, folder, *groups, machines=machines).items():
         for name, case in getattr(cases, group).items():
+            found, alone = results[name], folder / "alone"
             if isinstance(case, EvaluationCase):
-                check_evaluation(case, results[name], processes, folder / group / name, folder / "alone" / name)
+                failed += failure(check_evaluation, case, found, processes, folder / group / name, alone / name)
             else:
-                check_training(name, case, results[name], processes, folder / "alone")
+                failed += failure(check_training, name, case, found, processes, alone)
+    assert not failed, "\n\n".join(failed)
+
+
+def failure(check: Callable[..., None], *arguments: Any) -> list[str]:
+    """What a check says; a run takes minutes, and all of its cases are to be heard."""
+    try:
+        check(*arguments)
+    except AssertionError as error:
+        return [str(error)]
+    return []
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
