@@ -28,7 +28,7 @@ from recipes.laboratory import FAMILIES, compare
 
 STANDING = {
     "config": "configs/copying/small_attention.yaml",
-    "powers": "0 1 4",
+    "powers": "0 4",
     "metric": "recall",
     "reach": "0.98",
     "vary": FAMILIES,
