@@ -126,8 +126,8 @@ class FusedHead:
     def _hand_over(self, module: nn.Module, _: Any, output: Any) -> dict[str, Any]:
         if self._loss is None:
             raise RuntimeError(f"{type(module).__name__} did not call its LM head; set temporal_fused_head='off'.")
-        trains = torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())
-        if trains and not self._loss.requires_grad:
+        lost = torch.is_grad_enabled() and not self._loss.requires_grad
+        if lost and any(each.requires_grad for each in module.parameters()):
             raise RuntimeError(
                 f"the LM head of {type(module).__name__} ran without gradients, as inside a reentrant checkpoint; "
                 "accepted: gradient_checkpointing_kwargs={'use_reentrant': False}, or temporal_fused_head='off'."
