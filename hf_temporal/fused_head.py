@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from .head_chunk import Head, Term, product_dtype
 from .losses import check_vocabulary
 from .timeline import IGNORE_INDEX, SIGNED_INTEGERS
 from .weighting import check_weights
 
-VOCABULARY_BLOCK = 8192
+ROUNDING = 64
 
 
 @torch.compiler.disable
@@ -112,16 +113,9 @@ def weighted_linear_cross_entropy_terms(
     if not torch.is_grad_enabled():
         flat, weights = [tensor.detach() for tensor in flat], weights.detach()
         bias = None if bias is None else bias.detach()
-    device, vocabulary = flat[0].device.type, flat[1].shape[0]
-    if chunk_size is None:
-        chunk_size = default_chunk_size(vocabulary, device)
-    options = _Options(logit_scale, softcap, label_smoothing, chunk_size, _product_dtypes(flat, device))
+    dtypes = _product_dtypes(flat, flat[0].device.type)
+    options = _Options(logit_scale, softcap, label_smoothing, chunk_size, dtypes)
     return _WeightedLinearCrossEntropy.apply(options, targets, weights, bias, *flat)
-
-
-def default_chunk_size(vocabulary: int, device_type: str) -> int:
-    """256 positions; off the CPU more, where the vocabulary is small: what fills 512 MiB with float32 logits."""
-    return 256 if device_type == "cpu" else max(256, 2**27 // vocabulary)
 
 
 @dataclass(frozen=True)
@@ -129,7 +123,7 @@ class _Options:
     logit_scale: float
     softcap: float | None
     label_smoothing: float
-    chunk_size: int
+    chunk_size: int | None
     product_dtypes: list[torch.dtype]
 
 
@@ -141,48 +135,60 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         ctx: Any, options: _Options, targets: Tensor, weights: Tensor, bias: Tensor | None, *flat: Tensor
     ) -> Tensor:
         _, _, needs_weights, needs_bias, *needs = ctx.needs_input_grad
+        xs, matrices = flat[0::2], flat[1::2]
         exact = reduce(torch.promote_types, (tensor.dtype for tensor in flat), torch.float32)
-        grads = [torch.zeros_like(t, dtype=exact) if need else None for t, need in zip(flat, needs, strict=True)]
-        grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None
-
+        head = Head(
+            [
+                Term(_narrowed(matrix, dtype), dtype, needs_grad_x)
+                for matrix, dtype, needs_grad_x in zip(matrices, options.product_dtypes, needs[0::2], strict=True)
+            ],
+            bias=bias,
+            grad_bias=torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None,
+            logit_scale=options.logit_scale,
+            softcap=options.softcap,
+            label_smoothing=options.label_smoothing,
+            exact=exact,
+            is_shifted=flat[0].device.type != "cpu" or torch.float16 in options.product_dtypes,
+        )
         chosen = targets != IGNORE_INDEX
         if not needs_weights:
             chosen &= weights != 0
         positions = chosen.nonzero().squeeze(1)
-        y = targets.index_select(0, positions).long().unsqueeze(1)
+        y = targets.index_select(0, positions).long()
         w = weights.index_select(0, positions).to(exact)
-        peak = _largest(w)
         losses = torch.empty_like(w)
+        # Divided by the largest weight, the gradients do not leave the range of float16.
+        is_narrow = torch.float16 in {*options.product_dtypes, *(tensor.dtype for tensor in flat)}
+        peak = _largest(w) if is_narrow else None
+        shares = w if peak is None else w / peak
 
-        matrices = [weight.to(dtype) for weight, dtype in zip(flat[1::2], options.product_dtypes, strict=True)]
-        size = (min(options.chunk_size, len(positions)), len(matrices[0]))
-        buffers = {dtype: matrices[0].new_empty(size, dtype=dtype) for dtype in {exact, *options.product_dtypes}}
-        for start in range(0, len(positions), options.chunk_size):
-            rows = slice(start, start + options.chunk_size)
-            index = positions[rows]
-            xs = [x.index_select(0, index).to(matrix.dtype) for x, matrix in zip(flat[0::2], matrices, strict=True)]
-            chunk = {dtype: buffer[: len(index)] for dtype, buffer in buffers.items()}
-            slope = _logits_(chunk, exact, xs, matrices, bias, options)
-            losses[rows], total = _losses_(chunk[exact], y[rows], options.label_smoothing)
-            if not (any(needs) or needs_bias):
-                continue
-            _gradient_(chunk[exact], total, y[rows], options.label_smoothing)
-            chunk[exact].mul_((w[rows] * (options.logit_scale / peak)).unsqueeze(1) / total)
-            if slope is not None:
-                chunk[exact].mul_(slope)
-            if grad_bias is not None:
-                grad_bias += chunk[exact].sum(0)
-            for dtype in chunk.keys() - {exact}:
-                chunk[dtype].copy_(chunk[exact])
-            for x, matrix, grad_x, grad_matrix in zip(xs, matrices, grads[0::2], grads[1::2], strict=True):
-                if grad_x is not None:
-                    grad_x.index_copy_(0, index, torch.mm(chunk[matrix.dtype], matrix).to(exact))
-                if grad_matrix is not None:
-                    _add_product_(grad_matrix, chunk[matrix.dtype].t(), x)
+        largest = options.chunk_size or head.chunk_size()
+        count = -(-len(positions) // largest)
+        size = min(largest, -(-len(positions) // (ROUNDING * max(count, 1))) * ROUNDING)
+        for term, matrix, need in zip(head.terms, matrices, needs[1::2], strict=True):
+            if need:
+                term.grad_matrix = torch.empty_like(matrix) if count else torch.zeros_like(matrix)
+                if count > 2 and matrix.dtype != exact:
+                    term.sums = torch.empty_like(matrix, dtype=exact)
+        grads_x = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs[0::2], strict=True)]
+        buffer = head.buffer(min(size, len(positions)))
+        for i in range(count):
+            chunk = slice(i * size, (i + 1) * size)
+            index = positions[chunk]
+            inputs = [x.index_select(0, index).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
+            losses[chunk], gradients = head.losses(
+                inputs, y[chunk], shares[chunk], buffer, is_first=i == 0, is_last=i == count - 1
+            )
+            for grad_x, gradient in zip(grads_x, gradients, strict=True):
+                if grad_x is not None and gradient is not None:
+                    grad_x.index_copy_(0, index, gradient.to(grad_x.dtype))
 
-        grad_weights = w.new_zeros(len(weights)).index_copy_(0, positions, losses / peak) if needs_weights else None
+        grad_weights = w.new_zeros(len(weights)).index_copy_(0, positions, losses) if needs_weights else None
+        if grad_weights is not None and peak is not None:
+            grad_weights /= peak
         ctx.dtypes = [None if t is None else t.dtype for t in (weights, bias, *flat)]
-        ctx.gradients = [grad_weights, grad_bias, *grads]
+        interleaved = [g for term, grad_x in zip(head.terms, grads_x, strict=True) for g in (grad_x, term.grad_matrix)]
+        ctx.gradients = [grad_weights, head.grad_bias, *interleaved]
         ctx.peak = peak
         return (losses * w).sum()
 
@@ -199,71 +205,27 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
                 "in the forward pass and handed out once; call it again instead of using retain_graph=True."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        factor = grad_output * ctx.peak
-        scaled = [
-            None if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return None, None, *scaled
+        factor = grad_output if ctx.peak is None else grad_output * ctx.peak
+        if factor.device.type != "cpu" or factor != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(factor)
+        return (
+            None,
+            None,
+            *(None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
+        )
 
 
 def _largest(w: Tensor) -> Tensor:
-    """The largest |w|, or 1: divided by it, the weights keep float16 gradients from overflowing."""
+    """The largest |w|, or 1."""
     peak = w.abs().amax() if len(w) else w.new_zeros(())
     return torch.where(peak > 0, peak, 1)
 
 
-def _logits_(
-    chunk: dict[torch.dtype, Tensor],
-    exact: torch.dtype,
-    xs: Sequence[Tensor],
-    matrices: Sequence[Tensor],
-    bias: Tensor | None,
-    options: _Options,
-) -> Tensor | None:
-    """Write the logits of a chunk into `chunk[exact]`; returns their slope 1 − tanh² where they are capped."""
-    z = chunk[exact]
-    for i, (x, matrix) in enumerate(zip(xs, matrices, strict=True)):
-        if x.dtype == exact:
-            z.addmm_(x, matrix.t(), beta=float(i > 0))
-        else:
-            product = torch.mm(x, matrix.t(), out=chunk[x.dtype])
-            z.copy_(product) if i == 0 else z.add_(product)
-    if bias is not None:
-        z.add_(bias)
-    if options.logit_scale != 1:
-        z.mul_(options.logit_scale)
-    if options.softcap is None:
-        return None
-    z.div_(options.softcap).tanh_()
-    slope = 1 - z.square()
-    z.mul_(options.softcap)
-    return slope
-
-
-def _losses_(z: Tensor, y: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Turn logits z into exp(z − max z) in place; returns the losses [n] and Σ_v exp(z_v − max z) [n, 1]."""
-    expected = z.gather(1, y)
-    if label_smoothing:
-        expected = (1 - label_smoothing) * expected + label_smoothing * z.mean(1, keepdim=True)
-    top = z.amax(1, keepdim=True)
-    total = z.sub_(top).exp_().sum(1, keepdim=True)
-    return (top + total.log() - expected).squeeze(1), total
-
-
-def _gradient_(z: Tensor, total: Tensor, y: Tensor, label_smoothing: float) -> None:
-    """Turn exp(z − max z) into `total` times the gradient of the losses with respect to the logits, in place."""
-    if label_smoothing:
-        z.sub_(total * (label_smoothing / z.shape[1]))
-    z.scatter_(1, y, z.gather(1, y) - (1 - label_smoothing) * total)
-
-
-def _add_product_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a b to the accumulator; a 16-bit product is added block by block, so that it never stands there whole."""
-    if a.dtype == accumulator.dtype:
-        accumulator.addmm_(a, b)
-        return
-    for block, part in zip(accumulator.split(VOCABULARY_BLOCK), a.split(VOCABULARY_BLOCK), strict=True):
-        block += torch.mm(part, b)
+def _narrowed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix in the dtype of its products, where that is narrower; a wider one is made block by block."""
+    return matrix.to(dtype) if dtype.itemsize < matrix.dtype.itemsize else matrix
 
 
 def _gathered(parameter: Tensor) -> Tensor:
@@ -274,11 +236,12 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 
 def _product_dtypes(flat: Sequence[Tensor], device_type: str) -> list[torch.dtype]:
-    """The dtype in which `F.linear(x_i, W_i)` would run, for each term."""
+    """The dtype in which `F.linear(x_i, W_i)` would run, for each term; float32 where that would be emulated."""
     dtypes = [torch.promote_types(x.dtype, weight.dtype) for x, weight in zip(flat[0::2], flat[1::2], strict=True)]
-    if not torch.is_autocast_enabled(device_type):
-        return dtypes
-    return [dtype if dtype == torch.float64 else torch.get_autocast_dtype(device_type) for dtype in dtypes]
+    if torch.is_autocast_enabled(device_type):
+        cast = torch.get_autocast_dtype(device_type)
+        dtypes = [dtype if dtype == torch.float64 else cast for dtype in dtypes]
+    return [product_dtype(dtype, device_type) for dtype in dtypes]
 
 
 def _check_options(softcap: float | None, label_smoothing: float, chunk_size: int | None) -> None:

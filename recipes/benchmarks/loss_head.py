@@ -11,13 +11,20 @@ The peers, each with the gradients of hidden states [N, H] and head [V, H]:
   … of the targets    the same over the positions that have a target (where some are masked)
   stock mean          full logits, mean cross-entropy in float32, as the models' own loss
   weights by hand     full logits, cross-entropy of each token in float32, times the weights
-  torch chunked       torch.nn.functional.linear_cross_entropy(reduction="none"), times the weights
+  torch …             torch.nn.functional.linear_cross_entropy(reduction="none") under each of its accumulation
+                      policies, times the weights
+  TRL                 the fused head of trl, its log-probabilities times the weights; where trl is installed
   ours                hf_temporal.fused_head.weighted_linear_cross_entropy
+  ours, …             with a soft cap; with scale and bias; with label smoothing; with an adapter of rank 8 on a frozen
+                      head; with a frozen head; with 16 bits as on a CPU without instructions for them
+Liger and Apple's cut cross-entropy need a GPU: loss_head_gpu.py.
 
 Each peer lives in a process of its own, so that its peak memory is its own. The processes run in turn, one at a time
 and in a rotating order, so that whatever else the machine does meets them alike: a ratio is the median of the ratios
 within a round. The first run of each is not timed; it gives the memory: the process's peak above what it held with
-the inputs made and the libraries warmed up on a small problem. Gradients count as memory, inputs do not.
+the inputs made and the libraries warmed up on a small problem. Gradients count as memory, inputs do not. "beside /
+logits" is what is left without gradients, and for ours in bfloat16 without the float32 sums of the head's gradient, as
+a share of N × V float32 logits.
 """
 
 from __future__ import annotations
@@ -31,10 +38,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -44,14 +54,16 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hf_temporal.fused_head import weighted_linear_cross_entropy
+from hf_temporal import fused_head, head_chunk
+from hf_temporal.fused_head import weighted_linear_cross_entropy, weighted_linear_cross_entropy_terms
 from recipes.benchmarks.report import environment, spread, table, write
 
 SHAPES = ["2048,512,32000", "1024,1024,128256"]
 PRODUCTS, TARGET_PRODUCTS, STOCK = "three products", "… of the targets", "stock mean"
+POLICIES = ("auto", "accurate", "balanced", "compact")
 COLUMNS = [
     "N", "H", "V", "dtype", "masked", "peer", "seconds", "noise", "time / products", "time / products of targets",
-    "time / stock", "MiB", "memory / stock",
+    "time / stock", "MiB", "memory / stock", "beside / logits",
 ]  # fmt: skip
 
 
@@ -101,11 +113,18 @@ def weights_by_hand(inputs: Inputs) -> None:
     _weighted_mean(F.cross_entropy(logits, inputs.targets, reduction="none"), inputs)
 
 
-def torch_chunked(inputs: Inputs) -> None:
+def torch_chunked(inputs: Inputs, policy: Any) -> None:
     """The chunked loss of torch, per token."""
-    options = LinearCrossEntropyOptions()
+    options = LinearCrossEntropyOptions(acc_policy=policy)
     losses = F.linear_cross_entropy(inputs.hidden, inputs.head, inputs.targets, reduction="none", options=options)
     _weighted_mean(losses, inputs)
+
+
+def trl_fused_head(inputs: Inputs) -> None:
+    """TRL's log-probabilities."""
+    from recipes.benchmarks.loss_head_gpu_peers import log_probabilities_of_trl
+
+    _weighted_mean(-log_probabilities_of_trl(inputs.hidden, inputs.head, inputs.targets), inputs)
 
 
 def _weighted_mean(losses: Tensor, inputs: Inputs) -> None:
@@ -113,10 +132,32 @@ def _weighted_mean(losses: Tensor, inputs: Inputs) -> None:
     ((losses * weights).sum() / weights.sum()).backward()
 
 
-def ours(inputs: Inputs) -> None:
+def ours(inputs: Inputs, **options: Any) -> None:
     """Gradients in the forward pass, by chunks of target positions."""
     weights = inputs.weights * (inputs.targets != -100)
-    (weighted_linear_cross_entropy(inputs.hidden, inputs.head, inputs.targets, weights) / weights.sum()).backward()
+    weighted_linear_cross_entropy(
+        inputs.hidden, inputs.head, inputs.targets, weights / weights.sum(), **options
+    ).backward()
+
+
+def ours_with_bias(inputs: Inputs) -> None:
+    """With bias and scale."""
+    ours(inputs, bias=torch.zeros(len(inputs.head), requires_grad=True), logit_scale=0.5)
+
+
+def ours_with_adapter(inputs: Inputs) -> None:
+    """With an adapter of rank 8 on a frozen head: no gradient of the head's size."""
+    weights = inputs.weights * (inputs.targets != -100)
+    down = torch.full((8, inputs.hidden.shape[1]), 0.1, dtype=inputs.hidden.dtype, requires_grad=True)
+    up = torch.full((len(inputs.head), 8), 0.1, dtype=inputs.hidden.dtype, requires_grad=True)
+    terms = [(inputs.hidden, inputs.head.detach()), (inputs.hidden @ down.T, up)]
+    weighted_linear_cross_entropy_terms(terms, inputs.targets, weights / weights.sum()).backward()
+
+
+def ours_emulated(inputs: Inputs) -> None:
+    """As on a CPU without instructions for 16 bits."""
+    with mock.patch.object(fused_head, "product_dtype", return_value=torch.float32):
+        ours(inputs)
 
 
 PEERS: dict[str, Callable[[Inputs], None]] = {
@@ -124,8 +165,15 @@ PEERS: dict[str, Callable[[Inputs], None]] = {
     TARGET_PRODUCTS: three_products_of_targets,
     STOCK: stock_mean,
     "weights by hand": weights_by_hand,
-    "torch chunked": torch_chunked,
+    **{f"torch {policy}": partial(torch_chunked, policy=policy) for policy in POLICIES},
+    "TRL": trl_fused_head,
     "ours": ours,
+    "ours, soft cap": partial(ours, softcap=30.0),
+    "ours, scale and bias": ours_with_bias,
+    "ours, label smoothing": partial(ours, label_smoothing=0.1),
+    "ours, adapter": ours_with_adapter,
+    "ours, frozen head": lambda inputs: ours(replace(inputs, head=inputs.head.detach())),
+    "ours, 16 bits emulated": ours_emulated,
 }
 
 
@@ -176,9 +224,9 @@ class Child:
         self.process.join()
 
 
-def measure(case: dict[str, Any], repeats: int, threads: int) -> list[dict[str, Any]]:
+def measure(case: dict[str, Any], chosen: Sequence[str], repeats: int, threads: int) -> list[dict[str, Any]]:
     """A row per peer: median time, noise, memory, and the ratios to the floor and to stock in the same round."""
-    peers = [peer for peer in PEERS if case["masked"] or peer != TARGET_PRODUCTS]
+    peers = [peer for peer in PEERS if peer in chosen and _applies(peer, case)]
     with ExitStack() as stack:
         children = []
         for peer in peers:
@@ -193,7 +241,7 @@ def measure(case: dict[str, Any], repeats: int, threads: int) -> list[dict[str, 
 
     def ratio(peer: str, other: str) -> float | None:
         if other not in seconds:
-            return None
+            return ratio(peer, PRODUCTS) if other == TARGET_PRODUCTS and not case["masked"] else None
         return statistics.median(a / b for a, b in zip(seconds[peer], seconds[other], strict=True))
 
     return [
@@ -207,11 +255,29 @@ def measure(case: dict[str, Any], repeats: int, threads: int) -> list[dict[str, 
             "time / products of targets": ratio(peer, TARGET_PRODUCTS),
             "time / stock": ratio(peer, STOCK),
             "MiB": mebibytes[peer],
-            "memory / stock": mebibytes[peer] / mebibytes[STOCK],
+            "memory / stock": mebibytes[peer] / mebibytes[STOCK] if STOCK in mebibytes else None,
+            "beside / logits": (mebibytes[peer] * 2**20 - _gradients(peer, case)) / (4 * case["N"] * case["V"]),
             "all_seconds": seconds[peer],
         }
         for peer in peers
     ]
+
+
+def _applies(peer: str, case: dict[str, Any]) -> bool:
+    if peer == TARGET_PRODUCTS:
+        return bool(case["masked"])
+    if peer == "TRL":
+        return find_spec("trl") is not None
+    return peer != "ours, 16 bits emulated" or case["dtype"] == torch.bfloat16
+
+
+def _gradients(peer: str, case: dict[str, Any]) -> int:
+    """Bytes of the gradients, and of the float32 sums between which and the gradient a rounding stands."""
+    N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
+    head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
+    targets = N - round(case["masked"] * N)
+    summed = head and peer.startswith("ours") and itemsize == 2 and targets > 2 * head_chunk.LOGIT_BYTES // 2
+    return N * H * itemsize + head + (4 * V * H if summed else 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -222,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--masked", nargs="+", type=float, default=[0.0, 0.75], help="share of positions without target"
     )
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="PEER")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
@@ -240,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for name in settings.dtypes:
             for masked in settings.masked:
                 case = {"N": N, "H": H, "V": V, "dtype": getattr(torch, name), "masked": masked, "seed": settings.seed}
-                rows = measure(case, settings.repeats, settings.threads)
+                rows = measure(case, settings.peers, settings.repeats, settings.threads)
                 print(table(rows, COLUMNS), flush=True)
                 results["rows"] += rows
                 write(settings.output, results)

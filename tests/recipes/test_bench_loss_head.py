@@ -14,16 +14,17 @@ from recipes.benchmarks import loss_head
 
 def test_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "folder" / "loss_head.json"
+    peers = [peer for peer in loss_head.PEERS if peer != "TRL"]
     loss_head.main(
         [
-            "--shapes", "512,128,16384", "--masked", "0.75", "--dtypes", "float32", "--repeats", "3", "--threads", "1",
-            "--output", str(output),
+            "--peers", *peers, "--shapes", "512,128,16384", "--masked", "0.75", "--dtypes", "float32",
+            "--repeats", "3", "--threads", "1", "--output", str(output),
         ]
     )  # fmt: skip
     printed = capsys.readouterr().out
     results = json.loads(output.read_text(encoding="utf-8"))
     rows = {row["peer"]: row for row in results["rows"]}
-    assert list(rows) == list(loss_head.PEERS)
+    assert [*rows] == [peer for peer in peers if peer != "ours, 16 bits emulated"]
     assert len(results["rows"]) == len(rows)
     for row in rows.values():
         assert (row["N"], row["H"], row["V"], row["dtype"], row["masked"]) == (512, 128, 16384, "float32", 0.75)
@@ -47,10 +48,10 @@ def test_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("masked", [0.0, 0.75])
 def test_peers_with_weights_have_the_same_gradients(masked: float) -> None:
     gradients = []
-    for peer in (loss_head.weights_by_hand, loss_head.torch_chunked, loss_head.ours):
+    for peer in ("weights by hand", *(f"torch {policy}" for policy in loss_head.POLICIES), "ours"):
         inputs = loss_head.Inputs.make(40, 8, 100, dtype=torch.float32, masked=masked, seed=0)
         assert int((inputs.targets == -100).sum()) == 40 * masked
-        peer(inputs)
+        loss_head.PEERS[peer](inputs)
         assert inputs.hidden.grad is not None
         assert inputs.head.grad is not None
         gradients.append((inputs.hidden.grad, inputs.head.grad))

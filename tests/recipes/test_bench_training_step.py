@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from recipes.benchmarks import memory_models, reduction, timeline, training_step
+from recipes.benchmarks import memory_models, reduction, step_trainers, timeline, training_step
+from recipes.benchmarks.step_trainers import Job, build_trainer
+from recipes.benchmarks.step_waits import Waits
 
 Run = Callable[..., tuple[dict[str, Any], str]]
 
@@ -24,34 +27,125 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-def test_training_step(run: Run) -> None:
-    results, printed = run(
-        training_step,
-        "--model",
-        "toy",
-        "--repeats",
-        "3",
-        "--length",
-        "64",
-        "--targets",
-        "8",
-        "--tuned",
-        "lora",
-        "--threads",
-        "1",
-    )
-    rows = results["rows"]
-    assert [row["trainer"] for row in rows] == ["stock Trainer", "fused head", "full logits", "no head"]
-    for row in rows:
+TOY = ("--shapes", "2x32", "--shares", "0.25", "--repeats", "3", "--tuned", "lora", "--threads", "1")
+
+
+def test_training_step(run: Run, tmp_path: Path) -> None:
+    first, printed = run(training_step, "--models", "toy", *TOY)
+    assert [row["trainer"] for row in first["rows"]] == _trainers("toy")
+    for row in first["rows"]:
         assert len(row["all_seconds"]) == 3
         assert min(row["all_seconds"]) > 0.0
         assert row["seconds"] == sorted(row["all_seconds"])[1]
         assert row["MiB"] > 0.0
         assert f"{row['seconds']:.3g}" in printed
-    assert rows[0]["time / stock"] == rows[0]["memory / stock"] == 1.0
-    assert results["settings"]["seed"] == 0
-    assert {"torch", "transformers"} <= results["versions"].keys()
-    assert results["hardware"]["processor"]
+    assert first["rows"][0]["time / stock"] == first["rows"][0]["memory / stock"] == 1.0
+    assert first["settings"]["seed"] == 0
+    assert {"torch", "transformers"} <= first["versions"].keys()
+    assert first["hardware"]["processor"]
+
+    picture = tmp_path / "pictures" / "steps.png"
+    second, printed = run(training_step, "--models", "toy", "toy T5", *TOY, "--picture", str(picture))
+    assert second["rows"][: len(first["rows"])] == first["rows"]  # there already, not measured again
+    rows = second["rows"][len(first["rows"]) :]
+    assert [(row["model"], row["trainer"]) for row in rows] == [("toy T5", each) for each in _trainers("toy T5")]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "SFTTrainer on toy T5 is left out: " in printed
+    for model in ("toy", "toy T5"):
+        waits = {row["trainer"]: row["waits per step"] for row in second["rows"] if row["model"] == model}
+        assert waits["stock"] >= 2  # the trainer looks whether the loss is nan, or inf
+        assert waits["by hand"] == waits["no head"] == waits["full logits"] == waits["stock"]
+        assert waits["fused head"] <= waits["stock"] + 1
+    for row in second["rows"]:
+        assert row["waits per step"] == sum(row["waits"].values())
+        assert any(place.startswith("transformers/trainer.py:") for place in row["waits"])
+
+
+def _trainers(model: str) -> list[str]:
+    return [trainer for trainer in step_trainers.TRAINERS if not step_trainers.why_not(trainer, model)]
+
+
+def test_a_case_that_fails_leaves_the_others(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(job: Job, trainers: list[str]) -> list[dict[str, Any]]:
+        measured.append((job.share, trainers))
+        if job.share == 0.5 and len(measured) < 3:
+            raise RuntimeError("fused head ended early, exit code -9")
+        return [{"trainer": trainer, "seconds": 1.0, "time / stock": 1.0} for trainer in trainers]
+
+    monkeypatch.setattr(training_step, "measure", measure)
+    asked = [*TOY, "--models", "toy", "--shares", "0.5", "1", "--trainers", "stock", "by hand", "fused head"]
+    with pytest.raises(SystemExit, match=r"not measured:\ntoy, lora, float32, 2×32, 0\.5: fused head ended early"):
+        run(training_step, *asked)
+    results, _ = run(training_step, *asked, "--at_once", "2")  # the other case is there, and does for any at_once
+    assert measured == [
+        (0.5, ["stock", "by hand", "fused head"]),
+        (1.0, ["stock", "by hand", "fused head"]),
+        (0.5, ["stock", "by hand"]),
+        (0.5, ["stock", "fused head"]),
+    ]
+    assert [(row["share"], row["trainer"]) for row in results["rows"]] == [
+        (share, trainer) for share in (1.0, 0.5) for trainer in ("stock", "by hand", "fused head")
+    ]
+    run(training_step, *asked, "--seed", "1")
+    assert [share for share, _ in measured[4:]] == [0.5, 1.0]  # other settings: measured anew, in place of the old
+    assert len(json.loads((tmp_path / "folder" / "results.json").read_text(encoding="utf-8"))["rows"]) == 6
+
+
+@pytest.mark.parametrize("model", ["toy", "toy T5"])
+def test_peers_train_the_same(model: str, tmp_path: Path) -> None:
+    """Weights by hand are ours at p = 1, fused or not; SFTTrainer's loss, where there is one, is stock's."""
+    losses = {}
+    for trainer in _trainers(model):
+        job = Job(model, "full", "float32", batch_size=3, length=24, share=0.5, trainer=trainer, repeats=1)
+        losses[trainer] = build_trainer(job, str(tmp_path)).train().training_loss
+    assert losses["by hand"] == pytest.approx(losses["full logits"], abs=1e-5)
+    assert losses["by hand"] == pytest.approx(losses["fused head"], abs=1e-5)
+    assert losses.get("SFTTrainer", losses["stock"]) == pytest.approx(losses["stock"], abs=1e-5)
+    assert abs(losses["by hand"] - losses["stock"]) > 1e-3
+
+
+GUARDED = """
+def read(x):
+    if x.device.type == "cpu" and x.any():
+        x.max().item()
+    if x.device.type != "cpu":
+        return None
+    return x.sum().item()
+
+
+def wait(x):
+    if x.any():
+        return x.max().item()
+"""
+
+
+def test_waits(tmp_path: Path) -> None:
+    values, mask = torch.arange(4.0, requires_grad=True), torch.tensor([True, False, True, True])
+    path = tmp_path / "guarded.py"
+    module: dict[str, Any] = {}
+    path.write_text(GUARDED, encoding="utf-8")
+    exec(compile(GUARDED, str(path), "exec"), module)
+    optimizer = torch.optim.AdamW([values], foreach=False)
+
+    def batches() -> Iterator[float]:
+        yield values.sum().item()
+
+    with Waits() as waits:
+        values[mask].sum().backward()
+        mask.nonzero()
+        values.detach()[mask] = 0.0  # filled in where the mask is, without a list of places
+        values.detach()[[0, 2]] = values.detach()[[1, 3]]
+        assert list(waits.outside(batches())) == [2.0]
+        module["read"](values)
+        optimizer.step()
+    assert [place.split()[-1] for place in waits.at] == ["index", "index_put", "nonzero"]  # forward, backward, nonzero
+    assert all(place.startswith("tests/recipes/test_bench_training_step.py:") for place in waits.at)
+    assert sum(waits.at.values()) == 3
+    with Waits() as waits:
+        module["wait"](values)
+    assert sum(waits.at.values()) == 2
 
 
 def test_timeline(run: Run) -> None:

@@ -1,0 +1,303 @@
+"""The trainers whose steps `training_step.py` measures, the models and rows they are given, and the process of one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hf_temporal import (
+    TemporalSeq2SeqTrainingArguments,
+    TemporalTrainingArguments,
+    TemporalWeightSeq2SeqTrainer,
+    TemporalWeightTrainer,
+)
+from recipes.benchmarks.step_waits import Waits
+
+MODELS: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+        "max_position_embeddings": 8192, "rope_theta": 100000.0,
+    },
+    "Qwen3-0.5B": {
+        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 22,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": True, "max_position_embeddings": 40960, "rope_theta": 1000000.0,
+    },
+    "T5-base": {
+        "model_type": "t5", "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12,
+        "vocab_size": 32128, "decoder_start_token_id": 0,
+    },
+    "toy": {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 2048, "tie_word_embeddings": True,
+    },
+    "toy T5": {
+        "model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
+        "vocab_size": 2048, "decoder_start_token_id": 0, "dropout_rate": 0.0,
+    },
+}  # fmt: skip
+STOCK, SFT = "stock", "SFTTrainer"
+TRAINERS = (STOCK, "by hand", SFT, "fused head", "full logits", "no head")
+TUNED = ("lora", "full")
+DTYPES = ("float32", "bfloat16")
+POWER = 1.0
+WARMUP = 2
+FIRST_TOKEN = 2  # of the random rows; 0 is T5's padding, 1 its end
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process trains: `targets` is the share of the length, of a seq2seq model's row the decoder's tokens."""
+
+    model: str
+    tuned: str
+    dtype: str
+    batch_size: int
+    length: int
+    share: float
+    trainer: str = STOCK
+    repeats: int = 7
+    threads: int = 1
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Those that warm up, those that are timed, and the one whose waits are counted."""
+        return WARMUP + self.repeats + 1
+
+    @property
+    def targets(self) -> int:
+        """Target tokens of a row."""
+        return max(1, round(self.share * self.length))
+
+
+def is_seq2seq(model: str) -> bool:
+    """Whether a model of `MODELS` has an encoder and a decoder."""
+    return bool(AutoConfig.for_model(**MODELS[model]).is_encoder_decoder)
+
+
+def why_not(trainer: str, model: str) -> str:
+    """Why a trainer does not train a model here, empty where it does."""
+    if trainer == SFT and importlib.util.find_spec("trl") is None:
+        return "trl is not installed"
+    if trainer == SFT and is_seq2seq(model):
+        return "it trains decoder-only models"
+    return ""
+
+
+class ByHandTrainer(Trainer):
+    """The subclass that users write: the loss of each token from the full logits, times its weight."""
+
+    loss_is_scaled_for_ga: bool | None = True
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Σ wℓ / number of target tokens, w = t^p rescaled to mean 1 over the targets of a row."""
+        labels = inputs.pop("labels")
+        if model.config.is_encoder_decoder:
+            outputs = model(**inputs, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels))
+            logits = outputs.logits
+        else:
+            outputs = model(**inputs)
+            logits, labels = outputs.logits[:, :-1], labels[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
+        is_target = labels != -100
+        weights = is_target.cumsum(-1).float().pow(POWER) * is_target
+        weights = weights * is_target.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+        loss = (weights * losses).sum() / (is_target.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+class HeadlessTrainer(Trainer):
+    """What is left of a step without LM head and loss: no trainer can be faster."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean of the hidden states at the target positions; they are the model's logits, its head being gone."""
+        del return_outputs, num_items_in_batch
+        labels = inputs.pop("labels")
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        is_target = labels != -100
+        return (model(**inputs).logits.mean(-1) * is_target).sum() / is_target.sum()
+
+
+class OnCommand(TrainerCallback):
+    """Takes a step at each command and answers with its seconds, after the last with the memory, then the waits."""
+
+    def __init__(self, job: Job, connection: Connection) -> None:
+        self.job = job
+        self.connection = connection
+        self.start = 0.0
+        self.before = 0
+        self.waits = Waits()
+
+    def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+        """The first command, when the model has seen a few tokens: what libraries allocate then is no trainer's."""
+        tokens = torch.full((1, 9), FIRST_TOKEN)
+        with torch.no_grad():
+            model(tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}))
+        self.before = _memory()
+        self._wait()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The time since the last command, then the next command; the last step is counted, not timed."""
+        del args, control
+        if state.global_step == self.job.steps:
+            self.waits.__exit__(None, None, None)
+            self.connection.send(dict(self.waits.at))
+            return
+        self.connection.send(time.perf_counter() - self.start)
+        self._wait()
+        if state.global_step == self.job.steps - 1:
+            self.connection.send(_peak_memory() - self.before)
+            self.waits.__enter__()
+
+    def _wait(self) -> None:
+        self.connection.recv()
+        self.start = time.perf_counter()
+
+
+def build_model(job: Job) -> Any:
+    """The model with random weights; without its LM head for "no head"."""
+    set_seed(job.seed)
+    auto = AutoModelForSeq2SeqLM if is_seq2seq(job.model) else AutoModelForCausalLM
+    model: Any = auto.from_config(AutoConfig.for_model(**MODELS[job.model]), dtype=getattr(torch, job.dtype))
+    if job.trainer == "no head":
+        model.set_output_embeddings(nn.Identity())
+    if job.tuned == "lora":
+        kind = "SEQ_2_SEQ_LM" if is_seq2seq(job.model) else "CAUSAL_LM"
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type=kind))
+    return model
+
+
+def build_trainer(job: Job, folder: str, callbacks: Sequence[TrainerCallback] = (), waits: Waits | None = None) -> Any:
+    """The trainer of a job, ready to train; `waits`, while entered, then leaves out its data loader."""
+    common: dict[str, Any] = {
+        "output_dir": folder, "max_steps": job.steps, "per_device_train_batch_size": job.batch_size,
+        "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "logging_strategy": "no", "seed": job.seed,
+    }  # fmt: skip
+    given: dict[str, Any] = {
+        "model": build_model(job), "train_dataset": rows(job), "data_collator": default_data_collator,
+        "callbacks": [*callbacks],
+    }  # fmt: skip
+    seq2seq = is_seq2seq(job.model)
+    kind: type[Trainer]
+    if job.trainer == SFT:
+        trl: Any = importlib.import_module("trl")
+        kind = trl.SFTTrainer
+        arguments = trl.SFTConfig(**common, gradient_checkpointing=False, bf16=False, max_length=None)
+        given |= {"train_dataset": _plain(given["train_dataset"]), "processing_class": _tokenizer()}
+        del given["data_collator"]
+    elif job.trainer in ("fused head", "full logits"):
+        fused = "auto" if job.trainer == "fused head" else "off"
+        kind = TemporalWeightSeq2SeqTrainer if seq2seq else TemporalWeightTrainer
+        temporal = TemporalSeq2SeqTrainingArguments if seq2seq else TemporalTrainingArguments
+        arguments = temporal(**common, temporal_power=POWER, temporal_fused_head=fused)
+    else:
+        stock = Seq2SeqTrainer if seq2seq else Trainer
+        kind = {STOCK: stock, "by hand": ByHandTrainer, "no head": HeadlessTrainer}[job.trainer]
+        arguments = (Seq2SeqTrainingArguments if seq2seq else TrainingArguments)(**common)
+    if waits is None:
+        return kind(args=arguments, **given)
+
+    def get_batch_samples(trainer: Any, batches: Iterator[Any], *rest: Any) -> Any:
+        return kind.get_batch_samples(trainer, waits.outside(batches), *rest)
+
+    return type(kind.__name__, (kind,), {"get_batch_samples": get_batch_samples})(args=arguments, **given)
+
+
+def rows(job: Job) -> list[dict[str, Tensor]]:
+    """Random rows of `length` tokens, none of them padding; the targets are a row's last ones, or the decoder's."""
+    generator = torch.Generator().manual_seed(job.seed)
+    count, vocabulary = job.steps * job.batch_size, MODELS[job.model]["vocab_size"]
+    ids = torch.randint(FIRST_TOKEN, vocabulary, (count, job.length), generator=generator)
+    if is_seq2seq(job.model):
+        labels = torch.randint(FIRST_TOKEN, vocabulary, (count, job.targets), generator=generator)
+    else:
+        labels = ids.clone()
+        labels[:, : job.length - job.targets] = -100
+    mask = torch.ones(job.length, dtype=torch.long)
+    return [
+        {"input_ids": row, "attention_mask": mask, "labels": row_labels}
+        for row, row_labels in zip(ids, labels, strict=True)
+    ]
+
+
+def _plain(tensors: list[dict[str, Tensor]]) -> Dataset:
+    """The rows as SFTTrainer reads tokenised ones: lists; its collator makes the mask anew."""
+    return Dataset.from_dict({key: [row[key].tolist() for row in tensors] for key in ("input_ids", "labels")})
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Of one token: SFTTrainer asks for a tokenizer and takes the padding from it."""
+    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+
+
+def _memory() -> int:
+    """The process's resident size in bytes; its largest so far where the system does not tell the present one."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else _peak_memory()
+
+
+def _peak_memory() -> int:
+    """The process's largest resident size so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def serve(connection: Connection, job: Job, log: Path) -> None:
+    """Build the model and train it, a step per command; what is printed goes into a file."""
+    with log.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(job.threads)
+    callback = OnCommand(job, connection)
+    with tempfile.TemporaryDirectory() as folder:
+        build_trainer(job, folder, [callback], callback.waits).train()
