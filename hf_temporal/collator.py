@@ -32,7 +32,8 @@ POSITIONS = "temporal_positions"
 DOCUMENTS = "temporal_document_ids"
 LOSS_WEIGHTS = "loss_weights"
 KEPT_COLUMNS = (LOSS_WEIGHTS, "document_ids")
-TIMELINE_KEYS = (POSITIONS, DOCUMENTS, *KEPT_COLUMNS)
+TARGETS = "temporal_targets"
+TIMELINE_KEYS = (POSITIONS, DOCUMENTS, TARGETS, *KEPT_COLUMNS)
 WEIGHTS = "temporal_weights"
 
 PADDING_COLLATORS = (
@@ -59,6 +60,9 @@ class Timeline:
         ranks_per_row: how many ranks a row is split between (context parallelism), 1 where it is not.
         vocabulary: labels have to lie below it; None where it is not known.
         pad_token_id: what the decoder is fed on padding; None where it is not known.
+        lists_targets: whether batches also get `temporal_targets`, where in the flattened labels targets are, found
+            before the batch is on the device, which else would have to be waited for. Not for batches that a
+            dispatching loader cuts into rows.
     """
 
     origin: str
@@ -69,6 +73,7 @@ class Timeline:
     ranks_per_row: int
     vocabulary: int | None
     pad_token_id: int | None
+    lists_targets: bool = False
 
     def add(self, batch: Mapping[str, Any], *, pads_left: bool = False) -> Batch:
         """The batch with its times; as it is where it has them, or has no labels over time.
@@ -128,6 +133,11 @@ class Timeline:
                 )
             check_weights(LOSS_WEIGHTS, own)
             batch[LOSS_WEIGHTS] = own
+        if self.lists_targets and labels.device.type == "cpu" and not labels.is_floating_point():
+            weighted = batch[POSITIONS] > 0
+            if batch.get(LOSS_WEIGHTS) is not None:
+                weighted &= batch[LOSS_WEIGHTS] != 0
+            batch[TARGETS] = weighted.flatten().nonzero().squeeze(1)
         return batch
 
     def _documents(self, batch: Batch) -> Tensor | None:

@@ -78,6 +78,7 @@ def weighted_linear_cross_entropy_terms(
     targets: Tensor,
     weights: Tensor,
     *,
+    positions: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -93,6 +94,8 @@ def weighted_linear_cross_entropy_terms(
         terms: the pairs (x_i [N, H_i], W_i [V, H_i]); the first names `hidden` and `head_weight` in the errors.
         targets: see `weighted_linear_cross_entropy`, as for all that follow.
         weights: [N].
+        positions: n of all that have a target, any order, [M]; those of weight 0 may be among them. None finds them,
+            for which the device has to be waited for.
         bias: [V].
         logit_scale: s.
         softcap: c.
@@ -115,7 +118,7 @@ def weighted_linear_cross_entropy_terms(
         bias = None if bias is None else bias.detach()
     dtypes = _product_dtypes(flat, flat[0].device.type)
     options = _Options(logit_scale, softcap, label_smoothing, chunk_size, dtypes)
-    return _WeightedLinearCrossEntropy.apply(options, targets, weights, bias, *flat)
+    return _WeightedLinearCrossEntropy.apply(options, targets, weights, positions, bias, *flat)
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,19 @@ class _Options:
 
 
 class _WeightedLinearCrossEntropy(torch.autograd.Function):
-    """apply(options, targets, weights, bias, x_0, W_0, x_1, W_1, ...)."""
+    """apply(options, targets, weights, positions, bias, x_0, W_0, x_1, W_1, ...)."""
 
     @staticmethod
     def forward(
-        ctx: Any, options: _Options, targets: Tensor, weights: Tensor, bias: Tensor | None, *flat: Tensor
+        ctx: Any,
+        options: _Options,
+        targets: Tensor,
+        weights: Tensor,
+        positions: Tensor | None,
+        bias: Tensor | None,
+        *flat: Tensor,
     ) -> Tensor:
-        _, _, needs_weights, needs_bias, *needs = ctx.needs_input_grad
+        _, _, needs_weights, _, needs_bias, *needs = ctx.needs_input_grad
         xs, matrices = flat[0::2], flat[1::2]
         exact = reduce(torch.promote_types, (tensor.dtype for tensor in flat), torch.float32)
         head = Head(
@@ -150,11 +159,12 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             exact=exact,
             is_shifted=flat[0].device.type != "cpu" or torch.float16 in options.product_dtypes,
         )
-        chosen = targets != IGNORE_INDEX
-        if not needs_weights:
-            chosen &= weights != 0
-        positions = chosen.nonzero().squeeze(1)
-        y = targets.index_select(0, positions).long()
+        if positions is None:
+            chosen = targets != IGNORE_INDEX
+            if not needs_weights:
+                chosen &= weights != 0
+            positions = chosen.nonzero().squeeze(1)
+        y = targets.index_select(0, positions).long().clamp_(min=0)
         w = weights.index_select(0, positions).to(exact)
         losses = torch.empty_like(w)
         # Divided by the largest weight, the gradients do not leave the range of float16.
@@ -186,11 +196,11 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         grad_weights = w.new_zeros(len(weights)).index_copy_(0, positions, losses) if needs_weights else None
         if grad_weights is not None and peak is not None:
             grad_weights /= peak
-        ctx.dtypes = [None if t is None else t.dtype for t in (weights, bias, *flat)]
+        ctx.dtypes = [None if t is None else t.dtype for t in (weights, None, bias, *flat)]
         interleaved = [g for term, grad_x in zip(head.terms, grads_x, strict=True) for g in (grad_x, term.grad_matrix)]
-        ctx.gradients = [grad_weights, head.grad_bias, *interleaved]
+        ctx.gradients = [grad_weights, None, head.grad_bias, *interleaved]
         ctx.peak = peak
-        return (losses * w).sum()
+        return (losses * w).where(w != 0, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -206,10 +216,11 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         factor = grad_output if ctx.peak is None else grad_output * ctx.peak
-        if factor.device.type != "cpu" or factor != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(factor)
+        if factor.device.type == "cpu" and factor == 1:
+            factor = None
+        for gradient in gradients:
+            if gradient is not None and factor is not None:
+                gradient.mul_(factor)
         return (
             None,
             None,

@@ -185,7 +185,7 @@ def _by_blocks(
         swept.groups = [(swept.bound, _blocks(head))]
     for bound, blocks in swept.groups:
         one = swept.total * (swept.bound - bound).exp()  # what a probability of 1 is in these blocks
-        divided = one.device.type != "cpu" or head.stored == torch.float16 or bool(one.max() > LARGEST_UNIT)
+        divided = head.stored == torch.float16 or _may_exceed(one, LARGEST_UNIT)
         factor = w * head.logit_scale / (1 if divided else one)
         units = _Units(bound, one, divided, factor, swept.chosen - bound)
         factors = [(x * factor.unsqueeze(1)).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
@@ -249,8 +249,9 @@ def _first_sweep(head: Head, xs: Sequence[Tensor], y: Tensor, buffer: Tensor) ->
             z.copy_(logits)
     if head.is_shifted:
         return _Swept(bound, total, chosen, plain, groups)
-    in_range = float(total.min()) >= 1 / LARGEST_UNIT and float(total.max()) <= LARGEST_UNIT
-    return _Swept(bound, total, chosen, plain, [(bound, _blocks(head))]) if in_range else None
+    if _may_exceed(total, LARGEST_UNIT) or _may_exceed(total.reciprocal(), LARGEST_UNIT):
+        return None
+    return _Swept(bound, total, chosen, plain, [(bound, _blocks(head))])
 
 
 @dataclass(frozen=True)
@@ -326,8 +327,17 @@ def _bound(logits: Tensor, stored: torch.dtype) -> Tensor:
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two bounds are equal, where asking costs nothing."""
-    return a.device.type == "cpu" and torch.equal(a, b)
+    """Whether two bounds are known to be equal; only on the CPU does asking cost nothing."""
+    if a.device.type != "cpu":
+        return False
+    return torch.equal(a, b)
+
+
+def _may_exceed(values: Tensor, largest: float) -> bool:
+    """Whether one of the values is not known to be at most `largest`; only on the CPU does asking cost nothing."""
+    if values.device.type != "cpu":
+        return True
+    return not bool((values <= largest).all())
 
 
 def _targets(y: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class FusedHead:
         self.base = base
         self._stand_in = self._forward
         self._hidden: Tensor | None = None
-        self._task: tuple[Tensor, Tensor, float] | None = None
+        self._task: tuple[Tensor, Tensor, Tensor | None, float] | None = None
         self._loss: Tensor | None = None
         self._root: nn.Module | None = None
 
@@ -55,7 +55,7 @@ class FusedHead:
 
     @contextlib.contextmanager
     def computing(
-        self, model: nn.Module, labels: Tensor, weights: Tensor, *, label_smoothing: float
+        self, model: nn.Module, labels: Tensor, weights: Tensor, *, targets: Tensor | None, label_smoothing: float
     ) -> Iterator[None]:
         """While inside, one call of the model (the unwrapped root, or what wraps it) returns `{"loss": Σ wℓ}`.
 
@@ -63,8 +63,9 @@ class FusedHead:
             model: the module whose output shall hold the loss: the root inside any DDP or FSDP wrapper.
             labels: `[batch, time]`, aligned with the logits, −100 where there is no target.
             weights: `[batch, time]`.
+            targets: where in the flattened labels the targets are, where that is known.
         """
-        self._task, self._root = (labels, weights, label_smoothing), model
+        self._task, self._root = (labels, weights, targets, label_smoothing), model
         hook = model.register_forward_hook(self._hand_over, prepend=True)
         try:
             with self._swapped():
@@ -109,7 +110,7 @@ class FusedHead:
         if self._task is None:
             self._hidden = hidden
             return
-        labels, weights, label_smoothing = self._task
+        labels, weights, targets, label_smoothing = self._task
         assert self._root is not None
         hidden = answer_logits(self._root, hidden, labels.shape[1])
         terms, bias = self._terms(hidden.reshape(-1, hidden.shape[-1]))
@@ -117,6 +118,7 @@ class FusedHead:
             terms,
             labels.reshape(-1),
             weights.reshape(-1),
+            positions=targets,
             bias=bias,
             logit_scale=self.logit_scale,
             softcap=self.softcap,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
@@ -21,6 +23,7 @@ from .collator import (
     KEPT_COLUMNS,
     LOSS_WEIGHTS,
     POSITIONS,
+    TARGETS,
     TIMELINE_KEYS,
     WEIGHTS,
     Batch,
@@ -52,6 +55,7 @@ logger = logging.get_logger(__name__)
 
 OWN_KEYS = (*TIMELINE_KEYS, WEIGHTS)
 SMALLEST_VOCABULARY_TO_FUSE = 1024
+LARGEST_POWER_WITHOUT_ZEROS = 16.0
 
 
 class TemporalWeightMixin(HubMixin):
@@ -153,7 +157,10 @@ class TemporalWeightMixin(HubMixin):
     def get_train_dataloader(self) -> Any:
         """The trainer's own, whose batches carry t."""
         self._sample_size.clear()  # of a run that was cut short, as by a batch size that did not fit
-        with self._making_timelines():
+        config: Any = self.args.accelerator_config
+        dispatches = config.dispatch_batches or isinstance(self.train_dataset, IterableDataset)
+        whole = not dispatches and self.get_cp_size() == self.get_tp_size() == 1
+        with self._making_timelines(lists_targets=whole):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,9 +177,10 @@ class TemporalWeightMixin(HubMixin):
             return super().get_test_dataloader(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _making_timelines(self) -> Iterator[None]:
+    def _making_timelines(self, *, lists_targets: bool = False) -> Iterator[None]:
         collator = self.data_collator
-        self.data_collator = TimelineCollator(collator, self._timeline)
+        timeline = dataclasses.replace(self._timeline, lists_targets=lists_targets)
+        self.data_collator = TimelineCollator(collator, timeline)
         try:
             yield
         finally:
@@ -342,10 +350,10 @@ class TemporalWeightMixin(HubMixin):
                     "(cp_size): its weights need the whole rows. Accepted: trainer.train()."
                 )
             (inputs,), num_items_in_batch = self._weigh([inputs], self.args.device)
-        total, outputs = self._weighted_sum(model, dict(inputs), needs_outputs=return_outputs)
-        loss = total / num_items_in_batch
-        if self.args.average_tokens_across_devices:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        copies = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        # The weights are divided instead of the loss: gradients that are made in the forward pass are then final.
+        weights = inputs[WEIGHTS] * (copies / num_items_in_batch)
+        loss, outputs = self._weighted_sum(model, {**inputs, WEIGHTS: weights}, needs_outputs=return_outputs)
         coefficient = self._read_model_loss().auxiliary_coefficient
         if coefficient and isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
             steps = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
@@ -355,6 +363,9 @@ class TemporalWeightMixin(HubMixin):
     def _weighted_sum(self, model: nn.Module, inputs: Batch, *, needs_outputs: bool) -> tuple[Tensor, Any]:
         """Σ wℓ of a micro-batch, and the model's outputs."""
         labels, weights, shifted = inputs.pop("labels"), inputs.pop(WEIGHTS), inputs.pop("shift_labels", None)
+        targets = inputs.pop(TARGETS, None)
+        if self.weighting.weight_fn is not None or abs(self._power_in_force) > LARGEST_POWER_WITHOUT_ZEROS:
+            targets = None  # many weights may be 0, and such positions need no logits
         inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS}
         if labels.is_floating_point():
             outputs = model(**inputs, labels=labels)
@@ -367,11 +378,12 @@ class TemporalWeightMixin(HubMixin):
             labels = shifted
         elif own.shifts_labels:
             labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
+            targets = None if targets is None else targets - 1
         labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
         smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
         fused_head = None if needs_outputs or own.needs_labels else self._fused_head()
         if fused_head is not None:
-            with fused_head.computing(self._root, labels, weights, label_smoothing=smoothing):
+            with fused_head.computing(self._root, labels, weights, targets=targets, label_smoothing=smoothing):
                 outputs = model(**inputs)
                 return fused_head.loss_of(outputs), outputs
         outputs = model(**inputs)

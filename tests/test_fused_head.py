@@ -326,6 +326,24 @@ def test_no_grad_makes_no_gradients_and_the_same_loss(monkeypatch: pytest.Monkey
     assert loss == expected
 
 
+def test_given_positions_spare_looking_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of weight 0 may be among them, without a target too, whatever the head gives there."""
+    problem = make_problem(N=29, masked=0.5, chunk_size=4, bias=True)
+    assert problem.bias is not None
+    with torch.no_grad():
+        problem.bias[0] = -torch.inf
+        problem.targets[problem.targets == 0] = 1
+    expected = torch.autograd.grad(loss := problem.loss(), problem.leaves)
+    positions = ((problem.targets != -100) & (problem.weights != 0)).nonzero().squeeze(1)
+    nothing = ((problem.weights == 0) | (problem.targets == -100)).nonzero().squeeze(1)[:3]
+    problem.weights[nothing] = 0
+    monkeypatch.setattr(Tensor, "nonzero", lambda _: pytest.fail("waits for the device"))
+    given = problem.loss(positions=torch.cat([positions, nothing]).flip(0))
+    torch.testing.assert_close(given, loss)
+    for got, right in zip(torch.autograd.grad(given, problem.leaves), expected, strict=True):
+        torch.testing.assert_close(got, right)
+
+
 def test_returns_a_scalar_of_float32() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         loss = make_problem(dtype=dtype).loss()
