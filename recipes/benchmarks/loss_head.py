@@ -56,6 +56,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hf_temporal import fused_head, head_chunk
 from hf_temporal.fused_head import weighted_linear_cross_entropy, weighted_linear_cross_entropy_terms
+from recipes.benchmarks.bars import draw_bars
 from recipes.benchmarks.report import environment, spread, table, write
 
 SHAPES = ["2048,512,32000", "1024,1024,128256"]
@@ -293,12 +294,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--picture", type=Path, help="PNG file to draw")
     settings = parser.parse_args(arguments)
     torch.set_num_threads(settings.threads)
     results: dict[str, Any] = {
         "benchmark": "loss_head",
         **environment(),
-        "settings": {name: value for name, value in vars(settings).items() if name != "output"},
+        "settings": {name: value for name, value in vars(settings).items() if name not in ("output", "picture")},
         "rows": [],
     }
     print(json.dumps({key: results[key] for key in ("date", "hardware", "versions", "settings")}))
@@ -311,7 +313,23 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 print(table(rows, COLUMNS), flush=True)
                 results["rows"] += rows
                 write(settings.output, results)
+    if settings.picture:
+        draw(results["rows"], settings.picture)
     return results
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of time over the products of the targets, and of memory, per peer and case."""
+    draw_bars(
+        rows,
+        path,
+        case=lambda row: "{N:,} × {H:,} × {V:,}, {dtype}, {masked:.0%} masked".format(**row),
+        panels=[
+            ("time / products of targets", 1.0, "time / three products of the targets"),
+            ("MiB", 1024.0, "memory above the inputs (GiB)"),
+        ],
+        ours="ours",
+    )
 
 
 if __name__ == "__main__":

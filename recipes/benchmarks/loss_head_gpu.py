@@ -54,6 +54,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hf_temporal import triton_pass
+from recipes.benchmarks.bars import draw_bars
 from recipes.benchmarks.loss_head_gpu_peers import (
     BY_HAND,
     OURS,
@@ -280,33 +281,11 @@ def measure_parts(case: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of time over the three products, and of memory, per peer and shape."""
-    from matplotlib.figure import Figure  # matplotlib takes its time
-
-    from hf_temporal.plots import COLORS, grid, saved
-
     rows = [row for row in rows if row["seconds"] is not None and row["time / products"] is not None]
-    shapes = list(dict.fromkeys((row["N"], row["H"], row["V"]) for row in rows))
-    if not shapes:
-        return
     panels = [("time / products", 1.0, "time / three matrix products")]
     if any(row["MiB"] is not None for row in rows):
         panels.append(("MiB", 1024.0, "memory above the inputs (GiB)"))
-    height = 0.8 + 0.28 * max(sum((row["N"], row["H"], row["V"]) == shape for row in rows) for shape in shapes)
-    figure = Figure(figsize=(5.2 * len(panels), height * len(shapes)), layout="constrained")
-    axes = figure.subplots(len(shapes), len(panels), squeeze=False)
-    for line, shape in zip(axes, shapes, strict=True):
-        shown = [row for row in rows if (row["N"], row["H"], row["V"]) == shape]
-        names = [row["peer"] for row in shown]
-        colors = [COLORS[0] if name.startswith(OURS) else "0.6" for name in names]
-        for ax, (column, unit, label) in zip(line, panels, strict=True):
-            bars = ax.barh(names, [row[column] / unit for row in shown], color=colors)
-            ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-            ax.set(xlabel=label, title="N = {:,}, H = {:,}, V = {:,}".format(*shape))
-            ax.set_axisbelow(True)
-            ax.invert_yaxis()
-            ax.margins(x=0.12)
-            grid(ax)
-    saved(figure, path)
+    draw_bars(rows, path, case=lambda row: "N = {N:,}, H = {H:,}, V = {V:,}".format(**row), panels=panels, ours=OURS)
 
 
 def _case(shape: str, settings: argparse.Namespace) -> dict[str, Any]:

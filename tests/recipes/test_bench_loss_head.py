@@ -19,9 +19,11 @@ def test_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str
         [
             "--peers", *peers, "--shapes", "512,128,16384", "--masked", "0.75", "--dtypes", "float32",
             "--repeats", "3", "--threads", "1", "--output", str(output),
+            "--picture", str(tmp_path / "loss_head.png"),
         ]
     )  # fmt: skip
     printed = capsys.readouterr().out
+    assert (tmp_path / "loss_head.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads(output.read_text(encoding="utf-8"))
     rows = {row["peer"]: row for row in results["rows"]}
     assert [*rows] == [peer for peer in peers if peer != "ours, 16 bits emulated"]
