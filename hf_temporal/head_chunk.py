@@ -13,7 +13,8 @@ from torch import Tensor
 from . import triton_pass
 
 BLOCK_LOGITS, SMALLEST_BLOCK = 2**20, 128  # 4 MiB of float32
-SPAN = 16  # blocks whose share of ∂/∂x is one product
+SPAN = 16  # blocks whose share of ∂/∂x is one product, where none of its factors has to be converted
+PIECE = 1024  # rows of a product that is converted before it is added
 LOGIT_BYTES = 768  # of a chunk's logits for one word
 STEP = 8.0  # between bounds of the logits
 LARGEST_UNIT = 2.0**60  # of sums of exponentials
@@ -142,15 +143,17 @@ class Head:
         if into.dtype == a.dtype and (onto is None or onto.dtype == into.dtype == self.exact):
             torch.addmm(into if onto is None else onto, a, b, beta=float(onto is not None), out=into)
             return
-        product = self.product(a, b)
-        if onto is None:
-            into.copy_(product)
-            return
-        total = self.room("total", into.shape, self.exact).copy_(product)
-        if into.dtype == self.exact and onto.data_ptr() == into.data_ptr():
-            into.add_(total)
-        else:
-            into.copy_(total.add_(onto))
+        for start in range(0, len(into), PIECE):
+            piece = slice(start, start + PIECE)
+            product = self.product(a[piece], b)
+            if onto is None:
+                into[piece].copy_(product)
+                continue
+            total = self.room("total", product.shape, self.exact).copy_(product)
+            if into.dtype == self.exact and onto.data_ptr() == into.data_ptr():
+                into[piece].add_(total)
+            else:
+                into[piece].copy_(total.add_(onto[piece]))
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -181,6 +184,7 @@ def _by_blocks(
     grads_x: Gradients = [
         x.new_zeros(x.shape, dtype=head.exact) if t.needs_grad_x else None for x, t in zip(xs, head.terms, strict=True)
     ]
+    span = SPAN if all(term.matrix.dtype == term.dtype == head.stored for term in head.terms) else 1
     if head.softcap is not None:
         swept.groups = [(swept.bound, _blocks(head))]
     for bound, blocks in swept.groups:
@@ -189,9 +193,9 @@ def _by_blocks(
         factor = w * head.logit_scale / (1 if divided else one)
         units = _Units(bound, one, divided, factor, swept.chosen - bound)
         factors = [(x * factor.unsqueeze(1)).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
-        for start in range(0, len(blocks), SPAN):
-            span = blocks[start : start + SPAN]
-            for rows in span:
+        for start in range(0, len(blocks), span):
+            neighbours = blocks[start : start + span]
+            for rows in neighbours:
                 z = _gradient(head, rows, y, units, buffer)
                 for term, x in zip(head.terms, factors, strict=True):
                     if term.grad_matrix is not None:
@@ -199,7 +203,7 @@ def _by_blocks(
                         target = term.grad_matrix if is_last else source
                         onto = None if is_first else source[rows]
                         head.add_product_(target[rows], z.to(term.dtype), x, onto=onto)
-            rows = slice(span[0].start, span[-1].stop)
+            rows = slice(neighbours[0].start, neighbours[-1].stop)
             z = _part(head, rows, len(y), buffer)
             for term, grad_x in zip(head.terms, grads_x, strict=True):
                 if grad_x is not None:

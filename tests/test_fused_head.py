@@ -149,7 +149,7 @@ problems = st.builds(
 
 @given(problem=problems, smallest_block=st.sampled_from([1, 3, 16, 128]), span=st.integers(1, 3))
 def test_equals_the_float64_reference(problem: Problem, smallest_block: int, span: int) -> None:
-    with mock.patch.multiple(head_chunk, BLOCK_LOGITS=1, SMALLEST_BLOCK=smallest_block, SPAN=span):
+    with mock.patch.multiple(head_chunk, BLOCK_LOGITS=1, SMALLEST_BLOCK=smallest_block, SPAN=span, PIECE=2):
         assert largest_error(problem, problem.exact()) < TOLERANCE[problem.tensors[0].dtype]
 
 
