@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import token_cross_entropy, token_regression_loss
+from .losses import check_vocabulary, token_regression_loss
 from .timeline import IGNORE_INDEX, shift_left, target_positions
 from .weighting import TemporalWeighting, document_max, wide_dtype
 
@@ -20,6 +20,8 @@ PROFILE_NAME = "loss_by_position.json"
 BINS = 10
 ENDS = ("first_token", "last_token", "head", "tail")
 WEIGHTED = ("sum", "denominator", "reference_time")
+LOGITS_AT_ONCE = {"cpu": 1 << 19}  # 2 MiB in float32, what two cores keep in their caches
+LOGITS_AT_ONCE_ELSEWHERE = 1 << 26
 
 
 class TokenLosses(ABC):
@@ -57,10 +59,10 @@ class TokenLosses(ABC):
         if labels.is_floating_point():
             losses = token_regression_loss(logits, labels, kind=self._regression_loss)
         else:
-            answers, wanted = logits[shift_left(target, False) if shifts_labels else target], labels[target]
-            losses, correct = torch.zeros(labels.shape, device=labels.device), torch.zeros_like(target)
-            losses[target] = token_cross_entropy(answers, wanted)
-            correct[target] = answers.argmax(-1) == wanted
+            answered = shift_left(target, False) if shifts_labels else target
+            of_targets, correct_targets = losses_and_hits(logits, answered, labels[target])
+            losses, correct = of_targets.new_zeros(labels.shape), torch.zeros_like(target)
+            losses[target], correct[target] = of_targets, correct_targets
         self._add(losses.to(wide_dtype(losses.device)), correct, positions, document_ids, loss_weights)
 
     @abstractmethod
@@ -73,6 +75,41 @@ class TokenLosses(ABC):
         loss_weights: Tensor | None,
     ) -> None:
         """All `[batch, time]`; `correct`, whether the model ranks the token first, is None for float labels."""
+
+
+def losses_and_hits(logits: Tensor, answered: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """−log softmax(logits_i)[labels_i], and whether argmax(logits_i) = labels_i, at each of the positions answered.
+
+    Logits are taken to float32 (float64 ones are not) and read a few positions at a time, so that they stay in a
+    CPU's cache from one pass over them to the next: the first pass alone waits for the memory.
+
+    Args:
+        logits: `[batch, time, V]`.
+        answered: `[batch, time]` booleans, n of them true.
+        labels: `[n]`, in the order of rows.
+
+    Returns:
+        `[n]` floats and `[n]` booleans.
+
+    Raises:
+        ValueError: on the CPU, a label out of the vocabulary.
+    """
+    logits = logits.flatten(0, 1)
+    vocabulary = logits.shape[-1]
+    check_vocabulary(labels, vocabulary)
+    rows = answered.flatten().nonzero()[:, 0]
+    at_once = max(1, LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE_ELSEWHERE) // vocabulary)
+    losses, hits = [], []
+    for some, wanted in zip(rows.split(at_once), labels.long()[:, None].split(at_once), strict=True):
+        few = logits.index_select(0, some)
+        few = few if few.dtype == torch.float64 else few.float()
+        losses.append(-few.log_softmax(-1).gather(1, wanted)[:, 0])
+        own = few.gather(1, wanted)
+        others = few.scatter_(1, wanted, -torch.inf).amax(-1, keepdim=True)
+        tied = (own == others).nonzero()[:, 0]
+        hits.append((own > others)[:, 0])
+        hits[-1][tied] = wanted[tied, 0] < few[tied].argmax(-1)  # argmax is the first of equals
+    return torch.cat(losses), torch.cat(hits)
 
 
 class PositionProfile(TokenLosses):
@@ -112,17 +149,17 @@ class PositionProfile(TokenLosses):
         last_rank, last_time = (document_max(values, document_ids) for values in (rank, positions))
         quarter = (last_rank + 3) // 4
         bins = (positions * BINS - 1).div(last_time.clamp(min=1), rounding_mode="floor").clamp(min=0)
-        ends = [rank == 1, rank == last_rank, rank <= quarter, rank > last_rank - quarter]
-        parts = [target & end for end in ends]
-        parts += [target & (bins == index) for index in range(BINS)]
-        columns = [
-            values * part for part in parts for values in (losses, correct.to(losses.dtype), target.to(losses.dtype))
-        ]
+        ends = torch.stack([rank == 1, rank == last_rank, rank <= quarter, rank > last_rank - quarter], dim=-1)
+        deciles = bins[..., None] == torch.arange(BINS, device=bins.device)
+        parts = torch.cat([ends, deciles], dim=-1) & target[..., None]
+        values = torch.stack([losses, correct.to(losses), target.to(losses)], dim=-1)
         reference = self.weighting.reference_time_of(positions, by_row=True)
-        columns += self._weighted_terms(reference, positions, losses, document_ids, loss_weights)
+        weighted = self._weighted_terms(reference, positions, losses, document_ids, loss_weights)
+        columns = [(parts[..., None] * values[..., None, :]).flatten(-2), torch.stack(weighted, dim=-1)]
         example = self._examples(positions, document_ids)
-        sums = losses.new_zeros(int(example.max()) + 1, len(columns))
-        sums.index_add_(0, example.flatten(), torch.stack(columns, dim=-1).flatten(0, 1))
+        terms = torch.cat(columns, dim=-1).flatten(0, 1)
+        sums = terms.new_zeros(int(example.max()) + 1, terms.shape[-1])
+        sums.index_add_(0, example.flatten(), terms)
         times = torch.zeros_like(sums[:, :1])
         times[example.flatten(), 0] = reference.expand_as(example).flatten().to(times)
         gathered = self._gather(torch.cat([sums, times], dim=-1))

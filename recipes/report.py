@@ -11,7 +11,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_temporal.model_card import CARD_NAME, TrainingRun, add_temporal_section
-from hf_temporal.plots import plot_memory, plot_recall_by_position
 
 EVALUATIONS_NAME = "evaluations.json"
 RESULTS_NAME = "all_results.json"
@@ -129,6 +128,8 @@ def draw_recall_by_position(output_dir: Path) -> None:
         if "recall_by_position" in each
     }
     if recalls:
+        from hf_temporal.plots import plot_recall_by_position  # matplotlib takes its time, and is needed at the end
+
         plot_recall_by_position(recalls, output_dir / RECALL_NAME)
 
 
@@ -136,6 +137,8 @@ def draw_memory(output_dir: Path) -> None:
     """Draw the target's memory function beside the model's at the first and the last evaluation, if it was probed."""
     shown = [each for each in first_and_last(output_dir) if "memory" in each]
     if shown:
+        from hf_temporal.plots import plot_memory  # as above
+
         memories = {f"step {each['step']}": each["memory"] for each in shown}
         plot_memory(memories, shown[-1]["target_memory"], output_dir / MEMORY_NAME)
 

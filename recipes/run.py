@@ -21,6 +21,7 @@ from transformers import IntervalStrategy, TrainerCallback, TrainerControl, Trai
 
 from hf_temporal import suggest_power
 from hf_temporal.model_card import TrainingRun, draw_loss_by_position
+from hf_temporal.tasks.cores import own_cores
 from recipes.adapters import merge_adapter
 from recipes.checkpoints import Checksums
 from recipes.continuation import TRAINER_STATE_NAME, Continuation, continue_run
@@ -101,12 +102,11 @@ def share_cores() -> None:
     """Share the CPU's cores among this machine's processes.
 
     `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 where nothing else is asked for: a run on the CPU of one
-    machine would leave all cores but one idle. `HF_TEMPORAL_CORES` says how many there are to share, where not all.
+    machine would leave all cores but one idle.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
-        cores = int(os.environ.get("HF_TEMPORAL_CORES") or os.cpu_count() or 1)
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(own_cores())
 
 
 class Recorder(Protocol):

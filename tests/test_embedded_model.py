@@ -20,7 +20,9 @@ TEXT = "The quick brown fox jumps over the lazy dog. Paris is the capital of Fra
 
 def test_rebuilt_model_and_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TEMPORAL_CACHE", str(tmp_path))
+    state = torch.random.get_rng_state()
     folder = embedded_model_folder()
+    assert torch.random.get_rng_state().equal(state)
     monkeypatch.setattr(embedded_model, "_rebuild", lambda *_: pytest.fail("rebuilt a second time"))
     assert embedded_model_folder() == folder
     assert tmp_path in folder.parents

@@ -16,7 +16,7 @@ from hf_temporal import (
     TemporalWeightSeq2SeqTrainer,
     TemporalWeightTrainer,
 )
-from hf_temporal.profile import load_profiles, save_profile
+from hf_temporal.profile import LOGITS_AT_ONCE, load_profiles, losses_and_hits, save_profile
 from tests.tiny_models import PackCollator, PadCollator, examples, tiny_model
 from tests.tiny_training import token_losses
 
@@ -81,6 +81,28 @@ def test_evaluation_against_counting_by_hand(name: str, power: float, normalizat
             continue
         assert entry["loss"] == pytest.approx(sum(loss for loss, _ in pairs) / len(pairs), rel=1e-5)
         assert entry["accuracy"] == pytest.approx(sum(right for _, right in pairs) / len(pairs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("at_once", [1, 200, 1 << 19])
+def test_losses_and_hits_are_those_of_torch(dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is read at once; of equal logits the first is the largest, as `argmax` has it."""
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
+    torch.manual_seed(0)
+    logits, answered = (3 * torch.randn(4, 30, 50)).to(dtype), torch.rand(4, 30) < 0.7
+    answers, labels = logits[answered], torch.randint(50, (int(answered.sum()),))
+    labels[::2] = answers[::2].argmax(-1)
+    for row in range(0, len(labels), 3):  # an equal in front of the label, or behind it
+        answers[row, int(torch.randint(50, ()))] = answers[row].max()
+    logits[answered] = answers
+    losses, hits = losses_and_hits(logits, answered, labels)
+    wide = answers if dtype == torch.float64 else answers.float()
+    assert losses.equal(torch.nn.functional.cross_entropy(wide, labels, reduction="none"))
+    right = answers.argmax(-1) == labels
+    assert hits.equal(right)
+    assert 0 < int(right.sum()) < int((answers.gather(1, labels[:, None])[:, 0] == answers.amax(-1)).sum())
+    with pytest.raises(ValueError, match="labels hold 50; accepted: token ids from 0 to 49"):
+        losses_and_hits(logits, answered, torch.full_like(labels, 50))
 
 
 @pytest.mark.parametrize(

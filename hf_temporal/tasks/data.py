@@ -152,6 +152,7 @@ def sha256_of(splits: Mapping[str, Dataset]) -> str:
     """Of every split's name and every example's values, in the order of the columns."""
     digest = hashlib.sha256()
     for split, examples in splits.items():
-        for example in examples:
-            digest.update(json.dumps([split, *example.values()]).encode())
+        for batch in examples.iter(batch_size=1000):  # rows by themselves take three times as long
+            for values in zip(*batch.values(), strict=True):
+                digest.update(json.dumps([split, *values]).encode())
     return digest.hexdigest()

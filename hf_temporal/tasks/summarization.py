@@ -7,13 +7,13 @@ this Python environment.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ from .data import (
     named_columns,
     sha256_of,
 )
-from .rouge_tokenizer import needs_characters
+from .rouge import needs_characters
 
 logger = logging.get_logger(__name__)
 
@@ -170,8 +170,14 @@ class SummaryScores:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rouge_tokenizer: str = "default") -> None:
         self.tokenizer = tokenizer
         self.rouge_tokenizer = rouge_tokenizer
-        self.rouge = evaluate.load(str(Path(__file__).parent / "metrics" / "rouge"), keep_in_memory=True)
         self.record: dict[str, list[str]] = {}
+
+    @functools.cached_property
+    def rouge(self) -> Any:
+        """The metric, loaded for the first evaluation."""
+        import evaluate  # takes as long as all of a recipe's other imports beside transformers
+
+        return evaluate.load(str(Path(__file__).parent / "metrics" / "rouge"), keep_in_memory=True)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """Score the generated tokens `prediction.predictions` against `prediction.label_ids`."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import datasets
 import evaluate
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 from hf_temporal.tasks.bootstrap import bootstrap_interval
-from hf_temporal.tasks.rouge_tokenizer import ROUGE_TOKENIZERS, CharacterTokenizer
-
-ROUGE_TYPES = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+from hf_temporal.tasks.cores import own_cores
+from hf_temporal.tasks.rouge import ROUGE_TOKENIZERS, ROUGE_TYPES, f1_scores
 
 _DESCRIPTION = "ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (F1), with bootstrapped 95 % intervals over the examples."
 _INPUTS = """
@@ -36,7 +34,7 @@ _CITATION = """
 
 
 class Rouge(evaluate.Metric):
-    """ROUGE F1 by the `rouge-score` package."""
+    """ROUGE F1 by the `rouge-score` package, many pairs on all cores."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -58,10 +56,9 @@ class Rouge(evaluate.Metric):
     ) -> dict[str, float]:
         if tokenizer not in ROUGE_TOKENIZERS:
             raise ValueError(f"tokenizer={tokenizer!r}; accepted: {', '.join(ROUGE_TOKENIZERS)}")
-        by_character = CharacterTokenizer() if tokenizer == "char" else None
-        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=use_stemmer, tokenizer=by_character)
-        scores = [scorer.score(*texts) for texts in zip(references, predictions, strict=True)]
-        f1 = np.array([[score[name].fmeasure for name in ROUGE_TYPES] for score in scores])
+        f1 = np.array(
+            f1_scores(predictions, references, use_stemmer=use_stemmer, tokenizer=tokenizer, processes=own_cores())
+        )
         low, high = bootstrap_interval(f1)
         result: dict[str, float] = {}
         for column, name in enumerate(ROUGE_TYPES):

@@ -1,0 +1,149 @@
+r"""What the losses by position add to an evaluation: `TemporalWeightTrainer.evaluate` against stock `Trainer`'s.
+
+    python recipes/benchmarks/evaluation.py --output recipes/results/evaluation.json
+
+takes two minutes; over 100,000 target tokens, some ten:
+
+    python recipes/benchmarks/evaluation.py --rows 128 --shares 1 --output recipes/results/evaluation.json
+
+A few seconds, on a toy:
+
+    python recipes/benchmarks/evaluation.py --model toy --rows 8 --length 32 --rounds 2
+
+Both trainers evaluate one model on the same rows, in turn and in alternating order, so that whatever else the machine
+does meets them alike; a ratio is the median of the ratios within a round. The first evaluation of each, in which ours
+runs nine tokens through the model to read its loss, is not timed. The weights are random, which the time does not
+depend on, and half of the labels are the model's own first choice, as they would be for a model that has learned:
+whether a token is ranked first takes longest where it is, with little probability. A share of each row's tokens, the
+last ones, are targets; what is added grows with them, what stock does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
+from recipes.benchmarks.report import environment, spread, table, write
+from recipes.benchmarks.step_trainers import MODELS
+
+STOCK, OURS = "stock Trainer", "TemporalWeightTrainer"
+COLUMNS = [
+    "share", "target tokens", "trainer", "seconds", "noise", "time / stock", "added per target [µs]",
+]  # fmt: skip
+FIRST_TOKEN = 2
+
+
+def rows_for(model: Any, settings: argparse.Namespace, share: float) -> list[dict[str, Tensor]]:
+    """Random tokens without padding; the labels of the last `share` of a row count, half of them as the model does."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    vocabulary = MODELS[settings.model]["vocab_size"]
+    ids = torch.randint(FIRST_TOKEN, vocabulary, (settings.rows, settings.length), generator=generator)
+    labels = ids.clone()
+    with torch.no_grad():
+        for some, own in zip(ids.split(settings.batch_size), labels.split(settings.batch_size), strict=True):
+            own[:, 2::2] = model.eval()(some).logits.argmax(-1)[:, 1:-1:2]
+    labels[:, : settings.length - max(1, round(share * settings.length))] = -100
+    return [{"input_ids": row, "labels": own} for row, own in zip(ids, labels, strict=True)]
+
+
+def measure(model: Any, settings: argparse.Namespace, share: float) -> list[dict[str, Any]]:
+    """A row for each trainer: median, noise, and the median of the ratios to stock in the same round."""
+    rows: Any = rows_for(model, settings, share)
+    targets = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+    with tempfile.TemporaryDirectory() as folder:
+        common: dict[str, Any] = {
+            "output_dir": folder, "per_device_eval_batch_size": settings.batch_size, "report_to": "none",
+            "disable_tqdm": True, "use_cpu": True, "seed": settings.seed,
+        }  # fmt: skip
+        trainers = {
+            STOCK: Trainer(model, TrainingArguments(**common), data_collator=default_data_collator),
+            OURS: TemporalWeightTrainer(
+                model, TemporalTrainingArguments(**common), data_collator=default_data_collator
+            ),
+        }
+        for trainer in trainers.values():
+            trainer.remove_callback(PrinterCallback)
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        losses = {trainer.evaluate(rows)["eval_loss"] for trainer in trainers.values()}
+        if len(losses) > 1:
+            raise RuntimeError(f"the trainers differ in eval_loss: {losses}")
+        for turn in range(settings.rounds):
+            for name in [STOCK, OURS][:: 1 if turn % 2 else -1]:
+                start = time.perf_counter()
+                trainers[name].evaluate(rows)
+                seconds[name].append(time.perf_counter() - start)
+    found = []
+    for name, mine in seconds.items():
+        ratio = statistics.median([ours / stock for ours, stock in zip(mine, seconds[STOCK], strict=True)])
+        found.append(
+            {
+                "share": share,
+                "target tokens": targets,
+                "trainer": name,
+                "seconds": statistics.median(mine),
+                "noise": spread(mine),
+                "time / stock": ratio,
+                "added per target [µs]": 1e6 * (ratio - 1) * statistics.median(seconds[STOCK]) / targets,
+                "all_seconds": mine,
+            }
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[name for name in MODELS if "T5" not in name], default="SmolLM2-135M")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=160)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.15], help="of a row that is targets")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    settings = parser.parse_args(arguments)
+    torch.set_num_threads(settings.threads)
+    set_seed(settings.seed)
+    config = AutoConfig.for_model(**MODELS[settings.model])
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+    results: dict[str, Any] = {
+        "benchmark": "evaluation",
+        **environment(),
+        "settings": {name: value for name, value in vars(settings).items() if name != "output"},
+        "rows": [],
+    }
+    print(json.dumps({key: results[key] for key in ("date", "hardware", "versions", "settings")}))
+    for share in settings.shares:
+        rows = measure(model, settings, share)
+        print(table(rows, COLUMNS), flush=True)
+        results["rows"] += rows
+        write(settings.output, results)
+    return results
+
+
+if __name__ == "__main__":
+    main()
