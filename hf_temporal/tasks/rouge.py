@@ -85,7 +85,7 @@ def _f1(
 def _in_another_process(share: dict[str, Any]) -> list[list[float]]:
     answer = subprocess.run(
         [sys.executable, "-I", __file__],
-        input=json.dumps({"path": sys.path, "share": share}),
+        input=json.dumps({"path": [folder for folder in sys.path if isinstance(folder, str)], "share": share}),
         capture_output=True,
         text=True,
         check=False,
