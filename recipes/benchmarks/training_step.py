@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if why := why_not(trainer, model):
             print(f"{trainer} on {model} is left out: {why}.")
     if settings.picture is not None and shown:
-        plot_steps(shown, settings.picture)
+        plot_steps(results.rows, settings.picture)  # of all that the file holds
     if failed:
         sys.exit("\n".join(["not measured:", *failed]))
     return {**results.head, "rows": shown}
