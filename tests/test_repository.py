@@ -125,7 +125,7 @@ def test_public_names_are_there_and_documented(name: str) -> None:
 
 def test_versions_agree() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    released = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    released = re.search(r"^## \[(\d.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert released is not None
     assert citation["version"] == released[1] == hf_temporal.__version__
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
