@@ -206,3 +206,12 @@ def test_rows_split_between_ranks_have_the_times_of_whole_rows() -> None:
 def test_rows_that_cannot_be_split_are_refused(timeline: Timeline, batch: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         timeline.add({"labels": torch.tensor([[3, 4, 5, 6]]), **batch})
+
+
+def test_lists_the_targets_that_weigh_anything() -> None:
+    timeline = dataclasses.replace(CAUSAL, lists_targets=True)
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]] * 2), "labels": torch.tensor([[5, 6, -100, 8], [-100, 6, 7, 8]])}
+    assert timeline.add(batch)["temporal_targets"].tolist() == [1, 3, 5, 6, 7]
+    batch["loss_weights"] = torch.tensor([[1.0, 0.5, 1.0, 2.0], [1.0, 0.0, 0.1, 1.0]])
+    assert timeline.add(batch)["temporal_targets"].tolist() == [1, 3, 6, 7]
+    assert "temporal_targets" not in CAUSAL.add(batch)
