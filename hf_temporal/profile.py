@@ -6,6 +6,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ PROFILE_NAME = "loss_by_position.json"
 BINS = 10
 ENDS = ("first_token", "last_token", "head", "tail")
 WEIGHTED = ("sum", "denominator", "reference_time")
-LOGITS_AT_ONCE = {"cpu": 1 << 20}  # 4 MiB in float32: less meets the cores too often, more does not stay in cache
+LOGITS_AT_ONCE = {"cpu": 1 << 20}  # 4 MiB in float32, which caches hold; for less, the cores would wait for each other
 LOGITS_AT_ONCE_ELSEWHERE = 1 << 26
 
 
@@ -100,22 +101,22 @@ def losses_and_hits(logits: Tensor, answered: Tensor, labels: Tensor) -> tuple[T
     check_vocabulary(labels, vocabulary)
     rows = answered.flatten().nonzero()[:, 0]
     at_once = max(1, LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE_ELSEWHERE) // vocabulary)
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    room = logits.new_empty(2, min(at_once, len(rows)), vocabulary, dtype=wide)
+    room = logits.new_empty(
+        min(at_once, len(rows)), vocabulary, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32
+    )
     losses, hits = [], []
     for some, wanted in zip(rows.split(at_once), labels.long()[:, None].split(at_once), strict=True):
-        few, log_p = room[:, : len(some)]
-        if logits.dtype == wide:
-            torch.index_select(logits, 0, some, out=few)
-        else:
-            few.copy_(logits.index_select(0, some))
-        torch.log_softmax(few, -1, out=log_p)
-        losses.append(-log_p.gather(1, wanted)[:, 0])
-        own = few.gather(1, wanted)
-        others = few.scatter_(1, wanted, -torch.inf).amax(-1, keepdim=True)
+        log_p, at = room[: len(some)], some.tolist()
+        ends = [place for place in range(1, len(at)) if at[place] != at[place - 1] + 1]
+        for start, end in pairwise([0, *ends, len(at)] if at else []):  # neighbours are read where they lie
+            run = logits[at[start] : at[end - 1] + 1]
+            torch.log_softmax(run, -1, dtype=room.dtype, out=log_p[start:end])
+        own = log_p.gather(1, wanted)
+        others = log_p.scatter_(1, wanted, -torch.inf).amax(-1, keepdim=True)
         tied = (own == others).nonzero()[:, 0]
+        losses.append(-own[:, 0])
         hits.append((own > others)[:, 0])
-        hits[-1][tied] = wanted[tied, 0] < few[tied].argmax(-1)  # argmax is the first of equals
+        hits[-1][tied] = logits[some[tied]].argmax(-1) == wanted[tied, 0]  # of equals, argmax is the first
     return torch.cat(losses), torch.cat(hits)
 
 

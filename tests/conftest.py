@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -17,3 +20,10 @@ UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("hf_temporal", UNTIMED, derandomize=True)
 settings.register_profile("many", UNTIMED, derandomize=False, max_examples=2000)
 settings.load_profile("hf_temporal")  # --hypothesis-profile overrides it
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bfloat16_is_native() -> Iterator[None]:
+    """Else the head would round on some processors and multiply in float32 on others."""
+    with mock.patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": True}):
+        yield

@@ -277,7 +277,7 @@ def _gradients(peer: str, case: dict[str, Any]) -> int:
     N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
     head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
     targets = N - round(case["masked"] * N)
-    summed = head and peer.startswith("ours") and itemsize == 2 and targets > 2 * head_chunk.LOGIT_BYTES // 2
+    summed = head and peer.startswith("ours") and itemsize == 2 and targets > head_chunk.LOGIT_BYTES_16_BITS
     return N * H * itemsize + head + (4 * V * H if summed else 0)
 
 

@@ -21,6 +21,7 @@ def environment() -> dict[str, Any]:
     """Hardware, threads and versions that the figures belong to."""
     hardware: dict[str, Any] = {
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),

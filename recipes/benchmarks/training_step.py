@@ -193,7 +193,7 @@ class Results:
         versions = {name: which for name, which in self.head["versions"].items() if name != "trl" or trainer == SFT}
         return {
             **{name: self.head["settings"][name] for name in ("repeats", "threads", "seed")},
-            "processor": self.head["hardware"]["processor"],
+            **{name: self.head["hardware"][name] for name in ("processor", "instructions")},
             "versions": versions,
         }
 

@@ -47,6 +47,8 @@ def test_evaluation(run: Run) -> None:
         assert len(stock["all_seconds"]) == len(ours["all_seconds"]) == 3
         ratios = [a / b for a, b in zip(ours["all_seconds"], stock["all_seconds"], strict=True)]
         assert ours["time / stock"] == statistics.median(ratios) > 0
+        assert stock["inside"] is None
+        assert 0 < ours["inside"] < 100
         assert f"{ours['seconds']:.3g}" in printed
 
 

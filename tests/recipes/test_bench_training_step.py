@@ -43,6 +43,7 @@ def test_training_step(run: Run, tmp_path: Path) -> None:
     assert first["settings"]["seed"] == 0
     assert {"torch", "transformers"} <= first["versions"].keys()
     assert first["hardware"]["processor"]
+    assert first["hardware"]["instructions"]
 
     picture = tmp_path / "pictures" / "steps.png"
     second, printed = run(training_step, "--models", "toy", "toy T5", *TOY, "--picture", str(picture))
