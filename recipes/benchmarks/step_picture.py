@@ -30,12 +30,12 @@ def plot_steps(rows: Sequence[dict[str, Any]], path: Path) -> Figure:
     lines = max(1, -(-len(panels) // COLUMNS))
     height = 0.7 + 0.15 * (len(trainers) + 1) * most
     figure = Figure(figsize=(5 * min(COLUMNS, max(1, len(panels))), 0.5 + lines * height), layout="constrained")
-    axes = figure.subplots(lines, min(COLUMNS, max(1, len(panels))), squeeze=False, sharex=True).flat
+    axes = list(figure.subplots(lines, min(COLUMNS, max(1, len(panels))), squeeze=False, sharex=True).flat)
     for each, panel in zip(axes, panels, strict=False):
         _draw(each, _of(rows, panel), trainers)
         what = {"lora": "LoRA", "full": "all weights"}.get(panel[1], panel[1])
         each.set_title(f"{panel[0]}, {what}, {panel[2]}", fontsize="medium")
-    for unused in list(axes)[len(panels) :]:
+    for unused in axes[len(panels) :]:
         unused.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) or 1, frameon=False)

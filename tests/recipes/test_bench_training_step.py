@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.benchmarks import memory_models, reduction, step_trainers, timeline, training_step
+from recipes.benchmarks import memory_models, reduction, step_picture, step_trainers, timeline, training_step
 from recipes.benchmarks.step_trainers import Job, build_trainer
 from recipes.benchmarks.step_waits import Waits
 
@@ -184,3 +184,12 @@ def test_reduction(run: Run) -> None:
         assert row["processes"] == 2
         assert row["microseconds"] > 0.0
         assert f"{row['microseconds']:.3g}" in printed
+
+
+def test_a_panel_without_rows_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(step_picture, "saved", lambda figure, _: figures.append(figure))
+    row = {"tuned": "lora", "dtype": "float32", "batch × length": "8×160", "share": 0.15, "time / stock": 0.8}
+    rows = [{**row, "model": model, "trainer": "fused head"} for model in ("a", "b", "c")]
+    step_picture.plot_steps(rows, tmp_path / "steps.png")
+    assert [panel.axison for panel in figures[0].axes] == [True, True, True, False]
