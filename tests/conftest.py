@@ -22,7 +22,7 @@ settings.register_profile("many", UNTIMED, derandomize=False, max_examples=2000)
 settings.load_profile("hf_temporal")  # --hypothesis-profile overrides it
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="module")
 def bfloat16_is_native() -> Iterator[None]:
     """Else the head would round on some processors and multiply in float32 on others."""
     with mock.patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": True}):

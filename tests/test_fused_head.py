@@ -20,6 +20,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from hf_temporal import head_chunk
 from hf_temporal.fused_head import weighted_linear_cross_entropy, weighted_linear_cross_entropy_terms
 
+pytestmark = pytest.mark.usefixtures("bfloat16_is_native")
+
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 
 
