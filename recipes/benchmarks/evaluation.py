@@ -30,7 +30,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +63,28 @@ FIRST_TOKEN = 2
 class Inner(Trainer):
     """Stock, which adds up the seconds of its prediction steps."""
 
-    inner_seconds = 0.0
+    inner_seconds = outer_seconds = 0.0
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to the attribute of this name."""
+        start = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + time.perf_counter() - start)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Stock's."""
-        start = time.perf_counter()
-        result = super().prediction_step(*args, **kwargs)
-        self.inner_seconds += time.perf_counter() - start
-        return result
+        with self.timed("inner_seconds"):
+            return super().prediction_step(*args, **kwargs)
 
 
 class Outer(TemporalWeightMixin, Inner):
     """`TemporalWeightTrainer`, which adds up the seconds of its prediction steps, too."""
 
-    outer_seconds = 0.0
-
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Ours, with stock's inside."""
-        start = time.perf_counter()
-        result = super().prediction_step(*args, **kwargs)
-        self.outer_seconds += time.perf_counter() - start
-        return result
+        with self.timed("outer_seconds"):
+            return super().prediction_step(*args, **kwargs)
 
     def inside(self) -> float:
         """What came beside stock's steps since the last call, as a share of them."""
@@ -117,10 +119,9 @@ def measure(model: Any, settings: argparse.Namespace, share: float) -> list[dict
         stock = Trainer(model, TrainingArguments(**common), data_collator=default_data_collator)
         trainers = {STOCK: stock, OURS: ours}
         inside: list[float] = []
-        for trainer in trainers.values():
-            trainer.remove_callback(PrinterCallback)
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         for trainer in trainers.values():
+            trainer.remove_callback(PrinterCallback)
             trainer.evaluate(rows[: settings.batch_size])
         ours.inside()
         losses = set()
