@@ -2,7 +2,7 @@ r"""What the losses by position add to an evaluation: `TemporalWeightTrainer.eva
 
     python recipes/benchmarks/evaluation.py --output recipes/results/evaluation.json
 
-takes two minutes; over 100,000 target tokens, some twenty:
+takes two minutes; over 100,000 target tokens, some fifteen:
 
     python recipes/benchmarks/evaluation.py --rows 630 --shares 1 --rounds 1 --output recipes/results/evaluation.json
 

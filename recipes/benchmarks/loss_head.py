@@ -61,6 +61,7 @@ from recipes.benchmarks.report import environment, spread, table, write
 
 SHAPES = ["2048,512,32000", "1024,1024,128256"]
 PRODUCTS, TARGET_PRODUCTS, STOCK = "three products", "… of the targets", "stock mean"
+EMULATED = "ours, 16 bits emulated"
 POLICIES = ("auto", "accurate", "balanced", "compact")
 COLUMNS = [
     "N", "H", "V", "dtype", "masked", "peer", "seconds", "noise", "time / products", "time / products of targets",
@@ -174,7 +175,7 @@ PEERS: dict[str, Callable[[Inputs], None]] = {
     "ours, label smoothing": partial(ours, label_smoothing=0.1),
     "ours, adapter": ours_with_adapter,
     "ours, frozen head": lambda inputs: ours(replace(inputs, head=inputs.head.detach())),
-    "ours, 16 bits emulated": ours_emulated,
+    EMULATED: ours_emulated,
 }
 
 
@@ -269,15 +270,17 @@ def _applies(peer: str, case: dict[str, Any]) -> bool:
         return bool(case["masked"])
     if peer == "TRL":
         return find_spec("trl") is not None
-    return peer != "ours, 16 bits emulated" or case["dtype"] == torch.bfloat16
+    return peer != EMULATED or case["dtype"] == torch.bfloat16
 
 
 def _gradients(peer: str, case: dict[str, Any]) -> int:
     """Bytes of the gradients, and of the float32 sums between which and the gradient a rounding stands."""
     N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
     head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
+    products = torch.float32 if peer == EMULATED else head_chunk.product_dtype(case["dtype"], "cpu")
+    chunk = (head_chunk.LOGIT_BYTES_16_BITS if products.itemsize == 2 else head_chunk.LOGIT_BYTES) // products.itemsize
     targets = N - round(case["masked"] * N)
-    summed = head and peer.startswith("ours") and itemsize == 2 and targets > head_chunk.LOGIT_BYTES_16_BITS
+    summed = head and peer.startswith("ours") and itemsize == 2 and targets > 2 * chunk
     return N * H * itemsize + head + (4 * V * H if summed else 0)
 
 
