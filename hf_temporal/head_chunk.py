@@ -132,10 +132,10 @@ class Head:
             room = self._rooms[name, dtype] = self.terms[0].matrix.new_empty(size, dtype=dtype)
         return room[:size].view(*shape)
 
-    def weights(self, term: Term, rows: slice) -> Tensor:
+    def rows_of(self, term: Term, rows: slice) -> Tensor:
         """W[rows] in the dtype of the products, until the next ones."""
         part = term.matrix[rows]
-        return part if part.dtype == term.dtype else self.room("weights", part.shape, term.dtype).copy_(part)
+        return part if part.dtype == term.dtype else self.room("rows", part.shape, term.dtype).copy_(part)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a b, until the next one."""
@@ -210,7 +210,7 @@ def _by_blocks(
             z = _part(head, rows, len(y), buffer)
             for term, grad_x in zip(head.terms, grads_x, strict=True):
                 if grad_x is not None:
-                    grad_x += head.product(z.to(term.dtype).t(), head.weights(term, rows)) * factor.unsqueeze(1)
+                    grad_x += head.product(z.to(term.dtype).t(), head.rows_of(term, rows)) * factor.unsqueeze(1)
     return losses, grads_x
 
 
@@ -237,7 +237,7 @@ def _first_sweep(head: Head, xs: Sequence[Tensor], y: Tensor, buffer: Tensor) ->
     for rows in _blocks(head):
         z = _part(head, rows, len(y), buffer)
         for i, (term, x) in enumerate(zip(head.terms, xs, strict=True)):
-            head.add_product_(z, head.weights(term, rows), x.t(), onto=z if i else None)
+            head.add_product_(z, head.rows_of(term, rows), x.t(), onto=z if i else None)
         logits, slope = _scaled(head, rows, z)
         inside, at = _targets(y, rows)
         chosen += torch.where(inside, logits.gather(0, at).squeeze(0), 0)
