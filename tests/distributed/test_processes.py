@@ -21,9 +21,10 @@ def check_training(name: str, case: TrainingCase, found: dict[str, Any], process
     expected = found["stock"] if case.stock else trained(case.run(1, folder, like=processes))
     assert len(found["steps"]) == cases.STEPS, name
     for step, (got, right) in enumerate(zip(found["steps"], expected["steps"], strict=True)):
-        # parameters may lie 1e-5 of their update apart, which moves later losses by |gradient| times that
+        # parameters may lie 1e-5 of their update apart, which moves later losses by |gradient| times that, and later
+        # gradients by the curvature times that: 8e-6 of a norm seen in T5 on one processor
         assert got["loss"] == pytest.approx(right["loss"], rel=5e-6 if step else 1e-6), name
-        assert got["grad_norm"] == pytest.approx(right["grad_norm"], rel=5e-6), name
+        assert got["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-5 if step else 5e-6), name
         if not case.stock:
             assert got["effective_sample_size"] == pytest.approx(right["effective_sample_size"], rel=1e-6), name
     assert distance(found["update"], expected["update"]) < 1e-5, name
