@@ -151,12 +151,18 @@ class Head:
             product = self.product(a[piece], b)
             if onto is None:
                 into[piece].copy_(product)
-                continue
-            total = self.room("total", product.shape, self.exact).copy_(product)
-            if into.dtype == self.exact and onto.data_ptr() == into.data_ptr():
-                into[piece].add_(total)
+            elif onto.dtype == product.dtype == into.dtype:
+                torch.add(onto[piece], product, out=into[piece])
             else:
-                into[piece].copy_(total.add_(onto[piece]))
+                total = self.converted(product)
+                if into.dtype == self.exact:
+                    torch.add(onto[piece], total, out=into[piece])
+                else:
+                    into[piece].copy_(total.add_(onto[piece]))
+
+    def converted(self, product: Tensor) -> Tensor:
+        """The product in the exact dtype, until the next one."""
+        return product if product.dtype == self.exact else self.room("total", product.shape, self.exact).copy_(product)
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -210,7 +216,8 @@ def _by_blocks(
             z = _part(head, rows, len(y), buffer)
             for term, grad_x in zip(head.terms, grads_x, strict=True):
                 if grad_x is not None:
-                    grad_x += head.product(z.to(term.dtype).t(), head.rows_of(term, rows)) * factor.unsqueeze(1)
+                    product = head.product(z.to(term.dtype).t(), head.rows_of(term, rows))
+                    grad_x.addcmul_(head.converted(product), factor.unsqueeze(1))
     return losses, grads_x
 
 
@@ -240,7 +247,7 @@ def _first_sweep(head: Head, xs: Sequence[Tensor], y: Tensor, buffer: Tensor) ->
             head.add_product_(z, head.rows_of(term, rows), x.t(), onto=z if i else None)
         logits, slope = _scaled(head, rows, z)
         inside, at = _targets(y, rows)
-        chosen += torch.where(inside, logits.gather(0, at).squeeze(0), 0)
+        chosen += torch.where(inside, logits.view(-1).index_select(0, at), 0)
         if head.label_smoothing:
             plain += logits.sum(0)
         if head.is_shifted:
@@ -289,7 +296,8 @@ def _gradient(head: Head, rows: slice, y: Tensor, units: _Units, buffer: Tensor)
     # The targets' own are made of their logits again, so that 1 − p keeps its digits.
     own -= one * (1 - head.label_smoothing + share)
     inside, at = _targets(y, rows)
-    z.scatter_(0, at, torch.where(inside, own.to(z.dtype), z.gather(0, at)))
+    flat = z.view(-1)
+    flat.index_copy_(0, at, torch.where(inside, own.to(z.dtype), flat.index_select(0, at)))  # scatter_ copies bfloat16
     if slope is not None:
         z.mul_(slope)
     if head.grad_bias is not None:
@@ -348,10 +356,11 @@ def _may_exceed(values: Tensor, largest: float) -> bool:
 
 
 def _targets(y: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a block, [n], and their places in it (any place for the others), [1, n]."""
+    """Which targets lie in a block, [n], and their places in it, flat; for the others any place in their column."""
     at = y - rows.start
     size = rows.stop - rows.start
-    return (at >= 0) & (at < size), at.clamp_(0, size - 1).unsqueeze(0)
+    columns = torch.arange(len(y), device=y.device)
+    return (at >= 0) & (at < size), at.clamp_(0, size - 1).mul_(len(y)).add_(columns)
 
 
 def _by_rows(
