@@ -166,7 +166,7 @@ def groups(trainers: Sequence[str], at_once: int | None) -> list[list[str]]:
 
 @dataclass
 class Results:
-    """The rows of all cases, in a file after each case, and those that are there already.
+    """The rows of all cases, in a file after each group of trainers, and those that are there already.
 
     A row is there where one of its case and trainer was made by the same settings, versions and processor; rows of
     others are replaced by what is measured now.
@@ -213,7 +213,7 @@ class Results:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure the cases that are not in the file yet, print the table of all, draw the picture."""
+    """Measure what is not in the file yet, print the table of all cases, draw the picture."""
     settings = _parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # or TRL's trainers report to the hub that they are used
     torch.set_num_threads(settings.threads)
@@ -226,11 +226,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         job = Job(model, tuned, dtype, **size, share=share, **_each(settings, "repeats", "threads", "seed"))
         case = dict(zip(CASE, (model, tuned, dtype, "×".join(map(str, shape)), share), strict=True))
         trainers = [trainer for trainer in TRAINERS if trainer in settings.trainers and not why_not(trainer, model)]
-        if trainers and len(results.of(case, trainers)) < len(trainers):
+        there = {row["trainer"] for row in results.of(case, trainers)}
+        for group in groups(trainers, settings.at_once) if trainers else []:
+            if there.issuperset(group):
+                continue
             try:
-                results.add(case, _measured(job, trainers, settings.at_once))
-            except RuntimeError as error:  # one case that the memory cannot hold leaves the others alone
+                rows = measure(job, group)
+            except RuntimeError as error:  # a group that the memory cannot hold leaves the others alone
                 failed.append(f"{', '.join(map(str, case.values()))}: {error}")
+                continue
+            results.add(case, [row for row in rows if row["trainer"] not in there])
+            there.update(group)
         shown += results.of(case, trainers)
     print(json.dumps({key: results.head[key] for key in ("date", "hardware", "versions", "settings")}))
     print(table(shown, COLUMNS))
@@ -242,15 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if failed:
         sys.exit("\n".join(["not measured:", *failed]))
     return {**results.head, "rows": shown}
-
-
-def _measured(job: Job, trainers: Sequence[str], at_once: int | None) -> list[dict[str, Any]]:
-    """A row per trainer; stock's is that of its first group."""
-    found: dict[str, dict[str, Any]] = {}
-    for group in groups(trainers, at_once):
-        for row in measure(job, group):
-            found.setdefault(row["trainer"], row)
-    return [found[trainer] for trainer in trainers]
 
 
 def _each(settings: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -89,9 +89,27 @@ def test_a_case_that_fails_leaves_the_others(run: Run, tmp_path: Path, monkeypat
     assert [(row["share"], row["trainer"]) for row in results["rows"]] == [
         (share, trainer) for share in (1.0, 0.5) for trainer in ("stock", "by hand", "fused head")
     ]
+    run(training_step, *asked, "--trainers", "stock", "fused head", "no head")
+    assert measured[4:] == [(share, ["stock", "fused head", "no head"]) for share in (0.5, 1.0)]
     run(training_step, *asked, "--seed", "1")
-    assert [share for share, _ in measured[4:]] == [0.5, 1.0]  # other settings: measured anew, in place of the old
-    assert len(json.loads((tmp_path / "folder" / "results.json").read_text(encoding="utf-8"))["rows"]) == 6
+    assert [share for share, _ in measured[6:]] == [0.5, 1.0]  # other settings: measured anew, in place of the old
+    assert len(json.loads((tmp_path / "folder" / "results.json").read_text(encoding="utf-8"))["rows"]) == 8
+
+
+def test_a_group_that_fails_leaves_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(_job: Job, trainers: list[str]) -> list[dict[str, Any]]:
+        if "SFTTrainer" in trainers:
+            raise RuntimeError("SFTTrainer ended early, exit code -9")
+        return [{"trainer": trainer, "seconds": 1.0, "time / stock": 1.0} for trainer in trainers]
+
+    monkeypatch.setattr(training_step, "measure", measure)
+    monkeypatch.setattr(training_step, "why_not", lambda *_: None)
+    asked = [*TOY, "--models", "toy", "--at_once", "2", "--trainers", "stock", "SFTTrainer", "fused head"]
+    with pytest.raises(SystemExit, match="SFTTrainer ended early"):
+        run(training_step, *asked)
+    results, _ = run(training_step, *asked[:-2], "fused head")
+    assert [row["trainer"] for row in results["rows"]] == ["stock", "fused head"]
+    assert results["rows"][0]["made"] is not None
 
 
 @pytest.mark.parametrize("model", ["toy", "toy T5"])
