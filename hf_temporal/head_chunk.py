@@ -144,14 +144,12 @@ class Head:
             product = self.product(a[piece], b)
             if onto is None:
                 into[piece].copy_(product)
-            elif onto.dtype == product.dtype == into.dtype:
-                torch.add(onto[piece], product, out=into[piece])
+                continue
+            total = product if product.dtype == onto.dtype else self.converted(product)
+            if into.dtype == onto.dtype:
+                torch.add(onto[piece], total, out=into[piece])
             else:
-                total = self.converted(product)
-                if into.dtype == self.exact:
-                    torch.add(onto[piece], total, out=into[piece])
-                else:
-                    into[piece].copy_(total.add_(onto[piece]))
+                into[piece].copy_(total.add_(onto[piece]))
 
     def converted(self, product: Tensor) -> Tensor:
         """The product in the exact dtype, until the next one."""

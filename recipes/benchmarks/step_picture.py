@@ -69,7 +69,7 @@ def _draw(axes: Axes, rows: Sequence[dict[str, Any]], trainers: Sequence[str]) -
             )  # fmt: skip
     axes.axvline(1, color="#000000", linestyle="--", lw=1, label="stock", zorder=2.5)
     axes.set_yticks(range(len(cases)), [f"{shape}, {100 * share:g} %" for shape, share in cases])
-    axes.invert_yaxis()
+    axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.margins(x=0.1)
     grid(axes)
     axes.grid(visible=False, axis="y")

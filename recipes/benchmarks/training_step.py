@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         case = dict(zip(CASE, (model, tuned, dtype, "×".join(map(str, shape)), share), strict=True))
         trainers = [trainer for trainer in TRAINERS if trainer in settings.trainers and not why_not(trainer, model)]
         there = {row["trainer"] for row in results.of(case, trainers)}
-        for group in groups(trainers, settings.at_once) if trainers else []:
+        for group in groups(trainers, settings.at_once):
             if there.issuperset(group):
                 continue
             try:
