@@ -193,6 +193,17 @@ def test_logits_of_any_size_in_any_block(shift: float, jump: int, monkeypatch: p
     assert largest_error(problem, problem.exact()) < TOLERANCE[torch.float32]
 
 
+def test_a_sure_target_keeps_the_digits_of_1_minus_p_in_bfloat16() -> None:
+    """Loss of the logits (l, 0, 0): 1 − p = 2 / (eˡ + 2) is what two numbers of the size of eˡ differ by."""
+    for logit in torch.arange(8, 13, 0.0625):
+        weight = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
+        hidden = logit.bfloat16().view(1, 1)
+        weighted_linear_cross_entropy(hidden, weight, torch.tensor([0]), torch.ones(1)).backward()
+        assert weight.grad is not None
+        exact = -logit.double() * 2 / (logit.double().exp() + 2)
+        torch.testing.assert_close(weight.grad[0, 0].double(), exact, rtol=2**-8, atol=0)
+
+
 def test_gradients_in_bfloat16_err_no_more_than_twice_those_of_full_logits() -> None:
     """With sure and unsure predictions: 1 − p has to keep its digits where p is nearly 1."""
     problem = make_problem(N=400, V=900, widths=(64,), dtype=torch.bfloat16, masked=0.2, size=3.0, chunk_size=64)
