@@ -1,17 +1,18 @@
-r"""What it takes to start: the import of `hf_temporal`, and the demo up to its first training step.
+r"""What it takes to start: the import of `hf_temporal`, and each recipe up to its first training step.
 
     python recipes/benchmarks/startup.py --output recipes/results/startup.json
 
 takes some minutes. A few seconds, the imports alone:
 
-    python recipes/benchmarks/startup.py --rounds 1 --demo_rounds 0
+    python recipes/benchmarks/startup.py --rounds 1 --recipe_rounds 0
 
 Fresh processes take turns, in alternating order. The first of each is not timed: it warms up what is cached, bytecode
 included. What `hf_temporal` adds to `from transformers import Trainer` is measured inside one process, since two of
 them differ by more than that; both whole processes stand beside it.
 
-The demo is the command of `make demo` without its initial evaluation and with one step, into a folder of its own,
-timed until the loss of that step is printed. Other arguments are passed on to the recipe, behind the demo's.
+A recipe is its command without evaluation and with one step, into a folder of its own, timed until the loss of that
+step is printed: that of `make demo`, and one of each other kind that needs no model hub. Other arguments are passed
+on to the recipes, behind their own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TRAINER, OURS = "from transformers import Trainer", "import hf_temporal"
 ADDED = "import time; {trainer}; start = time.perf_counter(); {ours}; print(time.perf_counter() - start)"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-DEMO = [
-    "recipes/finetune_causal_lm.py", "--config", "recipes/configs/summarization/smollm2_lora_docstrings.yaml",
-    "--do_eval", "false", "--max_steps", "1", "--logging_steps", "1", "--report_to", "tensorboard",
+RECIPES = {
+    "summarization/smollm2_lora_docstrings": "finetune_causal_lm",  # the demo
+    "copying/smollm2_lora": "finetune_causal_lm",
+    "copying/small_llama": "finetune_causal_lm",
+    "copying/small_t5": "finetune_seq2seq",
+    "memory/linear_functional": "train_functional",
+}
+ONE_STEP = [
+    "--do_eval", "false", "--eval_strategy", "no", "--max_steps", "1", "--logging_steps", "1",
+    "--report_to", "tensorboard",
 ]  # fmt: skip
 FIRST_LOSS = "'loss':"
 COLUMNS = ["what", "seconds", "noise", "fastest"]
@@ -85,11 +94,12 @@ def launched() -> float:
         return time.perf_counter() - begin
 
 
-def first_step(more: Sequence[str]) -> float:
-    """Seconds from the demo's command to the end of its first training step."""
+def first_step(config: str, more: Sequence[str]) -> float:
+    """Seconds from a recipe's command to the end of its first training step."""
+    recipe = [f"recipes/{RECIPES[config]}.py", "--config", f"recipes/configs/{config}.yaml", *ONE_STEP]
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        process = start([*LAUNCH, *DEMO, "--output_dir", f"{folder}/run", *more])
+        process = start([*LAUNCH, *recipe, "--output_dir", f"{folder}/run", *more])
         assert process.stdout is not None
         seconds, lines = None, []
         for line in process.stdout:
@@ -99,7 +109,7 @@ def first_step(more: Sequence[str]) -> float:
                 break
         _finish(process, lines)
         if seconds is None:
-            raise RuntimeError(f"the demo logged no loss:\n{''.join(lines)[-4000:]}")
+            raise RuntimeError(f"{config} logged no loss:\n{''.join(lines)[-4000:]}")
         return seconds
 
 
@@ -142,13 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--rounds", type=int, default=7, help="of imports")
-    parser.add_argument("--demo_rounds", type=int, default=3)
+    parser.add_argument("--recipe_rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     settings, more = parser.parse_known_args(arguments)
     results: dict[str, Any] = {
         "benchmark": "startup",
         **environment(),
-        "settings": {"rounds": settings.rounds, "demo_rounds": settings.demo_rounds, "passed on": more},
+        "settings": {"rounds": settings.rounds, "recipe_rounds": settings.recipe_rounds, "passed on": more},
         "rows": [],
     }
     print(json.dumps({key: results[key] for key in ("date", "hardware", "versions", "settings")}))
@@ -157,8 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         f"{TRAINER}; {OURS}, a process": lambda: whole(f"{TRAINER}; {OURS}"),
         f"{OURS}, behind it": added,
     }
-    demo = {"accelerate launch, nothing": launched, "the demo's first step": lambda: first_step(more)}
-    for what, rounds in ((imports, settings.rounds), (demo, settings.demo_rounds)):
+    recipes: dict[str, Callable[[], float]] = {"accelerate launch, nothing": launched}
+    recipes |= {f"first step of {config}": partial(first_step, config, more) for config in RECIPES}
+    for what, rounds in ((imports, settings.rounds), (recipes, settings.recipe_rounds)):
         rows = measure(what, rounds)
         print(table(rows, COLUMNS), flush=True)
         results["rows"] += rows

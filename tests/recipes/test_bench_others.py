@@ -116,21 +116,29 @@ def test_the_slope_of_what_is_linear_is_one() -> None:
     assert scaling.slope(rows, "N")["factor"] == 64
 
 
+def _recipe(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the launched recipes: a script that takes no time."""
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "toy.py").write_text(code)
+    monkeypatch.setattr(startup, "REPOSITORY", folder)
+    monkeypatch.setattr(startup, "LAUNCH", [sys.executable])
+    monkeypatch.setattr(startup, "RECIPES", {"some/toy": "toy"})
+
+
 def test_startup(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In place of transformers, hf_temporal and the demo: modules and a script that take no time."""
-    script = tmp_path / "demo.py"
-    script.write_text("import sys; print(\"{'loss': '1.5'}\\n\", {'train_loss': 1.5}, sys.argv, flush=True)")
+    """In place of transformers and hf_temporal, too: modules that take no time."""
     monkeypatch.setattr(startup, "TRAINER", "import json")
     monkeypatch.setattr(startup, "OURS", "import csv")
-    monkeypatch.setattr(startup, "LAUNCH", [sys.executable])
-    monkeypatch.setattr(startup, "DEMO", [str(script)])
-    results, printed = run(startup, "--rounds", "2", "--demo_rounds", "1", "--seed", "3")
+    _recipe(
+        tmp_path, "import sys; print(\"{'loss': '1.5'}\\n\", {'train_loss': 1.5}, sys.argv, flush=True)", monkeypatch
+    )
+    results, printed = run(startup, "--rounds", "2", "--recipe_rounds", "1", "--seed", "3")
     assert [row["what"] for row in results["rows"]] == [
         "import json, a process",
         "import json; import csv, a process",
         "import csv, behind it",
         "accelerate launch, nothing",
-        "the demo's first step",
+        "first step of some/toy",
     ]
     assert [len(row["all_seconds"]) for row in results["rows"]] == [2, 2, 2, 1, 1]
     process, _, added, *_ = results["rows"]
@@ -143,15 +151,14 @@ def test_startup(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("code", "message"), [("print('no news')", "logged no loss:\nno news"), ("exit(3)", "ended with 3")]
 )
-def test_a_demo_that_fails_is_told(code: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "LAUNCH", [sys.executable, "-c"])
-    monkeypatch.setattr(startup, "DEMO", [code])
+def test_a_recipe_that_fails_is_told(code: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _recipe(tmp_path, code, monkeypatch)
     with pytest.raises(RuntimeError, match=message):
-        startup.first_step([])
+        startup.first_step("some/toy", [])
 
 
 def test_the_time_to_the_demos_first_step(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) -> None:
     """The recipe itself, with a tiny model and without the launcher."""
     monkeypatch.setattr(startup, "LAUNCH", [sys.executable])
     flags = ["--model_name_or_path", str(tiny.model), *tiny.data_flags, "--use_cpu", "--report_to", "none"]
-    assert 1 < startup.first_step(flags) < 300
+    assert 1 < startup.first_step("summarization/smollm2_lora_docstrings", flags) < 300
