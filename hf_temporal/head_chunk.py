@@ -185,11 +185,11 @@ def _by_blocks(
     The first sweep makes exp(l − m) of them; what is left to multiply a row by, in the second sweep, goes into its few
     x and ∂/∂x instead. Capped logits are made again there, for their slope.
     """
-    blocks = _blocks(head, y)
-    swept = None if head.is_shifted else _first_sweep(head, xs, blocks, buffer)
+    targets = _Targets(y)
+    swept = None if head.is_shifted else _first_sweep(head, xs, targets, buffer)
     if swept is None:
         head.is_shifted = True
-        swept = _first_sweep(head, xs, blocks, buffer)
+        swept = _first_sweep(head, xs, targets, buffer)
         assert swept is not None
     expected = (1 - head.label_smoothing) * swept.chosen + head.label_smoothing / head.vocabulary * swept.plain
     losses = swept.bound + swept.total.log() - expected
@@ -200,22 +200,22 @@ def _by_blocks(
     ]
     span = SPAN if all(term.matrix.dtype == term.dtype == head.stored for term in head.terms) else 1
     if head.softcap is not None:
-        swept.groups = [(swept.bound, blocks)]
-    for bound, group in swept.groups:
+        swept.groups = [(swept.bound, _blocks(head))]
+    for bound, blocks in swept.groups:
         units = _units(head, swept, bound)
         factor = w * head.logit_scale / (1 if units.divided else units.one)
         factors = [(x * factor.unsqueeze(1)).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
-        for start in range(0, len(group), span):
-            neighbours = group[start : start + span]
-            for block in neighbours:
-                z = _gradient(head, block, units, factor, buffer)
+        for start in range(0, len(blocks), span):
+            neighbours = blocks[start : start + span]
+            for rows in neighbours:
+                z = _gradient(head, rows, targets, units, factor, buffer)
                 for term, x in zip(head.terms, factors, strict=True):
                     if term.grad_matrix is not None:
                         source = term.grad_matrix if term.sums is None else term.sums
                         target = term.grad_matrix if is_last else source
-                        onto = None if is_first else source[block.rows]
-                        head.add_product_(target[block.rows], z.to(term.dtype), x, onto=onto)
-            rows = slice(neighbours[0].rows.start, neighbours[-1].rows.stop)
+                        onto = None if is_first else source[rows]
+                        head.add_product_(target[rows], z.to(term.dtype), x, onto=onto)
+            rows = slice(neighbours[0].start, neighbours[-1].stop)
             z = _part(head, rows, len(y), buffer)
             for term, grad_x in zip(head.terms, grads_x, strict=True):
                 if grad_x is not None:
@@ -224,26 +224,17 @@ def _by_blocks(
     return losses, grads_x
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows of W; which targets lie there, [n]; their places in its logits, flat, or column where they do not."""
+class _Targets:
+    """Of y [n]: which lie in a block, and where."""
 
-    rows: slice
-    inside: Tensor
-    at: Tensor
+    def __init__(self, y: Tensor) -> None:
+        self.y, self.columns = y, torch.arange(len(y), device=y.device)
+        self.places = y * len(y) + self.columns
 
-
-def _blocks(head: Head, y: Tensor) -> list[_Block]:
-    """The vocabulary, cut."""
-    n = len(y)
-    columns = torch.arange(n, device=y.device)
-    places = y * n + columns
-    blocks = []
-    for start in range(0, head.vocabulary, head.block):
-        rows = slice(start, min(start + head.block, head.vocabulary))
-        inside = (y >= rows.start) & (y < rows.stop)
-        blocks.append(_Block(rows, inside, torch.where(inside, places - rows.start * n, columns)))
-    return blocks
+    def among(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Which are in these rows, [n], and their places there, flat; of the others, the first of their column."""
+        inside = (self.y >= rows.start) & (self.y < rows.stop)
+        return inside, torch.where(inside, self.places - rows.start * len(self.y), self.columns)
 
 
 @dataclass
@@ -254,10 +245,10 @@ class _Swept:
     total: Tensor
     chosen: Tensor
     plain: Tensor
-    groups: list[tuple[Tensor, list[_Block]]]
+    groups: list[tuple[Tensor, list[slice]]]
 
 
-def _first_sweep(head: Head, xs: Sequence[Tensor], blocks: list[_Block], buffer: Tensor) -> _Swept | None:
+def _first_sweep(head: Head, xs: Sequence[Tensor], targets: _Targets, buffer: Tensor) -> _Swept | None:
     """Make the logits, and exp(l − m) of them.
 
     m = 0 as long as the sums are far from the ends of float32's range; None where they are not. Once `is_shifted`, m
@@ -266,13 +257,14 @@ def _first_sweep(head: Head, xs: Sequence[Tensor], blocks: list[_Block], buffer:
     n = len(xs[0])
     bound = xs[0].new_full((n,), torch.finfo(head.exact).min if head.is_shifted else 0, dtype=head.exact)
     total, chosen, plain = bound.new_zeros(3, n)
-    groups: list[tuple[Tensor, list[_Block]]] = []
-    for block in blocks:
-        z = _part(head, block.rows, n, buffer)
+    groups: list[tuple[Tensor, list[slice]]] = []
+    for rows in _blocks(head):
+        z = _part(head, rows, n, buffer)
         for i, (term, x) in enumerate(zip(head.terms, xs, strict=True)):
-            head.add_product_(z, head.rows_of(term, block.rows), x.t(), onto=z if i else None)
-        logits, slope = _scaled(head, block.rows, z)
-        chosen += torch.where(block.inside, logits.view(-1).index_select(0, block.at), 0)
+            head.add_product_(z, head.rows_of(term, rows), x.t(), onto=z if i else None)
+        logits, slope = _scaled(head, rows, z)
+        inside, at = targets.among(rows)
+        chosen += torch.where(inside, logits.view(-1).index_select(0, at), 0)
         if head.label_smoothing:
             plain += logits.sum(0)
         if head.is_shifted:
@@ -281,21 +273,21 @@ def _first_sweep(head: Head, xs: Sequence[Tensor], blocks: list[_Block], buffer:
             logits -= higher
             if not groups or not _is_same(bound, higher):
                 groups.append((higher, []))
-            groups[-1][1].append(block)
+            groups[-1][1].append(rows)
             bound = higher
-        total += _exp_(logits, head).sum(0)
+        total += _exp_(head, logits).sum(0)
         if slope is None and logits is not z:
             z.copy_(logits)
     if head.is_shifted:
         return _Swept(bound, total, chosen, plain, groups)
     if _may_exceed(total, LARGEST_UNIT) or _may_exceed(total.reciprocal(), LARGEST_UNIT):
         return None
-    return _Swept(bound, total, chosen, plain, [(bound, blocks)])
+    return _Swept(bound, total, chosen, plain, [(bound, _blocks(head))])
 
 
 @dataclass(frozen=True)
 class _Units:
-    """Of blocks with a common m: m, Σ_v exp(l_v − m), whether to divide by that, and what is ∂ℓ/∂z of the targets."""
+    """Of blocks with a common m: m, Σ_v exp(l_v − m), whether to divide by it; ∂ℓ/∂l of the targets in these units."""
 
     bound: Tensor
     one: Tensor
@@ -304,10 +296,10 @@ class _Units:
 
 
 def _units(head: Head, swept: _Swept, bound: Tensor) -> _Units:
-    """The targets' own gradients are made of their logits again, so that 1 − p keeps its digits."""
+    """The targets' own are made of their logits again, just as the sums were, so that 1 − p keeps its digits."""
     one = swept.total * (swept.bound - bound).exp()
     divided = head.stored == torch.float16 or _may_exceed(one, LARGEST_UNIT)
-    own = _exp_(swept.chosen - bound, head)
+    own = _exp_(head, swept.chosen - bound)
     if divided:
         own /= one
     share = head.label_smoothing / head.vocabulary
@@ -315,28 +307,34 @@ def _units(head: Head, swept: _Swept, bound: Tensor) -> _Units:
     return _Units(bound, one, divided, own)
 
 
-def _gradient(head: Head, block: _Block, units: _Units, factor: Tensor, buffer: Tensor) -> Tensor:
+def _gradient(head: Head, rows: slice, targets: _Targets, units: _Units, factor: Tensor, buffer: Tensor) -> Tensor:
     """∂ℓ/∂(Σ x Wᵀ + b) over the scale and in these units, where exp(l − m) of the block stood; adds to that of b."""
-    part = _part(head, block.rows, len(units.own), buffer)
+    part = _part(head, rows, len(targets.y), buffer)
     z, slope = part, None
     if head.softcap is not None:
-        z, slope = _scaled(head, block.rows, part)
-        _exp_(z.sub_(units.bound), head)
+        z, slope = _scaled(head, rows, part)
+        _exp_(head, z.sub_(units.bound))
     if units.divided:
         z.mul_(units.one.reciprocal())
     if head.label_smoothing:
         z.sub_((1 if units.divided else units.one) * (head.label_smoothing / head.vocabulary))
     flat = z.view(-1)
-    own = torch.where(block.inside, units.own.to(z.dtype), flat.index_select(0, block.at))
-    flat.index_copy_(0, block.at, own)  # scatter_ copies bfloat16
+    inside, at = targets.among(rows)
+    own = torch.where(inside, units.own.to(z.dtype), flat.index_select(0, at))
+    flat.index_copy_(0, at, own)  # scatter_ copies bfloat16
     if slope is not None:
         z.mul_(slope)
     if head.grad_bias is not None:
-        head.grad_bias[block.rows] += z.to(head.exact) @ factor
+        head.grad_bias[rows] += z.to(head.exact) @ factor
     return part if z is part else part.copy_(z)
 
 
-def _exp_(exponents: Tensor, head: Head) -> Tensor:
+def _blocks(head: Head) -> list[slice]:
+    """The vocabulary, cut."""
+    return [slice(start, min(start + head.block, head.vocabulary)) for start in range(0, head.vocabulary, head.block)]
+
+
+def _exp_(head: Head, exponents: Tensor) -> Tensor:
     """exp, in place; for logits of 16 bits by the faster exp2, whose error of |l| 2⁻²³ is none beside theirs."""
     return exponents.exp_() if head.stored == head.exact else exponents.mul_(LOG2_E).exp2_()
 

@@ -194,7 +194,7 @@ def test_logits_of_any_size_in_any_block(shift: float, jump: int, monkeypatch: p
 
 
 def test_a_sure_target_keeps_the_digits_of_1_minus_p_in_bfloat16() -> None:
-    """Loss of the logits (l, 0, 0): 1 − p = 2 / (eˡ + 2) is what two numbers of the size of eˡ differ by."""
+    """Logits (l, 0, 0): 1 − p = 2 / (eˡ + 2), and the 2 is the difference of two numbers of the size of eˡ."""
     for logit in torch.arange(8, 13, 0.0625):
         weight = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
         hidden = logit.bfloat16().view(1, 1)
