@@ -73,6 +73,11 @@ class Head:
         return dtypes.pop() if len(dtypes) == 1 else self.exact
 
     @property
+    def smoothed(self) -> float:
+        """ε / V, what label smoothing gives to every word."""
+        return self.label_smoothing / self.vocabulary
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether anything but the losses is wanted."""
         return self.grad_bias is not None or any(t.needs_grad_x or t.grad_matrix is not None for t in self.terms)
@@ -191,7 +196,7 @@ def _by_blocks(
         head.is_shifted = True
         swept = _first_sweep(head, xs, targets, buffer)
         assert swept is not None
-    expected = (1 - head.label_smoothing) * swept.chosen + head.label_smoothing / head.vocabulary * swept.plain
+    expected = (1 - head.label_smoothing) * swept.chosen + head.smoothed * swept.plain
     losses = swept.bound + swept.total.log() - expected
     if not head.needs_gradient:
         return losses, [None] * len(xs)
@@ -202,13 +207,12 @@ def _by_blocks(
     if head.softcap is not None:
         swept.groups = [(swept.bound, _blocks(head))]
     for bound, blocks in swept.groups:
-        units = _units(head, swept, bound)
-        factor = w * head.logit_scale / (1 if units.divided else units.one)
-        factors = [(x * factor.unsqueeze(1)).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
+        units = _units(head, swept, bound, w)
+        factors = [(x * units.factor.unsqueeze(1)).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
         for start in range(0, len(blocks), span):
             neighbours = blocks[start : start + span]
             for rows in neighbours:
-                z = _gradient(head, rows, targets, units, factor, buffer)
+                z = _gradient(head, rows, targets, units, buffer)
                 for term, x in zip(head.terms, factors, strict=True):
                     if term.grad_matrix is not None:
                         source = term.grad_matrix if term.sums is None else term.sums
@@ -220,7 +224,7 @@ def _by_blocks(
             for term, grad_x in zip(head.terms, grads_x, strict=True):
                 if grad_x is not None:
                     product = head.product(z.to(term.dtype).t(), head.rows_of(term, rows))
-                    grad_x.addcmul_(head.converted(product), factor.unsqueeze(1))
+                    grad_x.addcmul_(head.converted(product), units.factor.unsqueeze(1))
     return losses, grads_x
 
 
@@ -287,37 +291,45 @@ def _first_sweep(head: Head, xs: Sequence[Tensor], targets: _Targets, buffer: Te
 
 @dataclass(frozen=True)
 class _Units:
-    """Of blocks with a common m: m, Σ_v exp(l_v − m), whether to divide by it; ∂ℓ/∂l of the targets in these units."""
+    """Of blocks with a common m, in what units their gradient is made.
+
+    Attributes:
+        bound: m.
+        scale: to multiply exp(l − m) by; None for 1.
+        one: what a probability of 1 is then.
+        own: ∂ℓ/∂l of the targets.
+        factor: w s / one.
+    """
 
     bound: Tensor
+    scale: Tensor | None
     one: Tensor
-    divided: bool
     own: Tensor
+    factor: Tensor
 
 
-def _units(head: Head, swept: _Swept, bound: Tensor) -> _Units:
+def _units(head: Head, swept: _Swept, bound: Tensor, w: Tensor) -> _Units:
     """The targets' own are made of their logits again, just as the sums were, so that 1 − p keeps its digits."""
-    one = swept.total * (swept.bound - bound).exp()
-    divided = head.stored == torch.float16 or _may_exceed(one, LARGEST_UNIT)
-    own = _exp_(head, swept.chosen - bound)
-    if divided:
+    one, own = swept.total * (swept.bound - bound).exp(), _exp_(head, swept.chosen - bound)
+    scale = None
+    if head.stored == torch.float16 or _may_exceed(one, LARGEST_UNIT):
         own /= one
-    share = head.label_smoothing / head.vocabulary
-    own -= (1 if divided else one) * (1 - head.label_smoothing + share)
-    return _Units(bound, one, divided, own)
+        scale, one = one.reciprocal(), torch.ones_like(one)
+    own -= one * (1 - head.label_smoothing + head.smoothed)
+    return _Units(bound, scale, one, own, w * head.logit_scale / one)
 
 
-def _gradient(head: Head, rows: slice, targets: _Targets, units: _Units, factor: Tensor, buffer: Tensor) -> Tensor:
+def _gradient(head: Head, rows: slice, targets: _Targets, units: _Units, buffer: Tensor) -> Tensor:
     """∂ℓ/∂(Σ x Wᵀ + b) over the scale and in these units, where exp(l − m) of the block stood; adds to that of b."""
     part = _part(head, rows, len(targets.y), buffer)
     z, slope = part, None
     if head.softcap is not None:
         z, slope = _scaled(head, rows, part)
         _exp_(head, z.sub_(units.bound))
-    if units.divided:
-        z.mul_(units.one.reciprocal())
+    if units.scale is not None:
+        z.mul_(units.scale)
     if head.label_smoothing:
-        z.sub_((1 if units.divided else units.one) * (head.label_smoothing / head.vocabulary))
+        z.sub_(units.one * head.smoothed)
     flat = z.view(-1)
     inside, at = targets.among(rows)
     own = torch.where(inside, units.own.to(z.dtype), flat.index_select(0, at))
@@ -325,7 +337,7 @@ def _gradient(head: Head, rows: slice, targets: _Targets, units: _Units, factor:
     if slope is not None:
         z.mul_(slope)
     if head.grad_bias is not None:
-        head.grad_bias[rows] += z.to(head.exact) @ factor
+        head.grad_bias[rows] += z.to(head.exact) @ units.factor
     return part if z is part else part.copy_(z)
 
 
