@@ -178,6 +178,14 @@ def test_the_products_dtype_follows_the_processor(
     assert head_chunk.product_dtype(torch.float64, "cpu") == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "itemsize", "width", "expected"),
+    [(49_152, 4, 4096, 160), (49_152, 2, 2047, 384), (128_256, 2, 2048, 288), (1024, 2, 2048, 8192)],
+)
+def test_chunk_size_on_cpus(vocabulary: int, itemsize: int, width: int, expected: int) -> None:
+    assert head_chunk.default_chunk_size(vocabulary, itemsize, "cpu", width=width) == expected
+
+
 @pytest.mark.parametrize("shift", [0.0, -300.0, 300.0])
 @pytest.mark.parametrize("jump", [0, 1, 2])
 def test_logits_of_any_size_in_any_block(shift: float, jump: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,7 +278,7 @@ def _gradients(peer: str, case: dict[str, Any]) -> int:
     N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
     head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
     products = torch.float32 if peer == EMULATED else head_chunk.product_dtype(case["dtype"], "cpu")
-    chunk = head_chunk.default_chunk_size(V, products.itemsize, "cpu")
+    chunk = head_chunk.default_chunk_size(V, products.itemsize, "cpu", width=H)
     targets = N - round(case["masked"] * N)
     summed = head and peer.startswith("ours") and itemsize == 2 and targets > 2 * chunk
     return N * H * itemsize + head + (4 * V * H if summed else 0)
