@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from .head_blocks import losses_by_blocks
 from .head_chunk import Head, Term, product_dtype
+from .head_rows import losses_by_rows
 from .losses import check_vocabulary
 from .timeline import IGNORE_INDEX, SIGNED_INTEGERS
 from .weighting import check_weights
@@ -182,12 +184,13 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
                     term.sums = torch.empty_like(matrix, dtype=exact)
         grads_x = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs[0::2], strict=True)]
         buffer = head.buffer(min(size, len(positions)))
+        losses_of_chunk = losses_by_rows if head.goes_by_rows else losses_by_blocks
         for i in range(count):
             chunk = slice(i * size, (i + 1) * size)
             index = positions[chunk]
             inputs = [x.index_select(0, index).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
-            losses[chunk], gradients = head.losses(
-                inputs, y[chunk], shares[chunk], buffer, is_first=i == 0, is_last=i == count - 1
+            losses[chunk], gradients = losses_of_chunk(
+                head, inputs, y[chunk], shares[chunk], buffer, is_first=i == 0, is_last=i == count - 1
             )
             for grad_x, gradient in zip(grads_x, gradients, strict=True):
                 if grad_x is not None and gradient is not None:

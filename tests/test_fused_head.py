@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_temporal import head_chunk
+from hf_temporal import fused_head, head_blocks, head_chunk
 from hf_temporal.fused_head import weighted_linear_cross_entropy, weighted_linear_cross_entropy_terms
 
 pytestmark = pytest.mark.usefixtures("bfloat16_is_native")
@@ -151,7 +151,10 @@ problems = st.builds(
 
 @given(problem=problems, smallest_block=st.sampled_from([1, 3, 16, 128]), span=st.integers(1, 3))
 def test_equals_the_float64_reference(problem: Problem, smallest_block: int, span: int) -> None:
-    with mock.patch.multiple(head_chunk, BLOCK_LOGITS=1, SMALLEST_BLOCK=smallest_block, SPAN=span, PIECE=2):
+    with (
+        mock.patch.multiple(head_chunk, BLOCK_LOGITS=1, SMALLEST_BLOCK=smallest_block, PIECE=2),
+        mock.patch.object(head_blocks, "SPAN", span),
+    ):
         assert largest_error(problem, problem.exact()) < TOLERANCE[problem.tensors[0].dtype]
 
 
@@ -322,14 +325,14 @@ def test_frozen_head_makes_nothing_of_its_size(monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_target_positions_of_nonzero_weight_meet_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    losses = head_chunk.Head.losses
+    losses = fused_head.losses_by_blocks
 
     def recorded(head: Any, xs: Any, y: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert len(xs[0]) == len(y)
         rows.append(len(y))
         return losses(head, xs, y, *args, **kwargs)
 
-    monkeypatch.setattr(head_chunk.Head, "losses", recorded)
+    monkeypatch.setattr(fused_head, "losses_by_blocks", recorded)
     problem = make_problem(N=29, masked=0.5, chunk_size=4)
     met = int(((problem.targets != -100) & (problem.weights != 0)).sum())
     problem.loss().backward()
@@ -340,7 +343,7 @@ def test_only_target_positions_of_nonzero_weight_meet_the_head(monkeypatch: pyte
 def test_no_grad_makes_no_gradients_and_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(bias=True)
     expected = problem.loss()
-    monkeypatch.setattr(head_chunk, "_gradient", lambda *_: pytest.fail("a gradient was made"))
+    monkeypatch.setattr(head_blocks, "_gradient", lambda *_: pytest.fail("a gradient was made"))
     with torch.no_grad():
         loss = problem.loss()
     assert not loss.requires_grad
