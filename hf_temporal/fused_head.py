@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from .head_blocks import losses_by_blocks
+from . import triton_pass
+from .head_blocks import BlockHead
 from .head_chunk import Head, Term, product_dtype
-from .head_rows import losses_by_rows
+from .head_rows import RowHead
 from .losses import check_vocabulary
 from .timeline import IGNORE_INDEX, SIGNED_INTEGERS
 from .weighting import check_weights
@@ -38,9 +40,10 @@ def weighted_linear_cross_entropy(
     z_n = c tanh(s (W h_n + b) / c), without the N×V matrix of the z.
 
     The weights are known before the forward pass, so the gradients are made in it, one chunk of positions at a time:
-    three matrix products, nothing computed twice. Positions without a target, or of weight 0, never meet the head.
-    Sums, and the gradients of `head_weight` and `bias`, are accumulated in float32 (in float64 for float64 arguments);
-    products run in the arguments' dtype, or in autocast's where it is on. Under `torch.no_grad` there is only the sum.
+    three matrix products. Positions without a target never meet the head, nor do those of weight 0 unless `weights`
+    needs a gradient. Sums, and the gradients of `head_weight` and `bias`, are accumulated in float32 (in float64 for
+    float64 arguments; those of two chunks of a 16-bit `head_weight` are added in its own dtype); products run in the
+    arguments' dtype, or in autocast's where it is on. Under `torch.no_grad` there is only the sum.
 
     Args:
         hidden: h, [N, H].
@@ -49,12 +52,13 @@ def weighted_linear_cross_entropy(
         weights: w, [N].
         bias: b, [V]; it is added before the scale, as a linear layer's own bias is.
         logit_scale: s.
-        softcap: c > 0; None leaves out the tanh.
+        softcap: c > 0, finite; None leaves out the tanh.
         label_smoothing: ε in [0, 1).
         chunk_size: positions whose logits are held at a time; None chooses it from V and the device.
 
     Returns:
-        The weighted sum (not divided by anything), 0-dim, float32; it can be differentiated once.
+        The weighted sum (not divided by anything), 0-dim, float32 (float64 for float64 arguments); it can be
+        differentiated once.
 
     Raises:
         ValueError: an argument of the wrong shape or type or out of its range; a label outside the
@@ -96,8 +100,8 @@ def weighted_linear_cross_entropy_terms(
         terms: the pairs (x_i [N, H_i], W_i [V, H_i]); the first names `hidden` and `head_weight` in the errors.
         targets: see `weighted_linear_cross_entropy`, as for all that follow.
         weights: [N].
-        positions: n of all that have a target, any order, [M]; those of weight 0 may be among them. None finds them,
-            for which the device has to be waited for.
+        positions: n of all that have a target, any order, [M]; where `weights` needs no gradient, others of weight 0
+            may be among them. None finds them, for which the device has to be waited for.
         bias: [V].
         logit_scale: s.
         softcap: c.
@@ -120,7 +124,8 @@ def weighted_linear_cross_entropy_terms(
         bias = None if bias is None else bias.detach()
     dtypes = _product_dtypes(flat, flat[0].device.type)
     options = _Options(logit_scale, softcap, label_smoothing, chunk_size, dtypes)
-    return _WeightedLinearCrossEntropy.apply(options, targets, weights, positions, bias, *flat)
+    with torch.autocast(flat[0].device.type, enabled=False):  # the dtypes of the products are settled
+        return _WeightedLinearCrossEntropy.apply(options, targets, weights, positions, bias, *flat)
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,10 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         _, _, needs_weights, _, needs_bias, *needs = ctx.needs_input_grad
         xs, matrices = flat[0::2], flat[1::2]
         exact = reduce(torch.promote_types, (tensor.dtype for tensor in flat), torch.float32)
-        head = Head(
+        is_narrow = torch.float16 in {*options.product_dtypes, *(tensor.dtype for tensor in flat)}
+        stored = exact if len(set(options.product_dtypes)) > 1 else options.product_dtypes[0]
+        has_kernel = stored in triton_pass.DTYPES and triton_pass.is_available(flat[0].device)
+        head: Head = (RowHead if has_kernel else BlockHead)(
             [
                 Term(_narrowed(matrix, dtype), dtype, needs_grad_x)
                 for matrix, dtype, needs_grad_x in zip(matrices, options.product_dtypes, needs[0::2], strict=True)
@@ -159,7 +167,7 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             softcap=options.softcap,
             label_smoothing=options.label_smoothing,
             exact=exact,
-            is_shifted=flat[0].device.type != "cpu" or torch.float16 in options.product_dtypes,
+            stored=stored,
         )
         if positions is None:
             chosen = targets != IGNORE_INDEX
@@ -169,8 +177,7 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         y = targets.index_select(0, positions).long().clamp_(min=0)
         w = weights.index_select(0, positions).to(exact)
         losses = torch.empty_like(w)
-        # Divided by the largest weight, the gradients do not leave the range of float16.
-        is_narrow = torch.float16 in {*options.product_dtypes, *(tensor.dtype for tensor in flat)}
+        # Divided by the largest weight, it is not the weights that take the gradients out of float16's range.
         peak = _largest(w) if is_narrow else None
         shares = w if peak is None else w / peak
 
@@ -184,13 +191,12 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
                     term.sums = torch.empty_like(matrix, dtype=exact)
         grads_x = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs[0::2], strict=True)]
         buffer = head.buffer(min(size, len(positions)))
-        losses_of_chunk = losses_by_rows if head.goes_by_rows else losses_by_blocks
         for i in range(count):
             chunk = slice(i * size, (i + 1) * size)
             index = positions[chunk]
             inputs = [x.index_select(0, index).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
-            losses[chunk], gradients = losses_of_chunk(
-                head, inputs, y[chunk], shares[chunk], buffer, is_first=i == 0, is_last=i == count - 1
+            losses[chunk], gradients = head.losses(
+                inputs, y[chunk], shares[chunk], buffer, is_first=i == 0, is_last=i == count - 1
             )
             for grad_x, gradient in zip(grads_x, gradients, strict=True):
                 if grad_x is not None and gradient is not None:
@@ -219,7 +225,9 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         factor = grad_output if ctx.peak is None else grad_output * ctx.peak
-        if factor.device.type == "cpu" and factor == 1:
+        if factor.device.type != "cpu":
+            factor = factor.view(1)  # CUDA would round a 0-dim factor to the gradient's dtype
+        elif factor == 1:
             factor = None
         for gradient in gradients:
             if gradient is not None and factor is not None:
@@ -238,7 +246,7 @@ def _largest(w: Tensor) -> Tensor:
 
 
 def _narrowed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix in the dtype of its products, where that is narrower; a wider one is made block by block."""
+    """The matrix in the dtype of its products, where that is narrower; a wider one is made where it is used."""
     return matrix.to(dtype) if dtype.itemsize < matrix.dtype.itemsize else matrix
 
 
@@ -259,11 +267,11 @@ def _product_dtypes(flat: Sequence[Tensor], device_type: str) -> list[torch.dtyp
 
 
 def _check_options(softcap: float | None, label_smoothing: float, chunk_size: int | None) -> None:
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap!r} is out of range; accepted: softcap > 0, or None for no cap.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap!r} is out of range; accepted: 0 < softcap < ∞, or None for no cap.")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing!r} is out of range; accepted: 0 ≤ label_smoothing < 1.")
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
         raise ValueError(f"chunk_size={chunk_size!r} is out of range; accepted: an integer ≥ 1, or None.")
 
 

@@ -115,7 +115,7 @@ def losses_and_gradient_(
 
 
 def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> None:
-    """accumulator ← beta · accumulator + a b, where a 16-bit product is never rounded to 16 bits.
+    """accumulator ← beta · accumulator + a b, where a 16-bit product is not rounded to 16 bits before it is added.
 
     cuBLAS reads and writes the accumulator itself: with `out` the very same tensor as the first argument, PyTorch
     neither copies it nor makes another of its size (`addmm_out_cuda_impl` in ATen/native/cuda/Blas.cpp).

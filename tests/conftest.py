@@ -23,7 +23,7 @@ settings.load_profile("hf_temporal")  # --hypothesis-profile overrides it
 
 
 @pytest.fixture(scope="module")
-def bfloat16_is_native() -> Iterator[None]:
+def sixteen_bits_are_native() -> Iterator[None]:
     """Else the head would round on some processors and multiply in float32 on others."""
-    with mock.patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": True}):
+    with mock.patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": True, "avx512_fp16": True}):
         yield

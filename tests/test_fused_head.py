@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_temporal import fused_head, head_blocks, head_chunk
+from hf_temporal import head_blocks, head_chunk
 from hf_temporal.fused_head import weighted_linear_cross_entropy, weighted_linear_cross_entropy_terms
 
-pytestmark = pytest.mark.usefixtures("bfloat16_is_native")
+pytestmark = pytest.mark.usefixtures("sixteen_bits_are_native")
 
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 
 
 @dataclass(frozen=True)
@@ -145,16 +145,18 @@ problems = st.builds(
     softcap=st.sampled_from([None, 2.0, 30.0]),
     label_smoothing=st.sampled_from([0.0, 0.1, 0.9]),
     chunk_size=st.sampled_from([1, 2, 5, 7, 1000, None]),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
 
 
-@given(problem=problems, smallest_block=st.sampled_from([1, 3, 16, 128]), span=st.integers(1, 3))
-def test_equals_the_float64_reference(problem: Problem, smallest_block: int, span: int) -> None:
-    with (
-        mock.patch.multiple(head_chunk, BLOCK_LOGITS=1, SMALLEST_BLOCK=smallest_block, PIECE=2),
-        mock.patch.object(head_blocks, "SPAN", span),
-    ):
+@given(
+    problem=problems,
+    smallest_block=st.sampled_from([1, 3, 16, 128]),
+    span=st.integers(1, 3),
+    piece=st.sampled_from([2, 30]),
+)
+def test_equals_the_float64_reference(problem: Problem, smallest_block: int, span: int, piece: int) -> None:
+    with mock.patch.multiple(head_blocks, BLOCK_LOGITS=1, SMALLEST_BLOCK=smallest_block, SPAN=span, PIECE=piece):
         assert largest_error(problem, problem.exact()) < TOLERANCE[problem.tensors[0].dtype]
 
 
@@ -186,15 +188,15 @@ def test_the_products_dtype_follows_the_processor(
     [(49_152, 4, 4096, 160), (49_152, 2, 2047, 384), (128_256, 2, 2048, 288), (1024, 2, 2048, 8192)],
 )
 def test_chunk_size_on_cpus(vocabulary: int, itemsize: int, width: int, expected: int) -> None:
-    assert head_chunk.default_chunk_size(vocabulary, itemsize, "cpu", width=width) == expected
+    assert head_blocks.default_chunk_size(vocabulary, itemsize, "cpu", width=width) == expected
 
 
 @pytest.mark.parametrize("shift", [0.0, -300.0, 300.0])
 @pytest.mark.parametrize("jump", [0, 1, 2])
 def test_logits_of_any_size_in_any_block(shift: float, jump: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of exp(l) that leave float32, blocks far above those before, and a target far below the largest logit."""
-    monkeypatch.setattr(head_chunk, "BLOCK_LOGITS", 1)
-    monkeypatch.setattr(head_chunk, "SMALLEST_BLOCK", 8)
+    monkeypatch.setattr(head_blocks, "BLOCK_LOGITS", 1)
+    monkeypatch.setattr(head_blocks, "SMALLEST_BLOCK", 8)
     problem = make_problem(N=6, V=24, bias=True, masked=0.0)
     assert problem.bias is not None
     with torch.no_grad():
@@ -202,6 +204,37 @@ def test_logits_of_any_size_in_any_block(shift: float, jump: int, monkeypatch: p
         problem.bias[8 * jump : 8 * jump + 8].add_(150)
     problem.targets[:3] = torch.tensor([0, 9, 17])
     assert largest_error(problem, problem.exact()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("jump", [6.0, 12.0, 25.0, 60.0])
+def test_a_float16_head_with_a_float32_adapter_when_the_bound_rises(
+    jump: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of float16 products are of the probabilities, not of exp(l − m) of an earlier block's m."""
+    monkeypatch.setattr(head_blocks, "BLOCK_LOGITS", 1)
+    monkeypatch.setattr(head_blocks, "SMALLEST_BLOCK", 8)
+    problem = make_problem(N=6, V=24, widths=(8, 2), bias=True, masked=0.0)
+    assert problem.bias is not None
+    with torch.no_grad():
+        problem.bias[16:].add_(jump)
+    problem.targets[:3] = torch.tensor([0, 9, 17])
+    hidden, weight = (tensor.detach().half().requires_grad_() for tensor in problem.tensors[:2])
+    problem = replace(problem, tensors=[hidden, weight, *problem.tensors[2:]])
+    assert largest_error(problem, problem.exact()) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_sums_out_of_range_are_noticed_in_the_first_block(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_blocks, "BLOCK_LOGITS", 1)
+    monkeypatch.setattr(head_blocks, "SMALLEST_BLOCK", 8)
+    problem = make_problem(N=6, V=80, bias=True, masked=0.0)
+    assert problem.bias is not None
+    with torch.no_grad():
+        problem.bias.add_(shift)
+    made = mock.Mock(wraps=head_blocks._scaled)
+    monkeypatch.setattr(head_blocks, "_scaled", made)
+    assert largest_error(problem, problem.exact()) < TOLERANCE[torch.float32]
+    assert made.call_count == 1 + 10
 
 
 def test_a_sure_target_keeps_the_digits_of_1_minus_p_in_bfloat16() -> None:
@@ -325,14 +358,14 @@ def test_frozen_head_makes_nothing_of_its_size(monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_target_positions_of_nonzero_weight_meet_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    losses = fused_head.losses_by_blocks
+    losses = head_blocks.BlockHead.losses
 
     def recorded(head: Any, xs: Any, y: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert len(xs[0]) == len(y)
         rows.append(len(y))
         return losses(head, xs, y, *args, **kwargs)
 
-    monkeypatch.setattr(fused_head, "losses_by_blocks", recorded)
+    monkeypatch.setattr(head_blocks.BlockHead, "losses", recorded)
     problem = make_problem(N=29, masked=0.5, chunk_size=4)
     met = int(((problem.targets != -100) & (problem.weights != 0)).sum())
     problem.loss().backward()
@@ -428,6 +461,16 @@ def test_autocast_runs_products_in_bfloat16_and_keeps_float32_gradients(hidden_d
     assert torch.equal(weight.grad.bfloat16(), rounded.tensors[1].grad)
     exact = problem.exact()
     assert largest_error(replace(problem, tensors=rounded.tensors), exact) < TOLERANCE[torch.bfloat16]
+
+
+def test_autocast_does_not_round_the_gradient_of_the_bias() -> None:
+    problem = make_problem(N=40, V=50, chunk_size=7, bias=True)
+    assert problem.bias is not None
+    rounded = replace(problem, tensors=[t.detach().bfloat16().requires_grad_() for t in problem.tensors])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (gradient,) = torch.autograd.grad(problem.loss(), [problem.bias])
+    (expected,) = torch.autograd.grad(rounded.loss(), [problem.bias])
+    assert torch.equal(gradient, expected)
 
 
 def test_autocast_does_not_touch_float64() -> None:
@@ -569,11 +612,13 @@ def check_a_sharded_head() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"softcap": 0.0}, r"softcap=0.0 is out of range; accepted: softcap > 0, or None"),
+        ({"softcap": 0.0}, r"softcap=0.0 is out of range; accepted: 0 < softcap < ∞, or None"),
+        ({"softcap": float("inf")}, r"softcap=inf is out of range"),
         ({"softcap": float("nan")}, r"softcap=nan is out of range"),
         ({"label_smoothing": 1.0}, r"label_smoothing=1.0 is out of range; accepted: 0 ≤ label_smoothing < 1"),
         ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 is out of range"),
         ({"chunk_size": 0}, r"chunk_size=0 is out of range; accepted: an integer ≥ 1, or None"),
+        ({"chunk_size": 2.5}, r"chunk_size=2.5 is out of range"),
         (
             {"hidden": torch.zeros(2, 3, 4)},
             r"hidden has shape \(2, 3, 4\) and head_weight \(5, 4\); accepted: \[N, H\]",

@@ -21,7 +21,7 @@ from hf_temporal import trainer as trainer_module
 from tests.tiny_models import SEQ2SEQ, Example, examples, tiny_model
 from tests.tiny_training import Steps, distance, norm, train
 
-pytestmark = pytest.mark.usefixtures("bfloat16_is_native")
+pytestmark = pytest.mark.usefixtures("sixteen_bits_are_native")
 
 RATE = 0.01
 SMALL_RATE = 1e-3  # in 16 bits: larger steps, with gradients as steep as these, magnify what rounding there is

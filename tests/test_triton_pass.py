@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_temporal import triton_pass, weighted_linear_cross_entropy
+from hf_temporal.fused_head import weighted_linear_cross_entropy_terms
 from hf_temporal.triton_pass import add_product_, default_chunk_size, is_available, losses_and_gradient_
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -343,6 +344,27 @@ def test_the_whole_function(options: dict[str, Any], dtype: torch.dtype, monkeyp
         size = float(exact.abs().max())
         error, allowed = (float((value - exact).abs().max()) / size for value in (got, usual))
         assert error <= 2 * allowed + 3e-6
+
+
+@needs_kernel
+@pytest.mark.parametrize("chunk_size", [40, 20, 13])
+def test_matrices_of_another_dtype_than_their_products(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 head met by float32 hidden states, and a second term: one, two and four chunks."""
+    monkeypatch.setattr(triton_pass, "is_available", lambda _: True)
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, device=DEVICE) / 4 for shape in ((40, 8), (150, 8), (40, 2), (150, 2))]
+    leaves[1] = leaves[1].bfloat16()
+    targets, weights = torch.randint(150, (40,), device=DEVICE), torch.rand(40, device=DEVICE) + 0.1
+    x, W, y, U = ours = [leaf.clone().requires_grad_() for leaf in leaves]
+    loss = weighted_linear_cross_entropy_terms([(x, W), (y, U)], targets, weights, chunk_size=chunk_size)
+    x64, W64, y64, U64 = exact = [leaf.double().requires_grad_() for leaf in leaves]
+    expected = (F.cross_entropy(x64 @ W64.T + y64 @ U64.T, targets, reduction="none") * weights).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    gradients = zip(torch.autograd.grad(loss, ours), torch.autograd.grad(expected, exact), strict=True)
+    for leaf, (got, right) in zip(leaves, gradients, strict=True):
+        tolerance = 2**-7 if leaf.dtype == torch.bfloat16 else 3e-6
+        assert got.dtype == leaf.dtype
+        assert float((got.double() - right).abs().max() / right.abs().max()) < tolerance
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton's compiler")

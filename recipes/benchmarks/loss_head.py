@@ -54,7 +54,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hf_temporal import fused_head, head_chunk
+from hf_temporal import fused_head, head_blocks, head_chunk
 from hf_temporal.fused_head import weighted_linear_cross_entropy, weighted_linear_cross_entropy_terms
 from recipes.benchmarks.bars import draw_bars
 from recipes.benchmarks.report import environment, spread, table, write
@@ -278,7 +278,7 @@ def _gradients(peer: str, case: dict[str, Any]) -> int:
     N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
     head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
     products = torch.float32 if peer == EMULATED else head_chunk.product_dtype(case["dtype"], "cpu")
-    chunk = head_chunk.default_chunk_size(V, products.itemsize, "cpu", width=H)
+    chunk = head_blocks.default_chunk_size(V, products.itemsize, "cpu", width=H)
     targets = N - round(case["masked"] * N)
     summed = head and peer.startswith("ours") and itemsize == 2 and targets > 2 * chunk
     return N * H * itemsize + head + (4 * V * H if summed else 0)
