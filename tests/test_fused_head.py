@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,120 +17,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_temporal import head_blocks, head_chunk
+from hf_temporal import head_blocks
 from hf_temporal.fused_head import weighted_linear_cross_entropy, weighted_linear_cross_entropy_terms
+from tests.head_problems import TOLERANCE, Problem, largest_error, make_problem, relative_error
 
 pytestmark = pytest.mark.usefixtures("sixteen_bits_are_native")
-
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Terms x_0, W_0, x_1, W_1, ...; targets, weights, bias; and the options of the loss."""
-
-    tensors: list[Tensor]
-    targets: Tensor
-    weights: Tensor
-    bias: Tensor | None
-    options: dict[str, Any]
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return self.tensors if self.bias is None else [*self.tensors, self.bias]
-
-    def loss(self, **options: Any) -> Tensor:
-        terms = list(zip(self.tensors[0::2], self.tensors[1::2], strict=True))
-        return weighted_linear_cross_entropy_terms(
-            terms, self.targets, self.weights, bias=self.bias, **self.options, **options
-        )
-
-    def logits(self) -> Tensor:
-        z = sum(x @ weight.T for x, weight in zip(self.tensors[0::2], self.tensors[1::2], strict=True))
-        z = self.options["logit_scale"] * (z if self.bias is None else z + self.bias)
-        cap = self.options["softcap"]
-        return z if cap is None else cap * torch.tanh(z / cap)
-
-    def reference(self) -> Tensor:
-        losses = F.cross_entropy(
-            self.logits(), self.targets, reduction="none", label_smoothing=self.options["label_smoothing"]
-        )
-        return (self.weights * losses).sum()
-
-    def magnitudes(self) -> list[float]:
-        """What rounding errors of the loss and of each leaf's gradient are proportional to.
-
-        |∂ℓ/∂z| ≤ 2, so a gradient is at most 2 s Σw |x|, 2 s w |W| or 2 s Σw, however small it comes out; the errors
-        of the logits themselves grow with their size.
-        """
-        if not len(self.targets):
-            return [1.0] * (1 + len(self.leaves))
-        w = self.weights * (self.targets != -100)
-        size = float(self.logits().abs().max().clamp(min=1))
-        slope = size * self.options["logit_scale"]
-        found = [size * float(w.sum())]
-        for x, weight in zip(self.tensors[0::2], self.tensors[1::2], strict=True):
-            found += [slope * float(w.max() * weight.abs().max()), slope * float(w.sum() * x.abs().max())]
-        if self.bias is not None:
-            found.append(slope * float(w.sum()))
-        return [magnitude or 1.0 for magnitude in found]
-
-    def exact(self) -> Problem:
-        """The same numbers in float64, as new leaves."""
-        double = [leaf.detach().double().requires_grad_() for leaf in self.leaves]
-        bias = None if self.bias is None else double.pop()
-        return replace(self, tensors=double, bias=bias, weights=self.weights.double())
-
-
-def make_problem(
-    N: int = 13,
-    V: int = 31,
-    widths: tuple[int, ...] = (8,),
-    *,
-    dtype: torch.dtype = torch.float32,
-    bias: bool = False,
-    masked: float = 0.3,
-    seed: int = 0,
-    size: float = 1.0,
-    **options: Any,
-) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    tensors = [matrix for H in widths for matrix in (size * normal(N, H), normal(V, H) / H**0.5)]
-    targets = torch.randint(V, (N,), generator=generator)
-    targets[torch.rand(N, generator=generator) < masked] = -100
-    weights = torch.rand(N, generator=generator) * 3 + 0.1
-    weights[torch.rand(N, generator=generator) < 0.2] = 0
-    return Problem(
-        tensors=[tensor.to(dtype).requires_grad_() for tensor in tensors],
-        targets=targets,
-        weights=weights,
-        bias=normal(V).to(dtype).requires_grad_() if bias else None,
-        options={"logit_scale": 1.0, "softcap": None, "label_smoothing": 0.0, **options},
-    )
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected).abs().max() / expected.abs().max())
-
-
-def largest_error(problem: Problem, reference: Problem) -> float:
-    """The largest error of the loss and of the gradients, as a share of their magnitudes."""
-    loss, expected = problem.loss(), reference.reference()
-    gradients = zip(
-        torch.autograd.grad(loss, problem.leaves), torch.autograd.grad(expected, reference.leaves), strict=True
-    )
-    with torch.no_grad():
-        errors = [(got.double() - right).abs().flatten() for got, right in [(loss, expected), *gradients]]
-        return max(
-            float(error.max()) / magnitude
-            for error, magnitude in zip(errors, problem.magnitudes(), strict=True)
-            if len(error)
-        )
-
 
 problems = st.builds(
     make_problem,
@@ -164,105 +55,6 @@ def test_equals_the_float64_reference(problem: Problem, smallest_block: int, spa
 def test_16_bits_that_would_be_emulated_run_in_float32(problem: Problem) -> None:
     with mock.patch.object(torch.cpu, "get_capabilities", return_value={"avx2": True}):
         assert largest_error(problem, problem.exact()) < TOLERANCE[problem.tensors[0].dtype]
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        ({"avx512_bf16": True}, [torch.bfloat16, torch.float32]),
-        ({"amx_bf16": True, "amx_fp16": True}, [torch.bfloat16, torch.float16]),
-        ({"avx512_f": True, "avx512_bf16": False}, [torch.float32, torch.float32]),
-    ],
-)
-def test_the_products_dtype_follows_the_processor(
-    capabilities: dict[str, bool], expected: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert [head_chunk.product_dtype(dtype, "cpu") for dtype in (torch.bfloat16, torch.float16)] == expected
-    assert head_chunk.product_dtype(torch.bfloat16, "cuda") == torch.bfloat16
-    assert head_chunk.product_dtype(torch.float64, "cpu") == torch.float64
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "itemsize", "width", "expected"),
-    [(49_152, 4, 4096, 160), (49_152, 2, 2047, 384), (128_256, 2, 2048, 288), (1024, 2, 2048, 8192)],
-)
-def test_chunk_size_on_cpus(vocabulary: int, itemsize: int, width: int, expected: int) -> None:
-    assert head_blocks.default_chunk_size(vocabulary, itemsize, "cpu", width=width) == expected
-
-
-@pytest.mark.parametrize("shift", [0.0, -300.0, 300.0])
-@pytest.mark.parametrize("jump", [0, 1, 2])
-def test_logits_of_any_size_in_any_block(shift: float, jump: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of exp(l) that leave float32, blocks far above those before, and a target far below the largest logit."""
-    monkeypatch.setattr(head_blocks, "BLOCK_LOGITS", 1)
-    monkeypatch.setattr(head_blocks, "SMALLEST_BLOCK", 8)
-    problem = make_problem(N=6, V=24, bias=True, masked=0.0)
-    assert problem.bias is not None
-    with torch.no_grad():
-        problem.bias.add_(shift)
-        problem.bias[8 * jump : 8 * jump + 8].add_(150)
-    problem.targets[:3] = torch.tensor([0, 9, 17])
-    assert largest_error(problem, problem.exact()) < TOLERANCE[torch.float32]
-
-
-@pytest.mark.parametrize("jump", [6.0, 12.0, 25.0, 60.0])
-def test_a_float16_head_with_a_float32_adapter_when_the_bound_rises(
-    jump: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gradients of float16 products are of the probabilities, not of exp(l − m) of an earlier block's m."""
-    monkeypatch.setattr(head_blocks, "BLOCK_LOGITS", 1)
-    monkeypatch.setattr(head_blocks, "SMALLEST_BLOCK", 8)
-    problem = make_problem(N=6, V=24, widths=(8, 2), bias=True, masked=0.0)
-    assert problem.bias is not None
-    with torch.no_grad():
-        problem.bias[16:].add_(jump)
-    problem.targets[:3] = torch.tensor([0, 9, 17])
-    hidden, weight = (tensor.detach().half().requires_grad_() for tensor in problem.tensors[:2])
-    problem = replace(problem, tensors=[hidden, weight, *problem.tensors[2:]])
-    assert largest_error(problem, problem.exact()) < TOLERANCE[torch.float16]
-
-
-@pytest.mark.parametrize("shift", [-100.0, 100.0])
-def test_sums_out_of_range_are_noticed_in_the_first_block(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_blocks, "BLOCK_LOGITS", 1)
-    monkeypatch.setattr(head_blocks, "SMALLEST_BLOCK", 8)
-    problem = make_problem(N=6, V=80, bias=True, masked=0.0)
-    assert problem.bias is not None
-    with torch.no_grad():
-        problem.bias.add_(shift)
-    made = mock.Mock(wraps=head_blocks._scaled)
-    monkeypatch.setattr(head_blocks, "_scaled", made)
-    assert largest_error(problem, problem.exact()) < TOLERANCE[torch.float32]
-    assert made.call_count == 1 + 10
-
-
-def test_a_sure_target_keeps_the_digits_of_1_minus_p_in_bfloat16() -> None:
-    """Logits (l, 0, 0): 1 − p = 2 / (eˡ + 2), and the 2 is the difference of two numbers of the size of eˡ."""
-    for logit in torch.arange(8, 13, 0.0625):
-        weight = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
-        hidden = logit.bfloat16().view(1, 1)
-        weighted_linear_cross_entropy(hidden, weight, torch.tensor([0]), torch.ones(1)).backward()
-        assert weight.grad is not None
-        exact = -logit.double() * 2 / (logit.double().exp() + 2)
-        torch.testing.assert_close(weight.grad[0, 0].double(), exact, rtol=2**-8, atol=0)
-
-
-def test_gradients_in_bfloat16_err_no_more_than_twice_those_of_full_logits() -> None:
-    """With sure and unsure predictions: 1 − p has to keep its digits where p is nearly 1."""
-    problem = make_problem(N=400, V=900, widths=(64,), dtype=torch.bfloat16, masked=0.2, size=3.0, chunk_size=64)
-    with torch.no_grad():
-        hidden, head = problem.tensors
-        rows = (problem.targets != -100).nonzero().squeeze(1)[::2]
-        hidden[rows] += 8 * head[problem.targets[rows]]
-    exact = problem.exact()
-    expected = torch.autograd.grad(exact.reference(), exact.tensors)
-    z = (problem.tensors[0] @ problem.tensors[1].T).float()
-    losses = F.cross_entropy(z, problem.targets, reduction="none")
-    full = torch.autograd.grad((problem.weights * losses).sum(), problem.tensors)
-    ours = torch.autograd.grad(problem.loss(), problem.tensors)
-    for right, theirs, got in zip(expected, full, ours, strict=True):
-        assert (got.double() - right).norm() < 2 * (theirs.double() - right).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
