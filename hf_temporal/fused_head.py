@@ -225,10 +225,10 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         factor = grad_output if ctx.peak is None else grad_output * ctx.peak
-        if factor.device.type != "cpu":
-            factor = factor.view(1)  # CUDA would round a 0-dim factor to the gradient's dtype
-        elif factor == 1:
+        if factor.device.type == "cpu" and factor == 1:
             factor = None
+        elif factor.device.type != "cpu":
+            factor = factor.view(1)  # CUDA would round a 0-dim factor to the gradient's dtype
         for gradient in gradients:
             if gradient is not None and factor is not None:
                 gradient.mul_(factor)
