@@ -27,10 +27,11 @@ def plot_steps(rows: Sequence[dict[str, Any]], path: Path) -> Figure:
     panels = list(dict.fromkeys(tuple(row[key] for key in PANEL) for row in rows))
     trainers = [trainer for trainer in DRAWN if any(row["trainer"] == trainer for row in rows)]
     most = max((len(_cases(_of(rows, panel))) for panel in panels), default=1)
+    columns = min(COLUMNS, max(1, len(panels)))
     lines = max(1, -(-len(panels) // COLUMNS))
     height = 0.7 + 0.15 * (len(trainers) + 1) * most
-    figure = Figure(figsize=(5 * min(COLUMNS, max(1, len(panels))), 0.5 + lines * height), layout="constrained")
-    axes = list(figure.subplots(lines, min(COLUMNS, max(1, len(panels))), squeeze=False, sharex=True).flat)
+    figure = Figure(figsize=(5 * columns, 0.7 + lines * height), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharex=True).flat)
     for each, panel in zip(axes, panels, strict=False):
         _draw(each, _of(rows, panel), trainers)
         what = {"lora": "LoRA", "full": "all weights"}.get(panel[1], panel[1])
@@ -38,7 +39,7 @@ def plot_steps(rows: Sequence[dict[str, Any]], path: Path) -> Figure:
     for unused in axes[len(panels) :]:
         unused.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) or 1, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3 * columns, frameon=False)
     figure.supxlabel("seconds of a step / stock Trainer's", fontsize="medium")
     return saved(figure, path)
 

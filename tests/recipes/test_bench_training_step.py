@@ -208,11 +208,21 @@ def test_reduction(run: Run) -> None:
         assert f"{row['microseconds']:.3g}" in printed
 
 
+ROW = {"tuned": "lora", "dtype": "float32", "batch × length": "8×160", "share": 0.15, "time / stock": 0.8}
+
+
+def test_the_legend_of_a_single_case_fits(tmp_path: Path) -> None:
+    rows = [{**ROW, "model": "a", "trainer": trainer} for trainer in step_picture.DRAWN]
+    figure = step_picture.plot_steps(rows, tmp_path / "steps.png")
+    legend = figure.legends[0].get_window_extent()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["stock", *step_picture.DRAWN]
+    assert 0 < legend.x0 < legend.x1 < figure.bbox.x1
+
+
 def test_a_panel_without_rows_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
     monkeypatch.setattr(step_picture, "saved", lambda figure, _: figures.append(figure))
-    row = {"tuned": "lora", "dtype": "float32", "batch × length": "8×160", "share": 0.15, "time / stock": 0.8}
-    rows = [{**row, "model": model, "trainer": "fused head"} for model in ("a", "b", "c")]
+    rows = [{**ROW, "model": model, "trainer": "fused head"} for model in ("a", "b", "c")]
     step_picture.plot_steps(rows, tmp_path / "steps.png")
     assert [panel.axison for panel in figures[0].axes] == [True, True, True, False]
     assert figures[0].axes[0].get_ylim() == (0.5, -0.5)  # the room of a case, however few of the trainers it has
