@@ -181,14 +181,16 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         peak = _largest(w) if is_narrow else None
         shares = w if peak is None else w / peak
 
-        largest = options.chunk_size or head.chunk_size()
+        is_summed = [need and matrix.dtype != exact for matrix, need in zip(matrices, needs[1::2], strict=True)]
+        summed = sum(matrix.shape[1] for matrix, each in zip(matrices, is_summed, strict=True) if each)
+        largest = options.chunk_size or head.chunk_size(len(positions), summed)
         count = -(-len(positions) // largest)
         size = min(largest, -(-len(positions) // (ROUNDING * max(count, 1))) * ROUNDING)
-        for term, matrix, need in zip(head.terms, matrices, needs[1::2], strict=True):
+        for term, matrix, need, each in zip(head.terms, matrices, needs[1::2], is_summed, strict=True):
             if need:
                 term.grad_matrix = torch.empty_like(matrix) if count else torch.zeros_like(matrix)
-                if count > 2 and matrix.dtype != exact:
-                    term.sums = torch.empty_like(matrix, dtype=exact)
+            if each and count > 2:
+                term.sums = torch.empty_like(matrix, dtype=exact)
         grads_x = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs[0::2], strict=True)]
         buffer = head.buffer(min(size, len(positions)))
         for i in range(count):

@@ -69,8 +69,13 @@ class Head(ABC):
         return self.grad_bias is not None or any(t.needs_grad_x or t.grad_matrix is not None for t in self.terms)
 
     @abstractmethod
-    def chunk_size(self) -> int:
-        """Positions at a time, at most."""
+    def chunk_size(self, positions: int, summed: int) -> int:
+        """Of so many positions, how many at a time, at most.
+
+        Args:
+            positions: those that will meet the head.
+            summed: the widths together of the W whose gradients need `sums` where there are more than two chunks.
+        """
 
     @abstractmethod
     def buffer(self, positions: int) -> Tensor:

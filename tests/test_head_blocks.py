@@ -36,7 +36,27 @@ def test_the_products_dtype_follows_the_processor(
     [(49_152, 4, 4096, 160), (49_152, 2, 2047, 384), (128_256, 2, 2048, 288), (1024, 2, 2048, 8192)],
 )
 def test_chunk_size_on_cpus(vocabulary: int, itemsize: int, width: int, expected: int) -> None:
-    assert head_blocks.default_chunk_size(vocabulary, itemsize, "cpu", width=width) == expected
+    size = head_blocks.default_chunk_size(vocabulary, itemsize, "cpu", width=width, positions=50_000, summed=0)
+    assert size == expected
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "positions", "summed", "expected"),
+    [
+        (2, 768, 576, 384),
+        (2, 769, 576, 385),
+        (2, 3072, 576, 1536),
+        (2, 3073, 576, 384),
+        (4, 1472, 576, 736),
+        (2, 769, 0, 384),
+    ],
+)
+def test_two_chunks_where_they_take_less_memory_than_sums(
+    itemsize: int, positions: int, summed: int, expected: int
+) -> None:
+    size = head_blocks.default_chunk_size(49_152, itemsize, "cpu", width=576, positions=positions, summed=summed)
+    assert size == expected
+    assert size * itemsize <= (768 if itemsize == 2 else 640) + 4 * summed
 
 
 @pytest.fixture

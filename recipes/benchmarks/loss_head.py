@@ -278,10 +278,10 @@ def _gradients(peer: str, case: dict[str, Any]) -> int:
     N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
     head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
     products = torch.float32 if peer == EMULATED else head_chunk.product_dtype(case["dtype"], "cpu")
-    chunk = head_blocks.default_chunk_size(V, products.itemsize, "cpu", width=H)
     targets = N - round(case["masked"] * N)
-    summed = head and peer.startswith("ours") and itemsize == 2 and targets > 2 * chunk
-    return N * H * itemsize + head + (4 * V * H if summed else 0)
+    summed = H if head and peer.startswith("ours") and itemsize == 2 else 0
+    chunk = head_blocks.default_chunk_size(V, products.itemsize, "cpu", width=H, positions=targets, summed=summed)
+    return N * H * itemsize + head + (4 * V * summed if targets > 2 * chunk else 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
