@@ -151,46 +151,24 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         *flat: Tensor,
     ) -> Tensor:
         _, _, needs_weights, _, needs_bias, *needs = ctx.needs_input_grad
-        xs, matrices = flat[0::2], flat[1::2]
-        exact = reduce(torch.promote_types, (tensor.dtype for tensor in flat), torch.float32)
-        is_narrow = torch.float16 in {*options.product_dtypes, *(tensor.dtype for tensor in flat)}
-        stored = exact if len(set(options.product_dtypes)) > 1 else options.product_dtypes[0]
-        has_kernel = stored in triton_pass.DTYPES and triton_pass.is_available(flat[0].device)
-        head: Head = (RowHead if has_kernel else BlockHead)(
-            [
-                Term(_narrowed(matrix, dtype), dtype, needs_grad_x)
-                for matrix, dtype, needs_grad_x in zip(matrices, options.product_dtypes, needs[0::2], strict=True)
-            ],
-            bias=bias,
-            grad_bias=torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None,
-            logit_scale=options.logit_scale,
-            softcap=options.softcap,
-            label_smoothing=options.label_smoothing,
-            exact=exact,
-            stored=stored,
-        )
+        xs = flat[0::2]
+        head = _head(options, bias, needs_bias, flat, needs)
         if positions is None:
             chosen = targets != IGNORE_INDEX
             if not needs_weights:
                 chosen &= weights != 0
             positions = chosen.nonzero().squeeze(1)
         y = targets.index_select(0, positions).long().clamp_(min=0)
-        w = weights.index_select(0, positions).to(exact)
+        w = weights.index_select(0, positions).to(head.exact)
         losses = torch.empty_like(w)
         # Divided by the largest weight, it is not the weights that take the gradients out of float16's range.
-        peak = _largest(w) if is_narrow else None
+        peak = _largest(w) if torch.float16 in {*options.product_dtypes, *(tensor.dtype for tensor in flat)} else None
         shares = w if peak is None else w / peak
 
-        is_summed = [need and matrix.dtype != exact for matrix, need in zip(matrices, needs[1::2], strict=True)]
-        summed = sum(matrix.shape[1] for matrix, each in zip(matrices, is_summed, strict=True) if each)
-        largest = options.chunk_size or head.chunk_size(len(positions), summed)
+        largest = options.chunk_size or head.chunk_size(len(positions))
         count = -(-len(positions) // largest)
         size = min(largest, -(-len(positions) // (ROUNDING * max(count, 1))) * ROUNDING)
-        for term, matrix, need, each in zip(head.terms, matrices, needs[1::2], is_summed, strict=True):
-            if need:
-                term.grad_matrix = torch.empty_like(matrix) if count else torch.zeros_like(matrix)
-            if each and count > 2:
-                term.sums = torch.empty_like(matrix, dtype=exact)
+        head.make_gradients(count)
         grads_x = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs[0::2], strict=True)]
         buffer = head.buffer(min(size, len(positions)))
         for i in range(count):
@@ -239,6 +217,28 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             None,
             *(None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
         )
+
+
+def _head(options: _Options, bias: Tensor | None, needs_bias: bool, flat: Sequence[Tensor], needs: list[bool]) -> Head:
+    exact = reduce(torch.promote_types, (tensor.dtype for tensor in flat), torch.float32)
+    dtypes = options.product_dtypes
+    stored = exact if len(set(dtypes)) > 1 else dtypes[0]
+    has_kernel = stored in triton_pass.DTYPES and triton_pass.is_available(flat[0].device)
+    return (RowHead if has_kernel else BlockHead)(
+        [
+            Term(_narrowed(matrix, dtype), dtype, needs_grad_x, matrix.dtype if needs_grad_matrix else None)
+            for matrix, dtype, needs_grad_x, needs_grad_matrix in zip(
+                flat[1::2], dtypes, needs[0::2], needs[1::2], strict=True
+            )
+        ],
+        bias=bias,
+        grad_bias=torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None,
+        logit_scale=options.logit_scale,
+        softcap=options.softcap,
+        label_smoothing=options.label_smoothing,
+        exact=exact,
+        stored=stored,
+    )
 
 
 def _largest(w: Tensor) -> Tensor:

@@ -57,14 +57,14 @@ class BlockHead(Head):
         rows = 2 ** (logits // max(self.positions, 1)).bit_length() // 2
         return min(self.vocabulary, max(SMALLEST_BLOCK, rows))
 
-    def chunk_size(self, positions: int, summed: int) -> int:
+    def chunk_size(self, positions: int) -> int:
         """See `default_chunk_size`."""
         matrix = self.terms[0].matrix
         return default_chunk_size(
             *(len(matrix), self.stored.itemsize, matrix.device.type),
             width=matrix.shape[1],
             positions=positions,
-            summed=summed,
+            summed=sum(term.matrix.shape[1] for term in self.narrow_terms),
         )
 
     def buffer(self, positions: int) -> Tensor:

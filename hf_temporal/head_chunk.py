@@ -23,13 +23,15 @@ class Term:
         matrix: W, [V, H].
         dtype: that of the products.
         needs_grad_x: whether ∂/∂x is wanted.
-        grad_matrix: holds ∂/∂W after the last chunk; None where it is not wanted.
+        grad_dtype: that of ∂/∂W; None where it is not wanted.
+        grad_matrix: holds ∂/∂W after the last chunk.
         sums: holds ∂/∂W between the chunks, where `grad_matrix` has too few digits for that.
     """
 
     matrix: Tensor
     dtype: torch.dtype
     needs_grad_x: bool
+    grad_dtype: torch.dtype | None
     grad_matrix: Tensor | None = None
     sums: Tensor | None = None
 
@@ -66,16 +68,26 @@ class Head(ABC):
     @property
     def needs_gradient(self) -> bool:
         """Whether anything but the losses is wanted."""
-        return self.grad_bias is not None or any(t.needs_grad_x or t.grad_matrix is not None for t in self.terms)
+        return self.grad_bias is not None or any(t.needs_grad_x or t.grad_dtype for t in self.terms)
+
+    @property
+    def narrow_terms(self) -> list[Term]:
+        """Those whose ∂/∂W has fewer digits than `exact`, so that more than two chunks need `sums`."""
+        return [term for term in self.terms if term.grad_dtype not in (None, self.exact)]
+
+    def make_gradients(self, chunks: int) -> None:
+        """Room for what so many chunks write; zeros, where there are none."""
+        make = torch.empty_like if chunks else torch.zeros_like
+        for term in self.terms:
+            if term.grad_dtype is not None:
+                term.grad_matrix = make(term.matrix, dtype=term.grad_dtype)
+        if chunks > 2:
+            for term in self.narrow_terms:
+                term.sums = torch.empty_like(term.matrix, dtype=self.exact)
 
     @abstractmethod
-    def chunk_size(self, positions: int, summed: int) -> int:
-        """Of so many positions, how many at a time, at most.
-
-        Args:
-            positions: those that will meet the head.
-            summed: the widths together of the W whose gradients need `sums` where there are more than two chunks.
-        """
+    def chunk_size(self, positions: int) -> int:
+        """Of so many positions, how many at a time, at most."""
 
     @abstractmethod
     def buffer(self, positions: int) -> Tensor:

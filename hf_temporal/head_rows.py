@@ -19,9 +19,9 @@ class RowHead(Head):
         """V and what fills it up to a multiple of 16, for loads of 16 bytes."""
         return -(-self.vocabulary // 16) * 16
 
-    def chunk_size(self, positions: int, summed: int) -> int:
-        """See `triton_pass.default_chunk_size`, which looks at neither."""
-        del positions, summed
+    def chunk_size(self, positions: int) -> int:
+        """See `triton_pass.default_chunk_size`, which does not look at how many there are."""
+        del positions
         matrix = self.terms[0].matrix
         return triton_pass.default_chunk_size(len(matrix), self.stored.itemsize, matrix.device, width=matrix.shape[1])
 
