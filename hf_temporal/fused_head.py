@@ -54,7 +54,8 @@ def weighted_linear_cross_entropy(
         logit_scale: s.
         softcap: c > 0, finite; None leaves out the tanh.
         label_smoothing: ε in [0, 1).
-        chunk_size: positions whose logits are held at a time; None chooses it from V and the device.
+        chunk_size: positions whose logits are held at a time; None chooses it from the shapes, dtypes, device and
+            which gradients are wanted.
 
     Returns:
         The weighted sum (not divided by anything), 0-dim, float32 (float64 for float64 arguments); it can be

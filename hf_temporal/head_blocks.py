@@ -17,6 +17,8 @@ SPAN = 16  # blocks whose share of ∂/∂x is one product, where none of its fa
 PIECE = 2**19  # entries of a product that is converted, or copied, where it goes
 LOGIT_BYTES, LOGIT_BYTES_16_BITS, LOGIT_BYTES_WIDE_16_BITS = 640, 768, 576  # of a chunk's logits for one word
 WIDE = 2048
+SMALL_LOGITS = 2**24  # bytes of a chunk's logits that are never too many
+ROOM_BYTES = 16  # of what a position's hidden states and their gradient take, for each of their entries
 STEP = 8.0  # between bounds of the logits
 LARGEST_UNIT = 2.0**60  # of sums of exponentials
 LOG2_E = 1 / math.log(2)
@@ -111,7 +113,7 @@ class BlockHead(Head):
         if into.dtype == a.dtype and (onto is None or onto.dtype == into.dtype == self.exact):
             torch.addmm(into if onto is None else onto, a, b, beta=float(onto is not None), out=into)
             return
-        size = max(1, PIECE // b.shape[1])
+        size = max(1, PIECE // max(1, b.shape[1]))
         for start in range(0, len(into), size):
             piece = slice(start, start + size)
             product = self.product(a[piece], b)
@@ -134,19 +136,20 @@ def default_chunk_size(
 ) -> int:
     """Of so many positions, how many at a time, at most, with logits of so many bytes, from a head [V, width].
 
-    On CPUs 160 in 32 bits and 384 in 16, where the products run nearly as fast as with more: less than a tenth of what
-    2,048 float32 logits take. Of wide heads in 16 bits 288: their other rooms are larger, and they lose no time by it.
-    Small vocabularies take what 16 MiB hold, other devices more. Half of the positions, where their logits take less
-    than the float32 sums [V, summed] that two chunks do without.
+    On CPUs 160 in 32 bits and 384 in 16, where the products run nearly as fast as with more: less than a tenth of
+    what 2,048 float32 logits take. Of wide heads in 16 bits 288, since their other rooms are larger. Small
+    vocabularies take what 16 MiB hold, other devices more. Half of the positions, where what they need beyond the
+    usual is no more than the float32 sums [V, summed] that two chunks do without.
     """
     usual = LOGIT_BYTES
     if itemsize == 2:
         usual = LOGIT_BYTES_WIDE_16_BITS if width >= WIDE else LOGIT_BYTES_16_BITS
     if device_type != "cpu":
         usual *= 8
-    usual = max(usual, 2**24 // vocabulary)
+    size = max(usual, SMALL_LOGITS // vocabulary) // itemsize
     half = -(-positions // 2)
-    return half if usual < half * itemsize <= usual + 4 * summed else usual // itemsize
+    beyond = (half - size) * (itemsize * vocabulary + ROOM_BYTES * width)
+    return half if 0 < beyond <= 4 * vocabulary * summed else size
 
 
 class _Targets:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from hf_temporal import head_blocks, head_chunk
@@ -45,9 +47,10 @@ def test_chunk_size_on_cpus(vocabulary: int, itemsize: int, width: int, expected
     [
         (2, 768, 576, 384),
         (2, 769, 576, 385),
-        (2, 3072, 576, 1536),
-        (2, 3073, 576, 384),
-        (4, 1472, 576, 736),
+        (2, 2874, 576, 1437),
+        (2, 2875, 576, 384),
+        (4, 1420, 576, 710),
+        (4, 1421, 576, 160),
         (2, 769, 0, 384),
     ],
 )
@@ -56,7 +59,39 @@ def test_two_chunks_where_they_take_less_memory_than_sums(
 ) -> None:
     size = head_blocks.default_chunk_size(49_152, itemsize, "cpu", width=576, positions=positions, summed=summed)
     assert size == expected
-    assert size * itemsize <= (768 if itemsize == 2 else 640) + 4 * summed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained", "expected"),
+    [
+        (torch.bfloat16, [0, 1, 2, 3], [15, 14]),
+        (torch.bfloat16, [1], [15, 14]),
+        (torch.bfloat16, [0, 2], [4, 4, 4, 4, 4, 4, 4, 1]),
+        (torch.float32, [0, 1, 2, 3], [4, 4, 4, 4, 4, 4, 4, 1]),
+    ],
+)
+def test_only_16_bit_heads_that_train_take_larger_chunks(
+    dtype: torch.dtype, trained: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_blocks, "SMALL_LOGITS", 0)
+    monkeypatch.setattr(head_blocks, "LOGIT_BYTES", 16)
+    monkeypatch.setattr(head_blocks, "LOGIT_BYTES_16_BITS", 8)
+    chunks: list[int] = []
+    losses = head_blocks.BlockHead.losses
+
+    def recorded(head: Any, xs: Any, y: Tensor, *args: Any, **kwargs: Any) -> Any:
+        chunks.append(len(y))
+        has_sums = [term.sums is not None for term in head.terms]
+        assert has_sums == [False, False]
+        return losses(head, xs, y, *args, **kwargs)
+
+    monkeypatch.setattr(head_blocks.BlockHead, "losses", recorded)
+    problem = make_problem(N=29, V=200, widths=(16, 2), dtype=dtype, masked=0.0)
+    problem = replace(problem, weights=problem.weights + 1)
+    for i, tensor in enumerate(problem.tensors):
+        tensor.requires_grad_(i in trained)
+    problem.loss()
+    assert chunks == expected
 
 
 @pytest.fixture

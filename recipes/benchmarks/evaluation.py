@@ -2,9 +2,10 @@ r"""What the losses by position add to an evaluation: `TemporalWeightTrainer.eva
 
     python recipes/benchmarks/evaluation.py --output recipes/results/evaluation.json
 
-takes two minutes; over 100,000 target tokens, some fifteen:
+takes two minutes; over 100,000 target tokens, some ten to fifteen:
 
-    python recipes/benchmarks/evaluation.py --rows 630 --shares 1 --rounds 1 --output recipes/results/evaluation.json
+    python recipes/benchmarks/evaluation.py --rows 630 --shares 1 --rounds 1 \
+        --output recipes/results/evaluation_all_targets.json
 
 A few seconds, on a toy:
 

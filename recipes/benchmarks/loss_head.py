@@ -23,8 +23,8 @@ Each peer lives in a process of its own, so that its peak memory is its own. The
 and in a rotating order, so that whatever else the machine does meets them alike: a ratio is the median of the ratios
 within a round. The first run of each is not timed; it gives the memory: the process's peak above what it held with
 the inputs made and the libraries warmed up on a small problem. Gradients count as memory, inputs do not. "beside /
-logits" is what is left without gradients, and for ours in bfloat16 without the float32 sums of the head's gradient, as
-a share of N × V float32 logits.
+logits" is what is left without gradients, and for ours in bfloat16 without float32 sums of the head's gradient, where
+they are made, as a share of N × V float32 logits.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def _applies(peer: str, case: dict[str, Any]) -> bool:
 
 
 def _gradients(peer: str, case: dict[str, Any]) -> int:
-    """Bytes of the gradients, and of the float32 sums between which and the gradient a rounding stands."""
+    """Bytes of the gradients of hidden states and head, and of the float32 sums that the latter is rounded from."""
     N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
     head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
     products = torch.float32 if peer == EMULATED else head_chunk.product_dtype(case["dtype"], "cpu")
