@@ -36,7 +36,8 @@ def plot_steps(rows: Sequence[dict[str, Any]], path: Path) -> Figure:
         _draw(each, _of(rows, panel), trainers)
         what = {"lora": "LoRA", "full": "all weights"}.get(panel[1], panel[1])
         each.set_title(f"{panel[0]}, {what}, {panel[2]}", fontsize="medium")
-    for unused in axes[len(panels) :]:
+    for above, unused in zip(axes[len(panels) - columns :], axes[len(panels) :], strict=False):
+        above.tick_params(labelbottom=True)
         unused.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3 * columns, frameon=False)
@@ -49,7 +50,7 @@ def _of(rows: Sequence[dict[str, Any]], panel: tuple[Any, ...]) -> list[dict[str
 
 
 def _cases(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
-    return list(dict.fromkeys((row["batch × length"], row["share"]) for row in rows))
+    return sorted({(row["batch × length"], row["share"]) for row in rows})
 
 
 def _draw(axes: Axes, rows: Sequence[dict[str, Any]], trainers: Sequence[str]) -> None:
