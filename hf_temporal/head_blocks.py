@@ -33,19 +33,21 @@ class BlockHead(Head):
     x and ∂/∂x instead. Capped logits are made again there, for their slope.
 
     Attributes:
-        is_narrow: whether float16 bounds what may be met.
         is_shifted: whether m has to bound the logits.
         positions: those that the buffer has room for.
     """
 
-    is_narrow: bool = field(init=False)
     is_shifted: bool = field(init=False)
     positions: int = field(init=False)
     _rooms: dict[Any, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.is_narrow = torch.float16 in {term.dtype for term in self.terms}
         self.is_shifted = self.is_narrow or self.terms[0].matrix.device.type != "cpu"
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether float16 bounds what a product may meet."""
+        return any(term.dtype == torch.float16 for term in self.terms)
 
     @property
     def smoothed(self) -> float:

@@ -59,10 +59,7 @@ class RowHead(Head):
                 grads_x[i] = gradient @ term.matrix.to(term.dtype)
             if term.grad_matrix is not None:
                 sums = term.grad_matrix if term.sums is None else term.sums
-                if sums.dtype in (term.dtype, self.exact):
-                    triton_pass.add_product_(sums, gradient.t(), x, beta=float(not is_first))
-                else:
-                    sums.copy_(gradient.t() @ x) if is_first else sums.add_(gradient.t() @ x)
+                triton_pass.add_product_(sums, gradient.t(), x, beta=float(not is_first))
                 if is_last and term.sums is not None:
                     term.grad_matrix.copy_(term.sums)
         return losses, grads_x

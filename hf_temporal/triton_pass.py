@@ -115,13 +115,13 @@ def losses_and_gradient_(
 
 
 def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> None:
-    """accumulator ← beta · accumulator + a b, where a 16-bit product is not rounded to 16 bits before it is added.
+    """accumulator ← beta · accumulator + a b; a 16-bit product is not rounded before it is added to float32.
 
     cuBLAS reads and writes the accumulator itself: with `out` the very same tensor as the first argument, PyTorch
     neither copies it nor makes another of its size (`addmm_out_cuda_impl` in ATen/native/cuda/Blas.cpp).
 
     Args:
-        accumulator: [V, H], float32, or of the dtype of a and b.
+        accumulator: [V, H], in float32 or the dtype of a and b; in any other, a b takes memory of its own.
         a: [V, n]; the transpose of a matrix with contiguous rows is as good.
         b: [n, H].
         beta: 0 overwrites, whatever the accumulator holds, and spares its being read.
@@ -131,8 +131,11 @@ def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0
     """
     if a.dtype == accumulator.dtype:
         torch.addmm(accumulator, a, b, beta=beta, out=accumulator)
-    else:
+    elif accumulator.dtype == torch.float32:
         torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, beta=beta, out=accumulator)
+    else:
+        product = a @ b
+        accumulator.copy_(product.add_(accumulator, alpha=beta) if beta else product)
 
 
 def default_chunk_size(vocabulary: int, itemsize: int, device: torch.device, *, width: int | None = None) -> int:

@@ -246,6 +246,20 @@ def test_add_product_of_one_dtype(beta: float) -> None:
     torch.testing.assert_close(accumulator, expected)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "accumulated"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str
+)
+def test_add_product_to_yet_another_dtype(dtype: torch.dtype, accumulated: torch.dtype, beta: float) -> None:
+    a, b, accumulator = torch.randn(7, 3).to(dtype), torch.randn(3, 5).to(dtype), torch.randn(7, 5).to(accumulated)
+    expected = beta * accumulator.double() + a.double() @ b.double()
+    if beta == 0:
+        accumulator.fill_(torch.nan)
+    add_product_(accumulator, a, b, beta=beta)
+    assert accumulator.dtype == accumulated
+    assert float((accumulator.double() - expected).abs().max() / expected.abs().max()) < 2**-7
+
+
 def test_a_16_bit_product_is_added_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """As cuBLAS would; there is no such product on the CPU."""
 
