@@ -4,12 +4,13 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from .fused_head import weighted_linear_cross_entropy
+from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy
+
+from .evaluation import load_profiles
 from .losses import weighted_cross_entropy, weighted_regression_loss
-from .profile import load_profiles
+from .positions import document_ids_of, target_positions
 from .schedules import power_at
 from .suggest import suggest_power
-from .timeline import document_ids_of, target_positions
 from .trainer import TemporalWeightMixin, TemporalWeightSeq2SeqTrainer, TemporalWeightTrainer
 from .training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 from .weighting import TemporalWeighting

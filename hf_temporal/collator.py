@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .losses import check_vocabulary
-from .timeline import (
+from .positions import (
     IGNORE_INDEX,
     check_shape,
     document_ids_of,

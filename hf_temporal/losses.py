@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .timeline import IGNORE_INDEX, check_integers, is_target
+from .positions import IGNORE_INDEX, check_integers, is_target
 from .weighting import REGRESSION_LOSSES, check_weights
 
 

@@ -29,7 +29,7 @@ def plot_loss_by_position(
     """Mean loss over t/T, and accuracy below it where there is one, at the first and the last evaluation.
 
     Args:
-        profiles: as `hf_temporal.profile.load_profiles` returns them, oldest first; those of another split than the
+        profiles: as `hf_temporal.evaluation.load_profiles` returns them, oldest first; those of another split than the
             first are left out.
         path: where to write the PNG; folders are made.
         title: above the picture.

@@ -81,7 +81,7 @@ def plot_loss_by_position_and_power(
     """Mean loss over t/T for each p and, where p = 0 is among them, the differences from it below.
 
     Args:
-        profiles: by p, of the form that `hf_temporal.profile.load_profiles` returns.
+        profiles: by p, of the form that `hf_temporal.evaluation.load_profiles` returns.
         path: where to write the PNG; folders are made.
         title: above the picture.
     """

@@ -12,9 +12,10 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from .model_loss import undisturbed
-from .profile import BINS, TokenLosses
-from .timeline import document_starts, target_positions
+from hf_temporal.model.model_loss import undisturbed
+
+from .evaluation import BINS, TokenLosses
+from .positions import document_starts, target_positions
 from .trainer import TemporalWeightMixin
 from .weighting import TemporalWeighting, document_max, wide_dtype
 

@@ -18,6 +18,19 @@ from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
+from hf_temporal.hub.push import HubMixin
+from hf_temporal.model.fused_head import FusedHead, answer_logits, is_prompt_learner
+from hf_temporal.model.model_loss import (
+    ModelLoss,
+    base_model,
+    decoder_inputs,
+    logits_of,
+    read_model_loss,
+    read_on_batch,
+    regression_problem,
+    takes_position_ids,
+)
+
 from .collator import (
     DOCUMENTS,
     KEPT_COLUMNS,
@@ -32,22 +45,10 @@ from .collator import (
     has_time,
     weigh_batches,
 )
-from .hub import HubMixin
-from .lm_head import FusedHead, answer_logits, is_prompt_learner
+from .evaluation import PROFILE_NAME, PositionProfile, TokenLosses, save_profile
 from .losses import weighted_cross_entropy, weighted_regression_loss
-from .model_loss import (
-    ModelLoss,
-    base_model,
-    decoder_inputs,
-    logits_of,
-    read_model_loss,
-    read_on_batch,
-    regression_problem,
-    takes_position_ids,
-)
-from .profile import PROFILE_NAME, PositionProfile, TokenLosses, save_profile
+from .positions import IGNORE_INDEX, shift_left
 from .schedules import power_at
-from .timeline import IGNORE_INDEX, shift_left
 from .training_args import _TemporalFields
 from .weighting import TemporalWeighting
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from .positions import ORIGINS
 from .schedules import SCHEDULES, validate_schedule
-from .timeline import ORIGINS
 from .weighting import NORMALIZATIONS, TemporalWeighting
 
 FUSED_HEAD_MODES = ("auto", "on", "off")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timeline import ORIGINS, check_integers, check_shape, document_starts
+from .positions import ORIGINS, check_integers, check_shape, document_starts
 
 WEIGHTING_NAME = "temporal_weighting.json"
 NORMALIZATIONS = ("sequence", "batch", "tokens")

@@ -36,14 +36,12 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from hf_temporal.model_card import without_tokens
-from recipes.comparison.cells import Cell
-from recipes.comparison.grid import OWN, CompareArguments, Comparison, flag_name, keep_settings
-from recipes.comparison.overview import Part, write_overview
-from recipes.comparison.report import REPORT_NAME, Outcome, write_summary
-from recipes.comparison.runs import Runs
+from hf_temporal.compare.cells import Cell
+from hf_temporal.compare.grid import OWN, CompareArguments, Comparison, flag_name, keep_settings
+from hf_temporal.compare.overview import Part, write_overview
+from hf_temporal.compare.report import REPORT_NAME, Outcome, write_summary
+from hf_temporal.compare.runs import Runs
+from hf_temporal.hub.model_card import without_tokens
 
 
 def read_arguments(argv: Sequence[str]) -> Comparison:

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -46,19 +45,15 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from hf_temporal.tasks.copying_scores import argmax_of_logits
-from hf_temporal.tasks.data import IGNORED
-from hf_temporal.tasks.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
-from hf_temporal.tasks.generation import generate_completions, prompt_of
-from hf_temporal.trainer import TemporalWeightTrainer
-from hf_temporal.training_args import TemporalTrainingArguments
-from recipes.adapters import add_adapter, check_mergeable
-from recipes.configuration import parse
-from recipes.controls import ControlArguments, controlled
-from recipes.models import ModelArguments, load_causal_lm, require_4bit
-from recipes.run import (
+from hf_temporal.data.copying_scores import argmax_of_logits
+from hf_temporal.data.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
+from hf_temporal.data.loading import IGNORED
+from hf_temporal.finetuning.adapters import add_adapter, check_mergeable
+from hf_temporal.finetuning.configuration import parse
+from hf_temporal.finetuning.controls import ControlArguments, controlled
+from hf_temporal.finetuning.generation import generate_completions, prompt_of
+from hf_temporal.finetuning.models import ModelArguments, load_causal_lm, require_4bit
+from hf_temporal.finetuning.run import (
     CardMixin,
     begin,
     carry_out,
@@ -69,7 +64,9 @@ from recipes.run import (
     tell_powers,
     tell_search,
 )
-from recipes.tasks import TASK_KINDS, Scores, load_task
+from hf_temporal.finetuning.tasks import TASK_KINDS, Scores, load_task
+from hf_temporal.trainer import TemporalWeightTrainer
+from hf_temporal.training_args import TemporalTrainingArguments
 
 
 class CausalTrainer(CardMixin, TemporalWeightTrainer):

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
@@ -41,16 +40,12 @@ from transformers import (
     set_seed,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from hf_temporal.tasks.data import IGNORED
-from hf_temporal.tasks.small_t5 import small_t5_config, tokenizer_folder
-from hf_temporal.trainer import TemporalWeightSeq2SeqTrainer
-from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments
-from recipes.adapters import add_adapter, check_mergeable
-from recipes.configuration import parse
-from recipes.models import Seq2SeqModelArguments, load_seq2seq_lm, require_4bit
-from recipes.run import (
+from hf_temporal.data.loading import IGNORED
+from hf_temporal.data.small_t5 import small_t5_config, tokenizer_folder
+from hf_temporal.finetuning.adapters import add_adapter, check_mergeable
+from hf_temporal.finetuning.configuration import parse
+from hf_temporal.finetuning.models import Seq2SeqModelArguments, load_seq2seq_lm, require_4bit
+from hf_temporal.finetuning.run import (
     CardMixin,
     begin,
     carry_out,
@@ -61,7 +56,9 @@ from recipes.run import (
     tell_powers,
     tell_search,
 )
-from recipes.tasks import TASK_KINDS, Summarization, Task, load_task
+from hf_temporal.finetuning.tasks import TASK_KINDS, Summarization, Task, load_task
+from hf_temporal.trainer import TemporalWeightSeq2SeqTrainer
+from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments
 
 VOCABULARY = 8192
 

@@ -16,7 +16,7 @@ from hf_temporal import (
     TemporalWeightSeq2SeqTrainer,
     TemporalWeightTrainer,
 )
-from hf_temporal.profile import LOGITS_AT_ONCE, load_profiles, losses_and_hits, save_profile
+from hf_temporal.evaluation import LOGITS_AT_ONCE, load_profiles, losses_and_hits, save_profile
 from tests.tiny_models import PackCollator, PadCollator, examples, tiny_model
 from tests.tiny_training import token_losses
 

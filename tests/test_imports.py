@@ -33,7 +33,7 @@ def test_hf_temporal_imports_nothing_but_itself() -> None:
     """Beyond what Trainer itself imports: itself, and of transformers little more than its other trainer."""
     modules = imported("import hf_temporal", trainer="Trainer")
     assert "hf_temporal.trainer" in modules
-    assert not any(module.startswith(("hf_temporal.tasks", "hf_temporal.memory")) for module in modules)
+    assert not any(module.startswith(("hf_temporal.data", "hf_temporal.memory")) for module in modules)
     others = [module for module in modules if module.partition(".")[0] != "hf_temporal"]
     assert all(module.startswith("transformers.") for module in others), others
     assert len(others) <= 5, others

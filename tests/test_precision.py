@@ -16,8 +16,9 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer, lm_head
+from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
 from hf_temporal import trainer as trainer_module
+from hf_temporal.model import fused_head as lm_head
 from tests.tiny_models import SEQ2SEQ, Example, examples, tiny_model
 from tests.tiny_training import Steps, distance, norm, train
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import hf_temporal
-from hf_temporal.tasks.embedded_model import INSTALL_COMMAND
+from hf_temporal.data.embedded_model import INSTALL_COMMAND
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -25,7 +25,7 @@ from hf_temporal import (
     TemporalWeighting,
     TemporalWeightTrainer,
 )
-from hf_temporal.model_loss import read_model_loss
+from hf_temporal.model.model_loss import read_model_loss
 from tests.test_trainer import SETTINGS, losses, trainer
 from tests.tiny_models import PadCollator, causal_examples, tiny_model
 

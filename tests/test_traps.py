@@ -24,7 +24,7 @@ from transformers import (
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeighting, TemporalWeightTrainer
 from hf_temporal.collator import LOSS_WEIGHTS, WEIGHTS, TimelineCollator
-from hf_temporal.model_loss import read_model_loss
+from hf_temporal.model.model_loss import read_model_loss
 from tests.test_collator import CAUSAL, tokenizer
 from tests.tiny_models import PadCollator, causal_examples, tiny_model
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from hf_temporal.tasks.copying import HELD_OUT_SEED
-from hf_temporal.tasks.data import SPLITS
+from hf_temporal.data.copying import HELD_OUT_SEED
+from hf_temporal.data.loading import SPLITS
 from hf_temporal.weighting import wide_dtype
 
 MemoryFunction = Callable[[Tensor], Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_temporal.model_loss import undisturbed
+from hf_temporal.model.model_loss import undisturbed
 
 LINEARITY_TOLERANCE = 1e-3
 

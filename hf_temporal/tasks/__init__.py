@@ -1,1 +1,1 @@
-"""Data for the recipes: docstrings, the embedded model, summarization, metrics. Knows neither trainer nor recipes."""
+"""The old name of `hf_temporal.data`, which published model cards import."""

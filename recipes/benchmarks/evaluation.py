@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_trainers import MODELS
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -48,11 +48,8 @@ from transformers import (
     set_seed,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from hf_temporal import TemporalTrainingArguments, TemporalWeightMixin
-from recipes.benchmarks.report import environment, spread, table, write
-from recipes.benchmarks.step_trainers import MODELS
+from hf_temporal.finetuning.tables import environment, spread, table, write
 
 STOCK, OURS = "stock Trainer", "TemporalWeightTrainer"
 COLUMNS = [

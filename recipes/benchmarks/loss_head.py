@@ -14,7 +14,7 @@ The peers, each with the gradients of hidden states [N, H] and head [V, H]:
   torch …             torch.nn.functional.linear_cross_entropy(reduction="none") under each of its accumulation
                       policies, times the weights
   TRL                 the fused head of trl, its log-probabilities times the weights; where trl is installed
-  ours                hf_temporal.fused_head.weighted_linear_cross_entropy
+  ours                hf_temporal.linear_cross_entropy.function.weighted_linear_cross_entropy
   ours, …             with a soft cap; with scale and bias; with label smoothing; with an adapter of rank 8 on a frozen
                       head; with a frozen head; with 16 bits as on a CPU without instructions for them
 Liger and Apple's cut cross-entropy need a GPU: loss_head_gpu.py.
@@ -48,16 +48,19 @@ from unittest import mock
 
 import psutil
 import torch
+from bars import draw_bars
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from hf_temporal import fused_head, head_blocks, head_chunk
-from hf_temporal.fused_head import weighted_linear_cross_entropy, weighted_linear_cross_entropy_terms
-from recipes.benchmarks.bars import draw_bars
-from recipes.benchmarks.report import environment, spread, table, write
+from hf_temporal.finetuning.tables import environment, spread, table, write
+from hf_temporal.linear_cross_entropy import block_head as head_blocks
+from hf_temporal.linear_cross_entropy import function as fused_head
+from hf_temporal.linear_cross_entropy import head as head_chunk
+from hf_temporal.linear_cross_entropy.function import (
+    weighted_linear_cross_entropy,
+    weighted_linear_cross_entropy_terms,
+)
 
 SHAPES = ["2048,512,32000", "1024,1024,128256"]
 PRODUCTS, TARGET_PRODUCTS, STOCK = "three products", "… of the targets", "stock mean"
@@ -124,7 +127,7 @@ def torch_chunked(inputs: Inputs, policy: Any) -> None:
 
 def trl_fused_head(inputs: Inputs) -> None:
     """TRL's log-probabilities."""
-    from recipes.benchmarks.loss_head_gpu_peers import log_probabilities_of_trl
+    from loss_head_gpu_peers import log_probabilities_of_trl
 
     _weighted_mean(-log_probabilities_of_trl(inputs.hidden, inputs.head, inputs.targets), inputs)
 
@@ -200,7 +203,7 @@ class Child:
 
     def __init__(self, peer: str, case: dict[str, Any], threads: int) -> None:
         context = multiprocessing.get_context("forkserver")  # forked where the libraries are imported once
-        context.set_forkserver_preload(["hf_temporal.fused_head"])
+        context.set_forkserver_preload(["hf_temporal.linear_cross_entropy.function"])
         self.peer = peer
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, peer, case, threads), daemon=True)

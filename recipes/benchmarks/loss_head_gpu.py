@@ -37,7 +37,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -49,13 +48,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from hf_temporal import triton_pass
-from recipes.benchmarks.bars import draw_bars
-from recipes.benchmarks.loss_head_gpu_peers import (
+from bars import draw_bars
+from loss_head_gpu_peers import (
     BY_HAND,
     OURS,
     PEERS,
@@ -66,7 +60,10 @@ from recipes.benchmarks.loss_head_gpu_peers import (
     first_line,
     ours,
 )
-from recipes.benchmarks.report import environment, spread, table, write
+from torch import Tensor
+
+from hf_temporal.finetuning.tables import environment, spread, table, write
+from hf_temporal.linear_cross_entropy import triton_kernel
 
 SHAPES = ["16384,2048,248320", "8192,4096,151936"]
 PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy")
@@ -140,9 +137,9 @@ class Bench:
 
     def first(self, peer: str) -> dict[str, Any]:
         """What kernels it builds are built; then memory, and waits for the device. Or why it fails."""
-        kernel = mock.Mock(wraps=triton_pass.losses_and_gradient_)
+        kernel = mock.Mock(wraps=triton_kernel.losses_and_gradient_)
         try:
-            with mock.patch.object(triton_pass, "losses_and_gradient_", kernel):
+            with mock.patch.object(triton_kernel, "losses_and_gradient_", kernel):
                 self.run(peer)
             self.inputs.clear()
             found: dict[str, Any] = {"MiB": None, "waits": None, "Triton calls": kernel.call_count}
@@ -245,7 +242,7 @@ def measure_parts(case: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
     """What one chunk of ours is made of: its three products, and the kernel as it may be launched."""
     device, N, H, V = (case[name] for name in ("device", "N", "H", "V"))
     itemsize = case["dtype"].itemsize
-    n = N if device.type == "cpu" else min(N, triton_pass.default_chunk_size(V, itemsize, device, width=H))
+    n = N if device.type == "cpu" else min(N, triton_kernel.default_chunk_size(V, itemsize, device, width=H))
     inputs = Inputs.make(**{**case, "N": n}, bias=False)
     hidden, head = inputs.hidden.detach(), inputs.head.detach()
     z = hidden @ head.T
@@ -256,17 +253,17 @@ def measure_parts(case: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
         ("gradient of hidden", lambda: z @ head, whole, itemsize * (n * H + V * H + n * V)),
         (
             "gradient of head, added",
-            lambda: triton_pass.add_product_(gradient, z.T, hidden),
+            lambda: triton_kernel.add_product_(gradient, z.T, hidden),
             whole,
             itemsize * (n * H + n * V) + 8 * V * H,
         ),
     ]
-    if triton_pass.is_available(device):
+    if triton_kernel.is_available(device):
         for block, warps in LAUNCHES:
 
             def launch(block: int = block, warps: int = warps) -> None:
-                with mock.patch.multiple(triton_pass, BLOCK=block, WARPS=warps):
-                    triton_pass.losses_and_gradient_(z, inputs.targets, inputs.weights)
+                with mock.patch.multiple(triton_kernel, BLOCK=block, WARPS=warps):
+                    triton_kernel.losses_and_gradient_(z, inputs.targets, inputs.weights)
 
             parts.append((f"pass, blocks of {block}, {warps} warps", launch, 0, 3 * itemsize * n * V))
     rows = []

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_temporal import triton_pass, weighted_linear_cross_entropy
+from hf_temporal import weighted_linear_cross_entropy
+from hf_temporal.linear_cross_entropy import triton_kernel
 
 PRODUCTS, OURS, FALLBACK = "three products", "ours", "ours, PyTorch pass"
 STOCK, BY_HAND = "stock mean", "weights by hand"
@@ -83,7 +84,7 @@ def ours(inputs: Inputs, chunk_size: int | None = None, **options: Any) -> Tenso
 
 def ours_without_triton(inputs: Inputs, **options: Any) -> Tensor:
     """As where Triton is not installed."""
-    with mock.patch.object(triton_pass, "is_available", return_value=False):
+    with mock.patch.object(triton_kernel, "is_available", return_value=False):
         return ours(inputs, **options)
 
 

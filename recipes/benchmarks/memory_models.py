@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,11 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from hf_temporal.finetuning.tables import environment, spread, table, write
 from hf_temporal.memory.modeling import sinusoidal_positions
 from hf_temporal.memory.models import FAMILIES
-from recipes.benchmarks.report import environment, spread, table, write
 
 WARMUP = 1
 

@@ -41,11 +41,9 @@ from transformers import (
     default_data_collator,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from hf_temporal import TemporalWeighting, TemporalWeightTrainer
+from hf_temporal.finetuning.tables import environment, spread, table, write
 from hf_temporal.weighting import NORMALIZATIONS
-from recipes.benchmarks.report import environment, spread, table, write
 
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "reduce", "reduce_scatter_tensor")
 STEPS = 3

@@ -20,7 +20,6 @@ import os
 import random
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +27,10 @@ from typing import Any
 
 import evaluate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import hf_temporal.data
+from hf_temporal.finetuning.tables import environment, spread, table, write
 
-import hf_temporal.tasks
-from recipes.benchmarks.report import environment, spread, table, write
-
-METRIC = Path(hf_temporal.tasks.__file__).parent / "metrics" / "rouge"
+METRIC = Path(hf_temporal.data.__file__).parent / "metrics" / "rouge"
 COLUMNS = ["words", "pairs", "processes", "seconds", "noise", "time / one process", "CPU use"]
 VOCABULARY = 5000
 ENDINGS = ("", "s", "ed", "ing", "ation")

@@ -19,20 +19,17 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from loss_head import Child
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from hf_temporal.finetuning.tables import environment, spread, table, write
 from hf_temporal.plots import COLORS, grid, saved
-from recipes.benchmarks.loss_head import Child
-from recipes.benchmarks.report import environment, spread, table, write
 
 SWEPT = {"N": "positions", "V": "vocabulary"}
 COLUMNS = ["swept", "N", "H", "V", "seconds", "noise", "fastest", "ns per logit", "MiB", "memory / full logits"]

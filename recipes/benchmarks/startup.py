@@ -30,9 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from recipes.benchmarks.report import environment, spread, table, write
+from hf_temporal.finetuning.tables import environment, spread, table, write
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAINER, OURS = "from transformers import Trainer", "import hf_temporal"

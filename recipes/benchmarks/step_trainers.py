@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from step_waits import Waits
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -36,15 +37,12 @@ from transformers import (
     set_seed,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from hf_temporal import (
     TemporalSeq2SeqTrainingArguments,
     TemporalTrainingArguments,
     TemporalWeightSeq2SeqTrainer,
     TemporalWeightTrainer,
 )
-from recipes.benchmarks.step_waits import Waits
 
 MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from hf_temporal import TemporalWeighting, document_ids_of, target_positions
-from hf_temporal.timeline import ORIGINS
+from hf_temporal.finetuning.tables import environment, spread, table, write
+from hf_temporal.positions import ORIGINS
 from hf_temporal.weighting import NORMALIZATIONS
-from recipes.benchmarks.report import environment, spread, table, write
 
 MEAN_DOCUMENT = 400
 PROMPT = 0.5

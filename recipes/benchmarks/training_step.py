@@ -55,15 +55,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
+from step_picture import plot_steps
+from step_trainers import DTYPES, MODELS, SFT, STOCK, TRAINERS, TUNED, WARMUP, Job, serve, why_not
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from hf_temporal.finetuning.report import write_json
+from hf_temporal.finetuning.tables import environment, spread, table
 
-from recipes.benchmarks.report import environment, spread, table
-from recipes.benchmarks.step_picture import plot_steps
-from recipes.benchmarks.step_trainers import DTYPES, MODELS, SFT, STOCK, TRAINERS, TUNED, WARMUP, Job, serve, why_not
-from recipes.report import write_json
-
-PRELOADED = ["hf_temporal.trainer", "hf_temporal.plots", "hf_temporal.model_card", "datasets", "peft"]
+PRELOADED = ["hf_temporal.trainer", "hf_temporal.plots", "hf_temporal.hub.model_card", "datasets", "peft"]
 CASE = ("model", "tuned", "dtype", "batch × length", "share")
 COLUMNS = (
     *CASE, "trainer", "seconds", "noise", "time / stock", "MiB", "memory / stock", "waits per step",

@@ -30,7 +30,7 @@ from hf_temporal import (
     TemporalWeightSeq2SeqTrainer,
     TemporalWeightTrainer,
 )
-from hf_temporal.profile import load_profiles
+from hf_temporal.evaluation import load_profiles
 from tests.test_trainer_models import Regressor, series
 from tests.tiny_models import IGNORE, Example, PackCollator, PadCollator, examples, tiny_model
 from tests.tiny_training import Steps, train

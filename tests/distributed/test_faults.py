@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from tests.recipes.faulty_runs import Fault, KilledBeforeStep, Run, status_of
+from tests.finetuning.faulty_runs import Fault, KilledBeforeStep, Run, status_of
 
 BOUND = 60  # seconds within which the other one notices
 

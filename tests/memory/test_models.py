@@ -27,9 +27,9 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
+from hf_temporal.data.copying import CopyingArguments, DigitCopies, digit_tokenizer
 from hf_temporal.memory.models import FAMILIES
-from hf_temporal.model_loss import read_model_loss
-from hf_temporal.tasks.copying import CopyingArguments, DigitCopies, digit_tokenizer
+from hf_temporal.model.model_loss import read_model_loss
 from tests.memory import references
 
 KINDS = ("regression", "tokens")

@@ -6,10 +6,9 @@ import json
 import statistics
 from pathlib import Path
 
+import loss_head
 import pytest
 import torch
-
-from recipes.benchmarks import loss_head
 
 
 def test_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,13 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import loss_head_gpu
 import pytest
 import torch
+from loss_head_gpu import Bench, elapsed, main
+from loss_head_gpu_peers import BY_HAND, FALLBACK, OURS, PEERS, PRODUCTS, STOCK, Inputs, Peer
 from matplotlib import pyplot as plt
-
-from recipes.benchmarks import loss_head_gpu
-from recipes.benchmarks.loss_head_gpu import Bench, elapsed, main
-from recipes.benchmarks.loss_head_gpu_peers import BY_HAND, FALLBACK, OURS, PEERS, PRODUCTS, STOCK, Inputs, Peer
 
 CPU = torch.device("cpu")
 TOY = ["--device", "cpu", "--dtype", "float32", "--check", "24,16,100", "--shapes", "24,16,100", "32,8,300"]

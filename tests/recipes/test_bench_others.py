@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from step_trainers import MODELS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipes.benchmarks import evaluation, rouge, scaling, startup
-from recipes.benchmarks.step_trainers import MODELS
-from tests.recipes.conftest import Tiny
+from tests.tiny_run import Tiny
 
 Run = Callable[..., tuple[dict[str, Any], str]]
 

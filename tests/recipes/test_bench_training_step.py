@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from step_trainers import Job, build_trainer
+from step_waits import Waits
 
 from recipes.benchmarks import memory_models, reduction, step_picture, step_trainers, timeline, training_step
-from recipes.benchmarks.step_trainers import Job, build_trainer
-from recipes.benchmarks.step_waits import Waits
 
 Run = Callable[..., tuple[dict[str, Any], str]]
 

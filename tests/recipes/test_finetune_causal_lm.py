@@ -15,13 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_temporal.profile import load_profiles
-from hf_temporal.tasks.embedded_model import EMBEDDED_MODEL
-from recipes import finetune_causal_lm, models
+from hf_temporal.data.embedded_model import EMBEDDED_MODEL
+from hf_temporal.evaluation import load_profiles
+from hf_temporal.finetuning import models
+from recipes import finetune_causal_lm
 from recipes.finetune_causal_lm import CausalTrainer, main
 from tests.loopback_hub import OWNER, TOKEN, loopback_hub
-
-from .conftest import Tiny
+from tests.tiny_run import Tiny
 
 ADAPTER = "adapter_model.safetensors"
 KILLED_AT_STEP_3 = """

@@ -13,8 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from recipes import finetune_seq2seq
 from recipes.finetune_seq2seq import Seq2SeqTrainer, main
-
-from .conftest import Tiny
+from tests.tiny_run import Tiny
 
 WEIGHTS = "model.safetensors"
 

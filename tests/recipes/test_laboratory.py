@@ -18,10 +18,12 @@ import torch
 from transformers import TrainerState
 
 from hf_temporal import TemporalTrainingArguments, target_positions
-from recipes import compare_powers, copying_memory, laboratory, linear_functional, sensitivity
-from recipes.configuration import parse
-from recipes.controls import ControlArguments, controlled
-from recipes.run import gradient_norms
+from hf_temporal.finetuning.configuration import parse
+from hf_temporal.finetuning.controls import ControlArguments, controlled
+from hf_temporal.finetuning.run import gradient_norms
+from recipes import compare_powers
+from recipes.laboratory import copying_memory, linear_functional, sensitivity
+from recipes.laboratory import standing as laboratory
 from tests.recipes.test_configs import CAUSAL, FUNCTIONAL
 
 RECIPES = Path(linear_functional.__file__).parent
@@ -70,7 +72,7 @@ def test_flags_stand_unless_others_are_given(recipe: ModuleType, monkeypatch: py
         monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
         assert laboratory.compare("train_functional.py", standing, description=None) == 0
     usual, other = read
-    assert usual.recipe == Path("recipes/train_functional.py")
+    assert usual.recipe == Path("recipes/laboratory/train_functional.py")
     assert usual.arguments.seeds == [0, 1, 2]
     assert other.arguments.seeds == [7]
     assert [flag for flag in other.overrides if "max_steps" in flag] == ["--max_steps=3"]

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from hf_temporal.finetuning.functional import FunctionalArguments, MemoryScores
 from hf_temporal.memory.models import FAMILIES
-from recipes.functional_task import FunctionalArguments, MemoryScores
-from recipes.train_functional import FunctionalTrainer, main
+from recipes.laboratory.train_functional import FunctionalTrainer, main
 
-CONFIG = "recipes/configs/memory/linear_functional.yaml"
+CONFIG = "recipes/laboratory/configs/linear_functional.yaml"
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,0 +1,1 @@
+"""Comparisons of several p over several seeds: the grid, its runs, the statistics, the report."""

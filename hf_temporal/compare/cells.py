@@ -1,0 +1,61 @@
+"""One run of a comparison: where it is, whether it is finished, what it measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_temporal.finetuning.report import EVALUATIONS_NAME, RESULTS_NAME, load_evaluations
+
+Evaluations = dict[int, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One p with one seed; its run writes into a folder of its own in the comparison's `output_dir`."""
+
+    power: float
+    seed: int
+    output_dir: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return f"p{power_name(self.power)}_seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The `output_dir` of the run."""
+        return self.output_dir / self.name
+
+    @property
+    def log(self) -> Path:
+        """All that the run printed."""
+        return self.folder / "log.txt"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.folder / RESULTS_NAME).is_file()
+
+    def evaluations(self, metric: str) -> Evaluations:
+        """All metrics by step, without their prefix.
+
+        Raises ValueError where there is no evaluation, or the last one does not have this metric.
+        """
+        found = load_evaluations(self.folder)
+        if not found:
+            raise ValueError(f"{self.folder} holds no {EVALUATIONS_NAME}; accepted: a configuration with do_eval")
+        by_step = {
+            each["step"]: {name.removeprefix("eval_"): float(value) for name, value in each["metrics"].items()}
+            for each in found
+        }
+        known = by_step[max(by_step)]
+        if metric not in known:
+            raise ValueError(f"metric={metric!r} is not among what {self.name} measured: {', '.join(sorted(known))}")
+        return by_step
+
+
+def power_name(power: float) -> str:
+    """0.5, 1, -1, inf: the shortest text that reads as this p."""
+    return repr(power).removesuffix(".0")

@@ -1,0 +1,312 @@
+"""What a comparison over p found: each p tested against p = 0 on the same seeds, and said in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from .cells import Cell, Evaluations, power_name
+
+ALPHA = 0.05
+SAME = 1e-9  # differences that spread by less than this share of the values are one and the same
+LOWER_IS_BETTER = ("loss", "error", "perplexity", "empty")
+NEITHER_IS_BETTER = ("gen_len", "grad_norm", "grad_norm_spread")
+RATIOS = ("memory_error", "gradient_error", "grad_norm")  # what spans orders of magnitude is compared by ratio
+BESIDE = (
+    "short_memory_error",
+    "middle_memory_error",
+    "long_memory_error",
+    "short_gradient_error",
+    "middle_gradient_error",
+    "long_gradient_error",
+    "loss",
+    "first_token_loss",
+    "head_loss",
+    "tail_loss",
+    "last_token_loss",
+    "gen_len",
+    "empty",
+    "grad_norm",
+    "grad_norm_spread",
+)
+TITLES = {
+    "short_memory_error": "memory error, short lags",
+    "middle_memory_error": "memory error, middle lags",
+    "long_memory_error": "memory error, long lags",
+    "short_gradient_error": "gradient error, short lags",
+    "middle_gradient_error": "gradient error, middle lags",
+    "long_gradient_error": "gradient error, long lags",
+    "first_token_loss": "loss, first token",
+    "head_loss": "loss, first quarter",
+    "tail_loss": "loss, last quarter",
+    "last_token_loss": "loss, last token",
+    "gen_len": "generated tokens",
+    "empty": "empty texts",
+    "grad_norm": "gradient norm",
+    "grad_norm_spread": "spread of the gradient norm",
+}
+
+Values = dict[float, dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is compared over p.
+
+    Args:
+        title: as it is shown.
+        direction: 1 where higher is better, −1 where lower is, 0 where neither.
+        values: by p, then by seed.
+        bounds: p and seed of the runs that did not get there, whose value is the budget.
+        budget: of steps.
+        is_ratio: whether means are geometric and p is compared with 0 by ratio: everything happens on logarithms.
+    """
+
+    title: str
+    direction: int
+    values: Values
+    bounds: frozenset[tuple[float, int]] = frozenset()
+    budget: float = math.inf
+    is_ratio: bool = False
+
+    def mean(self, power: float) -> float:
+        """Over the seeds of this p."""
+        return self._back(fmean(self._scaled(power).values()))
+
+    def interval(self, power: float) -> tuple[float, float] | None:
+        """The mean's, see `mean_interval`."""
+        found = mean_interval(list(self._scaled(power).values()))
+        return found and (self._back(found[0]), self._back(found[1]))
+
+    def against_0(self, power: float) -> Difference:
+        """This p against p = 0, not judged yet."""
+        found = paired_difference(self._scaled(power), self._scaled(0.0))
+        if not self.is_ratio or found.mean is None or found.usual is None or found.difference is None:
+            return found
+        interval = found.interval and (self._back(found.interval[0]), self._back(found.interval[1]))
+        mean, usual, ratio = map(self._back, (found.mean, found.usual, found.difference))
+        return replace(found, mean=mean, usual=usual, difference=None, ratio=ratio, interval=interval)
+
+    def _scaled(self, power: float) -> dict[int, float]:
+        values = self.values.get(power, {})
+        return {seed: _log(value) for seed, value in values.items()} if self.is_ratio else values
+
+    def _back(self, value: float) -> float:
+        return float(f"{math.exp(value):.12g}") if self.is_ratio else value  # 20, not 20.000000000000004
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A p against p = 0 on the seeds that both have; None for what these cannot say.
+
+    - difference: mean over seeds of (value at p − value at p = 0), with its 95 % t interval;
+    - ratio: in its place, where quantities are compared so, the geometric mean of (value at p / value at p = 0), with
+      its interval; d_z and P-value are those of the logarithms;
+    - d_z: that mean divided by the differences' standard deviation;
+    - p_value: of the paired t-test, two-sided; where the difference is the same on every seed of its sign alone,
+      2^(1 − seeds), as the t-test does not exist;
+    - holm: corrected for the number of p compared;
+    - verdict: better, worse (higher, lower where neither is better), not told apart, or not compared.
+    """
+
+    seeds: list[int]
+    mean: float | None = None
+    usual: float | None = None
+    difference: float | None = None
+    ratio: float | None = None
+    interval: tuple[float, float] | None = None
+    d_z: float | None = None
+    p_value: float | None = None
+    holm: float | None = None
+    verdict: str = "not compared"
+    words: str = ""
+
+
+def direction_of(metric: str) -> int:
+    """1 where higher is better, −1 where lower is, 0 where neither."""
+    return 0 if metric in NEITHER_IS_BETTER else -1 if metric.endswith(LOWER_IS_BETTER) else 1
+
+
+def title_of(metric: str) -> str:
+    """As it is shown."""
+    return TITLES.get(metric, metric)
+
+
+# ---- statistics
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """x̄ ± t_{0.975, n−1} · s/√n, None for one value or where one is not finite."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None
+    if np.ptp(values) <= SAME * np.abs(values).max():
+        return values[0], values[0]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(1 - ALPHA)
+    return float(low), float(high)
+
+
+def paired_difference(values: Mapping[int, float], usual: Mapping[int, float]) -> Difference:
+    """Values by seed at a p against those at p = 0; verdict, words and correction are left open."""
+    seeds = sorted(values.keys() & usual.keys())
+    pairs = np.array([(values[seed], usual[seed]) for seed in seeds]).reshape(-1, 2)
+    if not seeds or not np.isfinite(pairs).all():
+        return Difference(seeds)
+    differences = pairs[:, 0] - pairs[:, 1]
+    mean, mean_usual = pairs.mean(0).tolist()
+    found = Difference(seeds, mean, mean_usual, float(differences.mean()))
+    if len(seeds) == 1:
+        return found
+    same = SAME * np.abs(pairs).max()
+    if np.ptp(differences) <= same:
+        return replace(found, p_value=1.0 if np.abs(differences).max() <= same else 2.0 ** (1 - len(seeds)))
+    test = stats.ttest_rel(pairs[:, 0], pairs[:, 1])
+    low, high = test.confidence_interval(1 - ALPHA)
+    d_z = float(differences.mean() / differences.std(ddof=1))
+    return replace(found, interval=(float(low), float(high)), d_z=d_z, p_value=float(test.pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p_(k) → max_{j ≤ k} min(1, (m − j + 1) p_(j)), p_(1) ≤ … ≤ p_(m) (Holm, 1979)."""
+    order = np.argsort(p_values)
+    stepped = np.maximum.accumulate(np.sort(p_values) * np.arange(len(p_values), 0, -1))
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(stepped, 1)
+    return corrected.tolist()
+
+
+def compare(quantity: Quantity) -> dict[float, Difference]:
+    """Every p but 0 against p = 0."""
+    found = {power: quantity.against_0(power) for power in quantity.values if power != 0}
+    tested = {power: each.p_value for power, each in found.items() if each.p_value is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    judged = {power: _judged(each, quantity.direction, corrected.get(power)) for power, each in found.items()}
+    return {power: replace(each, words=_words(quantity, power, each)) for power, each in judged.items()}
+
+
+def _judged(found: Difference, direction: int, corrected: float | None) -> Difference:
+    if corrected is None or found.mean is None or found.usual is None:
+        return found
+    if corrected >= ALPHA:
+        return replace(found, holm=corrected, verdict="not told apart")
+    rises = found.mean > found.usual
+    verdict = ("higher" if rises else "lower") if direction == 0 else "better" if rises == (direction > 0) else "worse"
+    return replace(found, holm=corrected, verdict=verdict)
+
+
+# ---- what is compared
+
+
+def quantities(runs: Mapping[Cell, Evaluations], metric: str, reach: float | None) -> list[Quantity]:
+    """The metric at the end of every run; steps until it reaches `reach`; then what stands `BESIDE` it where it is.
+
+    Steps count within a budget: the last step that every run was evaluated at. A run that does not get there counts
+    with the whole budget, so that means and tests are of min(steps, budget), which every run tells exactly; one that
+    is there before the first step, with 1. They are compared by ratio.
+    """
+    last = {cell: evaluations[max(evaluations)] for cell, evaluations in runs.items()}
+    everywhere = set.intersection(*map(set, last.values()))
+    names = [metric, *(name for name in BESIDE if name in everywhere - {metric})]
+    compared = [
+        Quantity(
+            title_of(name),
+            direction_of(name),
+            _by_power({cell: found[name] for cell, found in last.items()}),
+            is_ratio=name.endswith(RATIOS),
+        )
+        for name in names
+    ]
+    if reach is not None:
+        compared.insert(1, _steps_until(reach, metric, {cell: curve(runs[cell], metric) for cell in runs}))
+    return compared
+
+
+def curve(evaluations: Evaluations, metric: str) -> dict[int, float]:
+    """A metric by step, where it was measured."""
+    return {step: metrics[metric] for step, metrics in sorted(evaluations.items()) if metric in metrics}
+
+
+def _steps_until(reach: float, metric: str, curves: Mapping[Cell, Mapping[int, float]]) -> Quantity:
+    sign = direction_of(metric)
+    budget = min(max(values) for values in curves.values())
+    reached = {
+        cell: [step for step, value in values.items() if step <= budget and sign * value >= sign * reach]
+        for cell, values in curves.items()
+    }
+    return Quantity(
+        f"steps until {title_of(metric)} {'≥' if sign > 0 else '≤'} {reach:g}",
+        direction=-1,
+        values=_by_power({cell: float(max(1, min(steps, default=budget))) for cell, steps in reached.items()}),
+        bounds=frozenset((cell.power, cell.seed) for cell, steps in reached.items() if not steps),
+        budget=budget,
+        is_ratio=True,
+    )
+
+
+def _by_power(values: Mapping[Cell, float]) -> Values:
+    powers = sorted({cell.power for cell in values})
+    return {power: {cell.seed: value for cell, value in values.items() if cell.power == power} for power in powers}
+
+
+# ---- words
+
+
+def _words(quantity: Quantity, power: float, found: Difference) -> str:
+    start, runs = f"p = {power_name(power)}:", len(found.seeds)
+    if not runs:
+        return f"{start} not compared. No seed is finished both here and at p = 0."
+    if found.mean is None or found.usual is None:
+        return f"{start} not compared. A run ended without a finite value."
+    means = f"{number(found.mean)} instead of {number(found.usual)} at p = 0"
+    missed = [[seed for seed in found.seeds if (each, seed) in quantity.bounds] for each in (power, 0.0)]
+    if any(missed):
+        here, usual = (f"{len(seeds)} of {runs}" for seeds in missed)
+        means += f" (runs that took longer than {number(quantity.budget)} count as that: {here}, at p = 0 {usual})"
+    effect, show = _effect(found)
+    if runs == 1:
+        return f"{start} no claim from one seed. {means}, which is {effect}."
+    if found.interval is None:
+        change = f"{effect} on all {runs} seeds alike, of which only the sign is tested"
+    else:
+        low, high = map(show, found.interval)
+        d_z = f"{found.d_z or 0.0:.1f}".replace("-", "−")
+        change = f"{effect} [{low}, {high}], d_z = {d_z}, {runs} seeds"
+    return f"{start} {found.verdict}. {means}, which is {change}; P-value {_probability(found.holm or 0.0)}."
+
+
+def _effect(found: Difference) -> tuple[str, Callable[[float], str]]:
+    """The size of the effect, and how the ends of its interval are shown."""
+    if found.ratio is not None:
+        return f"{number(found.ratio)} times that", number
+    return _signed(found.difference or 0.0), _signed
+
+
+def number(value: float) -> str:
+    """Digits by size: 0.0004, 0.983, 27.3, 1,234; none behind the point of a whole number."""
+    value = float(f"{value:.9g}")
+    size = abs(value)
+    if not math.isfinite(value):
+        text = "not finite"
+    elif size >= 100 or value == round(value):
+        text = f"{value:,.0f}"
+    elif size >= 10:
+        text = f"{value:.1f}"
+    else:
+        text = f"{value:.3f}" if size >= 0.01 else f"{value:.1g}" if size < 0.001 else f"{value:.4f}"
+    return text.replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
+def _probability(value: float) -> str:
+    return "below 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,227 @@
+"""Copying: what stood in front of a long blank is to be repeated after it. Examples are made on the fly.
+
+Two forms: digits, as in the literature, for models from scratch, and passages of real text for pretrained tokenizers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .loading import IGNORED, SPLITS
+
+FORMS = ("digits", "text")
+BLANK, CUE = 0, 9  # digits that are not copied: the filling, and the signal to repeat
+PAD, END = 10, 11  # tokens beside the digits
+HELD_OUT_SEED = 0  # of validation and test, whatever the run's seed, so that all runs are scored on the same examples
+
+PASSAGE, DISTRACTOR = "\ue000", "\ue001"  # private characters: they stand for the two texts in a rendered prompt
+PROMPT = (
+    f"Remember this passage:\n\n{PASSAGE}\n\nNow read this other text:\n\n{DISTRACTOR}\n\n"
+    "Repeat the passage that you were to remember, word for word, and nothing else."
+)
+WITHOUT_TEMPLATE = "\n\nPassage:\n"
+
+
+@dataclass
+class CopyingArguments:
+    """What is copied, and over which distance."""
+
+    copying_form: str = field(
+        default="digits",
+        metadata={"help": "Digits after a blank, or a passage of text after another text.", "choices": [*FORMS]},
+    )
+    copy_length: int = field(default=10, metadata={"help": "Digits, or tokens of the passage, that are copied: L."})
+    blank_length: int = field(default=100, metadata={"help": "Length of the blank, or tokens of the other text: T."})
+
+    def __post_init__(self) -> None:
+        if self.copying_form not in FORMS:
+            raise ValueError(f"copying_form={self.copying_form!r}: {', '.join(FORMS)} are accepted")
+        for name in ("copy_length", "blank_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 1 is accepted")
+
+    @property
+    def answer_length(self) -> int:
+        """Target tokens of an example, an end token aside: T + 2L digits, or the L tokens of the passage."""
+        blank = self.blank_length + self.copy_length if self.copying_form == "digits" else 0
+        return blank + self.copy_length
+
+
+class Copies(Dataset[dict[str, list[int]]]):
+    """`size` examples; the i-th is a function of (seed, split, i) alone, however often and wherever it is asked for.
+
+    Args:
+        arguments: lengths.
+        split: "train", "validation" or "test".
+        size: number of examples.
+        seed: the run's; it changes the training examples alone.
+        is_encoder_decoder: whether input and target are two sequences, or one.
+    """
+
+    def __init__(
+        self, arguments: CopyingArguments, *, split: str, size: int, seed: int, is_encoder_decoder: bool
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r}: {', '.join(SPLITS)} are accepted")
+        if size < 1:
+            raise ValueError(f"size={size!r}: a whole number of at least 1 is accepted")
+        self.arguments = arguments
+        self.size = size
+        self.is_encoder_decoder = is_encoder_decoder
+        self._seed = [seed if split == "train" else HELD_OUT_SEED, SPLITS.index(split)]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        index = range(self.size)[index]
+        input_ids, labels = self._example(np.random.default_rng([*self._seed, index]))
+        return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return (self[index] for index in range(self.size))
+
+    def _example(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """input_ids and labels."""
+        raise NotImplementedError
+
+
+class DigitCopies(Copies):
+    """The copying memory problem: both sequences of length T + 2L, digits drawn from 1..8.
+
+        x = d_1 … d_L, T−1 zeros, L+1 nines        y = T+L zeros, d_1 … d_L
+
+    - Encoder–decoder: input_ids = x, labels = y. There is no end token; generate T + 2L new tokens.
+    - Decoder-only: y[i] is to be answered at x[i], at once. The model's own loss compares the logits at i with
+      labels[i+1], so labels = −100, y[0], …, y[T+2L−1], and input_ids = x and an end token, which only fills the last
+      place: no answer sees it, and the answer there is not asked for.
+
+    Either way the t-th target token is y[t−1], t = 1..T+2L. Token ids are those of `digit_tokenizer`.
+    """
+
+    def _example(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        L, T = self.arguments.copy_length, self.arguments.blank_length
+        digits = rng.integers(BLANK + 1, CUE, L).tolist()
+        x = digits + [BLANK] * (T - 1) + [CUE] * (L + 1)
+        y = [BLANK] * (T + L) + digits
+        return (x, y) if self.is_encoder_decoder else ([*x, END], [IGNORED, *y])
+
+
+def digit_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each digit, its id the digit itself, and `PAD` and `END`."""
+    vocabulary = {str(digit): digit for digit in range(10)} | {"<pad>": PAD, "</s>": END}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+class TextCopies(Copies):
+    """Prompt: L tokens of a text, then T tokens of others, then the request to repeat the first; completion: them.
+
+    The texts are joined; passage and distractor are cut from that stream between two tokens, and
+    the prompt around them is tokenized in the pieces that they leave of it. So the labels are the very tokens that
+    stand in the prompt; where two pieces meet, tokens may differ from those of the whole prompt as one text.
+
+    - Decoder-only: input_ids = prompt + passage + end token, labels −100 on the prompt. The prompt is the user's turn
+      of the tokenizer's chat template where it has one.
+    - Encoder–decoder: input_ids = prompt, labels = passage, each with the special tokens that the tokenizer puts
+      around a source and around a target.
+
+    Args:
+        texts: of this split, as `tokenize_texts` gives them. The passage is from one with L tokens or more, the
+            distractor from all others.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: no text is long enough for a passage, or the others not for a distractor.
+    """
+
+    def __init__(
+        self,
+        arguments: CopyingArguments,
+        texts: Sequence[Sequence[int]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        split: str,
+        size: int,
+        seed: int,
+        is_encoder_decoder: bool,
+    ) -> None:
+        super().__init__(arguments, split=split, size=size, seed=seed, is_encoder_decoder=is_encoder_decoder)
+        rows = [np.array(row, dtype=np.int64) for row in texts]
+        self._stream = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
+        self._ends = np.cumsum([0, *map(len, rows)])
+        lengths = np.diff(self._ends)
+        self._candidates = np.flatnonzero(lengths >= arguments.copy_length)
+        if not len(self._candidates):
+            raise ValueError(
+                f"copy_length={arguments.copy_length}: the longest {split} text has {lengths.max(initial=0)} tokens, "
+                "which is the most that is accepted"
+            )
+        others = len(self._stream) - int(lengths.max())
+        if others < arguments.blank_length:
+            raise ValueError(
+                f"blank_length={arguments.blank_length}: the {split} texts beside the longest have {others} tokens, "
+                "which is the most that is accepted"
+            )
+        self._before, self._between, self._after = prompt_pieces(tokenizer, is_encoder_decoder=is_encoder_decoder)
+        before, after = _special_tokens_around(tokenizer, target=True)
+        self._answer_around = (before, after) if is_encoder_decoder else ([], [tokenizer.eos_token_id])
+
+    def _example(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        L, T = self.arguments.copy_length, self.arguments.blank_length
+        text = rng.choice(self._candidates)
+        start, end = self._ends[text], self._ends[text + 1]
+        first = rng.integers(start, end - L + 1)
+        passage = self._stream[first : first + L].tolist()
+        # the other texts, in a circle that begins behind this one
+        first = end + rng.integers(len(self._stream) - (end - start) - T + 1)
+        distractor = self._stream.take(range(first, first + T), mode="wrap").tolist()
+        prompt = [*self._before, *passage, *self._between, *distractor, *self._after]
+        answer = [*self._answer_around[0], *passage, *self._answer_around[1]]
+        return (prompt, answer) if self.is_encoder_decoder else (prompt + answer, [IGNORED] * len(prompt) + answer)
+
+
+def tokenize_texts(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+    """The "tokens" of each "text", without special ones."""
+    special = set(tokenizer.all_special_ids)
+    rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids
+    return {"tokens": [[token for token in row if token not in special] for row in rows]}
+
+
+def prompt_pieces(tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool) -> tuple[list[int], ...]:
+    """The tokens of the prompt before the passage, between passage and distractor, and after the distractor.
+
+    Raises ValueError where the tokenizer's chat template does not show a user's turn as it is, and once.
+    """
+    has_template = tokenizer.chat_template is not None and not is_encoder_decoder
+    if has_template:
+        turns = [{"role": "user", "content": PROMPT}]
+        rendered = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    else:
+        rendered = PROMPT + WITHOUT_TEMPLATE
+    texts = re.split(f"{PASSAGE}|{DISTRACTOR}", rendered)
+    if len(texts) != 3:
+        raise ValueError(f"chat_template renders as {rendered!r}: one that shows a user's turn once is accepted")
+    before, between, after = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+    if not has_template:
+        opening, closing = _special_tokens_around(tokenizer)
+        before, after = opening + before, after + (closing if is_encoder_decoder else [])
+    return before, between, after
+
+
+def _special_tokens_around(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts in front of a text and behind it."""
+    text = "text_target" if target else "text"
+    bare = tokenizer(**{text: "a"}, add_special_tokens=False).input_ids
+    whole = tokenizer(**{text: "a"}).input_ids
+    start = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]

@@ -1,0 +1,1 @@
+"""What the fine-tuning recipes share: arguments, models, tasks, going on with a run, reports."""

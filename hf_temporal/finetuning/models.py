@@ -1,0 +1,391 @@
+"""Which model a recipe trains: one from the Hub or a folder, a new one, or an encoder–decoder made of two."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import prepare_model_for_kbit_training
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    EncoderDecoderModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_bitsandbytes_available, logging
+
+import hf_temporal.memory.models  # noqa: F401 - model_type knows the laboratory's families from here on
+from hf_temporal.data.embedded_model import EMBEDDED_MODEL, embedded_model_folder
+
+logger = logging.get_logger(__name__)
+
+NEW_IN_A_DECODER = ("crossattention", "enc_to_dec_proj")  # what a warm-started pair has to learn from nothing
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and with which adapter, in the names of TRL and Hugging Face's examples."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model on the Hub, or folder; unset: the recipe's own."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer on the Hub, or folder; unset: the model's."}
+    )
+    tokenizer_type: str | None = field(
+        default=None,
+        metadata={"help": "Kind of the tokenizer where its files do not say: bert reads the vocab.txt of T5-PEGASUS."},
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "Train a model of this kind (llama, t5, ...) from random weights."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Its configuration where it is not the default: hidden_size=64,vocab_size=16."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of the weights when loaded.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the modules that get an adapter; all-linear: every linear layer but the LM head."},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Keep the frozen weights under the adapter in 4 bits (NF4)."}
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Save the model with the trained adapter added to its weights."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("load_in_4bit", "merge_adapter"):
+            if getattr(self, name) and not self.use_peft:
+                raise ValueError(f"{name}=True is about an adapter, and use_peft=False; accepted: both or neither")
+        if self.load_in_4bit and self.merge_adapter:
+            raise ValueError(
+                "load_in_4bit=True and merge_adapter=True: added to 4-bit weights the adapter would be rounded away; "
+                "accepted: one of them"
+            )
+        if self.use_peft:
+            self._check_lora()
+        if self.config_overrides and not self.model_type:
+            raise ValueError(f"config_overrides={self.config_overrides!r} is for a model_type; accepted: with one")
+        if self.model_type:
+            for name in ("model_name_or_path", "use_peft"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"model_type={self.model_type!r} trains all of a new model, and "
+                        f"{name}={getattr(self, name)!r}; accepted: one of them"
+                    )
+            self.config_values()
+
+    def _check_lora(self) -> None:
+        accepted = {
+            "lora_r": (self.lora_r >= 1, "a whole number of at least 1"),
+            "lora_alpha": (self.lora_alpha > 0, "a number above 0"),
+            "lora_dropout": (0 <= self.lora_dropout < 1, "a number from 0 to below 1"),
+            "lora_target_modules": (bool(self.lora_target_modules), "one name or more"),
+        }
+        for name, (fits, what) in accepted.items():
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {what}")
+
+    def config_values(self) -> dict[str, Any]:
+        """What `config_overrides` says, each value of the type that the configuration of `model_type` has there.
+
+        Raises ValueError for a kind of model or a key that does not exist, and for a value of another type.
+        """
+        try:
+            config = AutoConfig.for_model(str(self.model_type))
+        except ValueError as error:
+            raise ValueError(f"model_type={self.model_type!r}: {error}") from None
+        values: dict[str, Any] = {}
+        for setting in self.config_overrides.split(",") if self.config_overrides else ():
+            name, _, value = (part.strip() for part in setting.partition("="))
+            try:
+                config.update_from_string(f"{name}={value}")
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"config_overrides={self.config_overrides!r}: {error}; "
+                    f"accepted: name=value,... with names and values of {type(config).__name__}"
+                ) from None
+            values[config.attribute_map.get(name, name)] = getattr(config, name)
+        return values
+
+
+@dataclass
+class Seq2SeqModelArguments(ModelArguments):
+    """`ModelArguments`, and the two models of a warm-started encoder–decoder."""
+
+    encoder_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model on the Hub, or folder, that becomes the encoder of a new pair."}
+    )
+    decoder_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The same for the decoder; its attention to the encoder starts from nothing."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pair = (self.encoder_model_name_or_path, self.decoder_model_name_or_path)
+        if not any(pair):
+            return
+        if not all(pair):
+            raise ValueError(
+                f"encoder_model_name_or_path={pair[0]!r} and decoder_model_name_or_path={pair[1]!r}; "
+                "accepted: both or neither"
+            )
+        for name in ("model_name_or_path", "model_type", "load_in_4bit"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"encoder_model_name_or_path={pair[0]!r} makes a new model of two, and "
+                    f"{name}={getattr(self, name)!r}; accepted: one of them"
+                )
+        if self.use_peft and not self.merge_adapter:
+            raise ValueError(
+                "use_peft=True with encoder_model_name_or_path: an adapter for a pair that is saved nowhere could not "
+                "be loaded again; accepted: merge_adapter=True as well, or use_peft=False"
+            )
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that `arguments` name, without segment ids, which no model here is trained with.
+
+    Raises ValueError where it has no vocabulary: `AutoTokenizer` reads a T5-PEGASUS folder as T5's, finds no file of
+    T5's there, and makes every text unknown.
+    """
+    name, revision = _source(arguments)
+    if arguments.tokenizer_name:
+        name, revision = arguments.tokenizer_name, "main"
+    kind = {"tokenizer_type": arguments.tokenizer_type} if arguments.tokenizer_type else {}
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=revision, model_input_names=["input_ids", "attention_mask"], **kind
+    )
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
+        raise ValueError(
+            f"{name!r} holds no vocabulary that {type(tokenizer).__name__} reads; accepted: a tokenizer_type that "
+            "fits the files there (bert for a vocab.txt), or another tokenizer_name"
+        )
+    return tokenizer
+
+
+def load_causal_lm(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The decoder-only model and its tokenizer, or `tokenizer`; one without a padding token pads with its end token.
+
+    Raises ValueError for a tokenizer without an end token.
+    """
+    tokenizer = tokenizer or load_tokenizer(arguments)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no end token; accepted: one with eos_token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = _load(AutoModelForCausalLM, arguments, tokenizer)
+    _fit_embedding(model, tokenizer, arguments)
+    return model, tokenizer
+
+
+def load_seq2seq_lm(
+    arguments: Seq2SeqModelArguments, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The encoder–decoder and its tokenizer, or `tokenizer`.
+
+    Where the tokenizer is BERT's and the model's end token is not, the model is made to start with [CLS] and to end
+    with [SEP], as T5-PEGASUS and warm-started pairs do.
+
+    Raises ValueError for a tokenizer without a padding token or without an end token.
+    """
+    tokenizer = tokenizer or load_tokenizer(arguments)
+    for role, token in (("padding", tokenizer.pad_token_id), ("end", _end(tokenizer))):
+        if token is None:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no {role} token; "
+                f"accepted: one with {'pad_token' if role == 'padding' else 'eos_token or sep_token'}"
+            )
+    if arguments.encoder_model_name_or_path:
+        model = _load_pair(arguments, tokenizer)
+    else:
+        model = _load(AutoModelForSeq2SeqLM, arguments, tokenizer)
+    _fit_embedding(model, tokenizer, arguments)
+    if tokenizer.eos_token_id is None and model.config.eos_token_id != tokenizer.sep_token_id:
+        if arguments.use_peft and not arguments.merge_adapter:
+            raise ValueError(
+                f"model_name_or_path={arguments.model_name_or_path!r} does not know the [CLS] and [SEP] of its "
+                "tokenizer, and an adapter cannot tell it; accepted: merge_adapter=True as well, or use_peft=False"
+            )
+        _set_special_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def _source(arguments: ModelArguments) -> tuple[str, str]:
+    """Folder or Hub id of the model, and its revision."""
+    if arguments.model_name_or_path:
+        return arguments.model_name_or_path, arguments.model_revision
+    if isinstance(arguments, Seq2SeqModelArguments):
+        if arguments.encoder_model_name_or_path:
+            return arguments.encoder_model_name_or_path, "main"
+        if not arguments.model_type:
+            raise ValueError("no model is named; accepted: model_name_or_path, model_type, encoder_model_name_or_path")
+    if arguments.model_type:
+        if arguments.tokenizer_name is None:
+            raise ValueError(f"model_type={arguments.model_type!r} has no tokenizer; accepted: with a tokenizer_name")
+        return arguments.tokenizer_name, "main"
+    return str(embedded_model_folder()), "main"
+
+
+def _load(kind: Any, arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if arguments.model_type:
+        config = new_config(arguments, tokenizer)
+        return kind.from_config(config, dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
+    name, revision = _source(arguments)
+    quantized = _in_4bit(arguments)
+    model: PreTrainedModel = kind.from_pretrained(name, revision=revision, dtype=arguments.dtype, **quantized)
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if arguments.model_name_or_path is None:
+        # what is saved says where the model is from, not where it lies on this machine
+        model.name_or_path = model.config._name_or_path = EMBEDDED_MODEL
+        warnings.filterwarnings("ignore", message="Could not find a config file in|Unable to fetch remote file")
+    return model
+
+
+def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of `model_type` with the vocabulary and special tokens of `tokenizer`, and the overrides.
+
+    The decoder starts with the token of the role that starts it by default; where there is none, with padding, as T5.
+    """
+    kind = str(arguments.model_type)
+    default = AutoConfig.for_model(kind)
+    tokens = {
+        "bos_token_id": _start(tokenizer),
+        "eos_token_id": _end(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    roles = {getattr(default, name, None): token for name, token in tokens.items()}
+    if default.is_encoder_decoder:
+        start = getattr(default, "decoder_start_token_id", None)
+        tokens["decoder_start_token_id"] = tokenizer.pad_token_id if start is None else roles.get(start)
+    if getattr(default, "forced_eos_token_id", None) is not None:
+        tokens["forced_eos_token_id"] = _end(tokenizer)
+    settings = {"vocab_size": len(tokenizer)} | tokens | arguments.config_values()
+    return AutoConfig.for_model(kind, **settings)
+
+
+def require_4bit(arguments: ModelArguments) -> None:
+    """Raises where `load_in_4bit` is asked for and its package (with the pip command) or a CUDA GPU is missing."""
+    if not arguments.load_in_4bit:
+        return
+    if not is_bitsandbytes_available():
+        raise ModuleNotFoundError("load_in_4bit=True needs the package bitsandbytes: pip install -U bitsandbytes")
+    if not torch.cuda.is_available():
+        raise ValueError("load_in_4bit=True needs a CUDA GPU, and torch finds none; accepted here: load_in_4bit=False")
+
+
+def _in_4bit(arguments: ModelArguments) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: NF4 with quantized scales on this process's GPU, products in 16 bits."""
+    require_4bit(arguments)
+    if not arguments.load_in_4bit:
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16 if arguments.dtype == "float16" else torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": PartialState().local_process_index}}
+
+
+def _load_pair(arguments: Seq2SeqModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """An encoder–decoder of two models that share one vocabulary; only the attention between them is new.
+
+    Raises ValueError where they do not share it, or where more than that attention would start from random weights
+    and an adapter would leave it so.
+    """
+    encoder, decoder = arguments.encoder_model_name_or_path, arguments.decoder_model_name_or_path
+    assert encoder is not None
+    assert decoder is not None
+    if arguments.tokenizer_name is None and decoder != encoder:
+        kind = {"tokenizer_type": arguments.tokenizer_type} if arguments.tokenizer_type else {}
+        if AutoTokenizer.from_pretrained(decoder, **kind).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"decoder_model_name_or_path={decoder!r} has another vocabulary than "
+                f"encoder_model_name_or_path={encoder!r}; accepted: two models with one vocabulary"
+            )
+    config = AutoConfig.from_pretrained(decoder)
+    config.is_decoder = config.add_cross_attention = True
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        decoder, config=config, dtype=arguments.dtype, output_loading_info=True
+    )
+    random = [key for key in loaded[1]["missing_keys"] if not any(part in key for part in NEW_IN_A_DECODER)]
+    if random and arguments.use_peft:
+        raise ValueError(
+            f"decoder_model_name_or_path={decoder!r} has no weights for {', '.join(sorted(random))}, which an adapter "
+            "would leave random; accepted: use_peft=False, or a decoder with its LM head"
+        )
+    model: PreTrainedModel = EncoderDecoderModel.from_encoder_decoder_pretrained(
+        encoder, decoder_model=loaded[0], encoder_dtype=arguments.dtype
+    )
+    _set_special_tokens(model, tokenizer)
+    return model
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that starts a text; BERT's tokenizers call it [CLS]."""
+    start: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    return start
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends a text; BERT's tokenizers call it [SEP]."""
+    end: int | None = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return end
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Generation and the decoder's input start with [CLS] (or <s>) and end with [SEP] (or </s>)."""
+    tokens = {
+        "decoder_start_token_id": _start(tokenizer),
+        "eos_token_id": _end(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, token in tokens.items():
+        setattr(model.config, name, token)
+        setattr(model.generation_config, name, token)
+
+
+def _fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -> None:
+    """Lengthen the embedding where the tokenizer has more tokens; rows to spare stay.
+
+    Raises ValueError where the new rows would not be trained, and where transformers would tie an LM head that is a
+    matrix of its own to the longer embedding: it takes every T5 for tied.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if len(tokenizer) <= config.vocab_size:
+        return
+    own_head = config.tie_word_embeddings and not _is_tied(model)
+    if arguments.use_peft or own_head or isinstance(model, EncoderDecoderModel):
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the embedding "
+            f"{config.vocab_size} rows, which cannot be lengthened "
+            f"{'under use_peft=True' if arguments.use_peft else 'in this model'}; accepted: the model's own tokenizer"
+        )
+    rows = config.vocab_size
+    model.resize_token_embeddings(len(tokenizer))
+    logger.warning(f"The embedding had {rows} rows and has {len(tokenizer)} now, as many as the tokenizer has tokens.")
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight

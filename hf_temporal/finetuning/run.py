@@ -1,0 +1,318 @@
+"""What the recipes share: evaluation before and after training, going on, what is written at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any, Protocol
+
+import torch
+from accelerate import load_checkpoint_in_model
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_temporal import suggest_power
+from hf_temporal.data.cores import own_cores
+from hf_temporal.hub.model_card import TrainingRun, draw_loss_by_position
+
+from .adapters import merge_adapter
+from .checkpoints import Checksums
+from .continuation import TRAINER_STATE_NAME, Continuation, continue_run
+from .models import ModelArguments
+from .report import (
+    Card,
+    before_and_after,
+    draw_memory,
+    draw_recall_by_position,
+    report,
+    save_divergence,
+    save_evaluation,
+    save_results,
+)
+from .tasks import Task
+from .usage import usage
+
+PREDICTIONS_NAME = "predictions.jsonl"
+POWERS_NAME = "suggested_power.png"
+FREE_SETTINGS = (
+    "overwrite_cache",
+    "preprocessing_num_workers",
+    "suggest_power",
+    "search_power",
+)  # a run stays the same one when they change
+
+
+def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task) -> Continuation:
+    """Where training goes on in `output_dir`; a `hub_token` becomes the environment's HF_TOKEN.
+
+    `arguments` are the dataclasses that, beside the training's, make a run the same one.
+
+    Raises ValueError where a split is missing that `do_train`, `do_eval` or `do_predict` needs, and where the launched
+    processes know nothing of each other.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if training_args.world_size != launched:
+        raise ValueError(
+            f"world_size={training_args.world_size}, and {launched} processes were launched: each would train alone; "
+            "accepted: --use_cpu where they are to run on the CPU"
+        )
+    there = task.data.splits
+    for flag, split in (("do_train", "train"), ("do_eval", "validation"), ("do_predict", "test")):
+        if getattr(training_args, flag) and split not in there:
+            raise ValueError(f"{flag}=True needs a {split} split, and the data have: {', '.join(there)}")
+    if training_args.hub_token:
+        # training_args.bin holds every argument
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+    if not training_args.do_train:
+        return Continuation(None, finished=False)
+    return continue_run(training_args, settings_of(arguments, task))
+
+
+def settings_of(arguments: Sequence[Any], task: Task) -> dict[str, Any]:
+    """What, beside the training's arguments, makes a run the same one: these dataclasses, and the data."""
+    settings = {name: value for each in arguments for name, value in asdict(each).items() if name not in FREE_SETTINGS}
+    return {**settings, "sha256_of_the_data": task.data.sha256}
+
+
+def tell_powers(trainer: Any) -> None:
+    """Print what each p would do with this model and these data, and draw it into `output_dir`."""
+    report = suggest_power(trainer)
+    picture = Path(trainer.args.output_dir) / POWERS_NAME
+    report.plot(picture)
+    print(f"\n{report}\n\n{picture}")
+
+
+def tell_search(trainer: Any, model_init: Callable[[], Any], settings: dict[str, Any], *, trials: int) -> None:
+    """Search for p, see `hf_temporal.finetuning.search.search_power`, and print what was found."""
+    from .search import PICTURE_NAME, search_power  # Optuna takes its time, and is needed here alone
+
+    found = search_power(trainer, model_init, settings, trials=trials)
+    picture = Path(trainer.args.output_dir) / PICTURE_NAME
+    print(f"\n{found}\n\nOne run each: compare_powers.py tells what of it is noise.\n\n{picture}")
+
+
+def share_cores() -> None:
+    """Share the CPU's cores among this machine's processes.
+
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 where nothing else is asked for: a run on the CPU of one
+    machine would leave all cores but one idle.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
+        torch.set_num_threads(own_cores())
+
+
+class Recorder(Protocol):
+    """What an evaluation found beside its metrics is in `record`."""
+
+    record: dict[str, list[Any]]
+
+
+class EvaluationLog(TrainerCallback):
+    """Evaluates after the last step, and keeps what every evaluation found, so that an interruption loses none.
+
+    Beside an evaluation's metrics stand `grad_norm`, the mean over the steps since the last one, as far as they were
+    logged, and `grad_norm_spread`, where they are several their standard deviation divided by that mean.
+    """
+
+    def __init__(self, scores: Recorder | None) -> None:
+        self.scores = scores
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Ask for an evaluation after the last step."""
+        if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.EPOCH:
+            control.should_evaluate = True
+        return control
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **arguments: Any
+    ) -> TrainerControl:
+        """Write the evaluation down."""
+        if state.is_world_process_zero:
+            record = self.scores.record if self.scores else {}
+            metrics = {**arguments["metrics"], **gradient_norms(state)}
+            save_evaluation(Path(str(args.output_dir)), {"step": state.global_step, "metrics": metrics, **record})
+        return control
+
+
+def gradient_norms(state: TrainerState) -> dict[str, float]:
+    """`grad_norm` and `grad_norm_spread` of the steps between the last two evaluations; none where none is logged."""
+    history, now = state.log_history, state.global_step
+    before = max((logs["step"] for logs in history if "eval_runtime" in logs and logs["step"] < now), default=0)
+    norms = [logs["grad_norm"] for logs in history if "grad_norm" in logs and logs["step"] > before]
+    if not norms:
+        return {}
+    mean = fmean(norms)
+    if len(norms) == 1:
+        return {"grad_norm": mean}
+    spread = pstdev(norms) / (mean or 1.0) if math.isfinite(mean) else math.nan
+    return {"grad_norm": mean, "grad_norm_spread": spread}
+
+
+class FiniteWeights(TrainerCallback):
+    """Ends a run whose weights are no longer finite, before anything of them is logged, evaluated or saved.
+
+    Its evaluation at the last step is then NaN in every metric, and the run is closed: a comparison counts it as one
+    that came to a value that is not finite. The same command goes on from the last checkpoint all the same.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Raise FloatingPointError, which names a weight that is not finite, where this step logs or the like."""
+        if not (control.should_log or control.should_evaluate or control.should_save):
+            return
+        for name, weight in model.named_parameters():
+            here = weight.to_local() if isinstance(weight, DTensor) else weight
+            if weight.requires_grad and not here.isfinite().all():
+                if state.is_world_process_zero:
+                    save_divergence(Path(str(args.output_dir)), state.max_steps)
+                raise FloatingPointError(
+                    f"{name} is not finite after step {state.global_step}: a loss or its gradient was not, in this "
+                    "step or since the one last logged. Nothing of it is saved, and the same command goes on from the "
+                    "last checkpoint; where it comes again, a smaller learning_rate or other data may help"
+                )
+
+    on_epoch_end = on_step_end
+
+
+class CardMixin:
+    """Put in front of a Trainer: once `card` is set, it is the model card, in a push to the Hub too."""
+
+    card: Card | None = None
+
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Write README.md into `output_dir`."""
+        if self.card is None:
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        elif self.is_world_process_zero():
+            self.card.save(Path(self.args.output_dir))
+
+
+def carry_out(trainer: Any, run: Continuation, task: Task, scores: Recorder | None, splits: dict[str, Any]) -> None:
+    """Train with an evaluation before and after, predict, and report: whatever `do_train` and the like ask for."""
+    args = trainer.args
+    if args.do_eval:
+        trainer.add_callback(EvaluationLog(scores))
+        args.eval_on_start = run.checkpoint is None
+    if run.finished:
+        restore_weights(trainer.model, str(run.checkpoint))
+        trainer.state = TrainerState.load_from_json(str(Path(str(run.checkpoint)) / TRAINER_STATE_NAME))
+    elif args.do_train:
+        trainer.add_callback(Checksums())
+        trainer.add_callback(FiniteWeights())
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    elif args.do_eval:
+        trainer.evaluate()
+    if args.load_best_model_at_end and args.do_eval and not run.finished:
+        trainer.evaluate()
+    if args.do_predict:
+        predict(trainer, scores, splits["test"])
+    if args.do_eval and args.should_save:
+        print(f"\n{report(Path(args.output_dir), task.metrics)}\n")
+
+
+def restore_weights(model: Any, checkpoint: str) -> None:
+    """Load the weights, or the adapter, that a trainer saved."""
+    if isinstance(model, PeftModel):
+        model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+    else:
+        load_checkpoint_in_model(model, checkpoint)
+        model.tie_weights(recompute_mapping=False)  # an untied head stays as it was loaded
+
+
+def predict(trainer: Any, scores: Recorder | None, examples: Any) -> None:
+    """Print the metrics of the test examples, and write their answers into `predictions.jsonl`."""
+    trainer.log_metrics("predict", trainer.predict(examples, metric_key_prefix="predict").metrics)
+    if trainer.args.should_save and scores is not None:
+        lines = [
+            json.dumps({"generated": generated, "reference": reference}, ensure_ascii=False) + "\n"
+            for generated, reference in zip(scores.record["generated"], scores.record["references"], strict=True)
+        ]
+        (Path(trainer.args.output_dir) / PREDICTIONS_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def publish(
+    trainer: Any,
+    task: Task,
+    model_args: ModelArguments,
+    *,
+    command: str,
+    num_beams: int,
+    trained: str,
+    base_model: str | None,
+    base_model_note: str | None,
+) -> None:
+    """Merge the adapter if asked to, save the model with its card, push both where `push_to_hub` says so.
+
+    `all_results.json`, the last of all files, closes the run: it tells that nothing is left to do.
+
+    Args:
+        trainer: has a `CardMixin` in front.
+        task: what was learned.
+        model_args: which of the model's weights were trained, and what is saved of them.
+        command: what was typed.
+        num_beams: with which the model answered.
+        trained: the model, for the card's first sentence.
+        base_model: Hub id of the model that was trained; None for one from scratch.
+        base_model_note: a sentence on where its weights come from.
+    """
+    args, data, config = trainer.args, task.data, trainer.model.config
+    output_dir = Path(args.output_dir)
+    if model_args.merge_adapter:
+        merge_adapter(trainer)
+    weights = f"a LoRA adapter of rank {model_args.lora_r}" if model_args.use_peft else "all its weights"
+    sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in data.splits.items())
+    if args.should_save:
+        draw_recall_by_position(output_dir)
+        draw_memory(output_dir)
+    by_package = "; no package is in two of these" if data.provenance else ""
+    trainer.card = Card(
+        name=output_dir.name,
+        summary=f"{trained} with {weights} trained to {task.verb}: {data.name}.",
+        usage=usage(task, model_args, trainer.processing_class, config, name=name_of(trainer), num_beams=num_beams),
+        library="peft" if isinstance(trainer.model, PeftModel) else "transformers",
+        pipeline_tag=task.pipeline_tag,
+        run=dataclasses.replace(
+            TrainingRun.of(trainer),
+            metrics=before_and_after(output_dir, task.metrics),
+            command=command,
+            task=task.pipeline_tag,
+            dataset=data.name,
+            data=f"{sizes} examples{by_package}",
+            data_hash=data.sha256,
+            data_versions=(data.provenance or {}).get("versions", {}),
+            base_model=base_model,
+            base_model_note=base_model_note,
+            picture=draw_loss_by_position(output_dir) if args.should_save else None,
+        ),
+    )
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
+    if args.should_save:
+        save_results(output_dir, trainer.state.log_history)
+
+
+def name_of(trainer: Any) -> str:
+    """What the model is loaded by: its id on the Hub where it is pushed there, else its folder's name."""
+    args = trainer.args
+    return str(args.hub_model_id) if args.push_to_hub and args.hub_model_id else Path(args.output_dir).name
+
+
+def command_line(script: str, argv: Sequence[str], training_args: TrainingArguments) -> str:
+    """The command that makes this run again."""
+    processes = f"--num_processes {training_args.world_size} " if training_args.world_size > 1 else ""
+    return f"accelerate launch {processes}recipes/{Path(script).name} {shlex.join(argv)}"

@@ -1,0 +1,103 @@
+"""A search for p with `Trainer.hyperparameter_search` and Optuna: one run a trial, kept in the run's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from transformers import IntervalStrategy, PreTrainedModel
+from transformers.trainer_utils import SaveStrategy
+
+from hf_temporal.compare.quantities import direction_of, number, title_of
+from hf_temporal.finetuning.tables import table
+from hf_temporal.power_plots import plot_trials
+
+FOLDER_NAME = "search"
+STUDY_NAME = "study.db"
+PICTURE_NAME = "trials.png"
+LARGEST_POWER = 10.0
+RANDOM_TRIALS = 4  # before TPE, Optuna's usual sampler, begins to learn from what there is
+# What may change within one search.
+FREE = ("output_dir", "logging_dir", "hub_token", "temporal_power")
+
+
+def search_power(
+    trainer: Any, model_init: Callable[[], PreTrainedModel], settings: Mapping[str, Any], *, trials: int
+) -> str:
+    """Train `trials` models, p = 0 first, then p from 0 to 10 as Optuna's TPE suggests; a table of what they reached.
+
+    What decides is `metric_for_best_model` at the end of a run, the loss where none is named: p leaves both alone. The
+    study lies in a folder `search` in `output_dir`, with all that the trials write. The same settings go on with it,
+    others begin another beside it. A run that ends without a finite value counts as infinitely bad.
+
+    Args:
+        trainer: of the recipe.
+        model_init: an untrained model, as `Trainer` takes it.
+        settings: what, beside the training's arguments, makes a search the same one.
+        trials: how many there are to be, those that are finished among them.
+
+    Raises:
+        ValueError: a metric that cannot choose a p, or is not measured; several processes.
+    """
+    args = trainer.args
+    if args.world_size > 1:
+        raise ValueError(f"search_power={trials} on {args.world_size} processes; accepted: one process")
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    direction = direction_of(metric)
+    if metric == "temporal_loss" or direction == 0:
+        raise ValueError(f"metric_for_best_model={metric!r} cannot choose a p; accepted: a metric that p leaves alone")
+    args.eval_strategy, args.save_strategy, args.load_best_model_at_end = IntervalStrategy.NO, SaveStrategy.NO, False
+    trainer.model_init = model_init
+    folder = Path(args.output_dir).resolve() / FOLDER_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    args.output_dir = str(folder)
+    _objective(trainer.evaluate(), metric, direction)
+    known: dict[str, Any] = {
+        "storage": f"sqlite:///{folder / STUDY_NAME}",
+        "study_name": _fingerprint(args, settings),
+        "direction": "maximize" if direction > 0 else "minimize",
+        "load_if_exists": True,
+    }
+    study = optuna.create_study(**known)
+    finished = len(_finished(study))
+    if not finished:
+        study.enqueue_trial({"temporal_power": 0.0})
+    if finished < trials:
+        trainer.hyperparameter_search(
+            lambda trial: {"temporal_power": trial.suggest_float("temporal_power", 0.0, LARGEST_POWER)},
+            lambda metrics: _objective(metrics, metric, direction),
+            n_trials=trials - finished,
+            backend="optuna",
+            sampler=optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=args.seed + finished),
+            **known,
+        )
+    found = sorted((trial.params["temporal_power"], trial.value or 0.0) for trial in _finished(study))
+    plot_trials(found, title_of(metric), folder / PICTURE_NAME)
+    best = study.best_params["temporal_power"]
+    rows = [
+        {"p": number(power), metric: number(value) + (" **best**" if power == best else "")} for power, value in found
+    ]
+    return table(rows, ["p", metric])
+
+
+def _finished(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(states=[TrialState.COMPLETE])
+
+
+def _objective(metrics: dict[str, float], metric: str, direction: int) -> float:
+    value = metrics.get(f"eval_{metric}")
+    if value is None:
+        measured = ", ".join(sorted(name.removeprefix("eval_") for name in metrics if name != "eval_temporal_loss"))
+        raise ValueError(f"metric_for_best_model={metric!r} is not measured; accepted of: {measured}")
+    return value if math.isfinite(value) else -direction * math.inf
+
+
+def _fingerprint(args: Any, settings: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in {**args.to_dict(), **settings}.items() if name not in FREE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,323 @@
+"""The tasks of the recipes: each loads its data, shows them to a model, scores its answers and says what counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import is_optuna_available
+from transformers.utils import logging
+
+from hf_temporal.data import language_modeling, summarization
+from hf_temporal.data.copying import CopyingArguments, DigitCopies, TextCopies, digit_tokenizer, tokenize_texts
+from hf_temporal.data.copying_scores import CopyScores
+from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
+from hf_temporal.data.loading import IGNORED, DataArguments, TaskData
+from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
+
+logger = logging.get_logger(__name__)
+
+MADE_ON_THE_FLY = {"train": 1_000_000, "validation": 256, "test": 256}
+LOSSES = {
+    "loss": ("loss", 3),
+    "temporal_loss": ("weighted loss", 3),
+    "first_token_loss": ("loss, first token of the target", 3),
+    "head_loss": ("loss, first quarter of the target", 3),
+    "tail_loss": ("loss, last quarter of the target", 3),
+    "last_token_loss": ("loss, last token of the target", 3),
+}
+
+
+@dataclass
+class TaskArguments:
+    """What is learned."""
+
+    task: str = field(
+        default="summarization",
+        metadata={
+            "help": "summarization; copying, made on the fly; language_modeling: text, prompt and completion, or "
+            "chat messages.",
+            "choices": ["summarization", "copying", "language_modeling"],
+        },
+    )
+    suggest_power: bool = field(
+        default=False, metadata={"help": "Train nothing; tell what each p would do with this model and these data."}
+    )
+    search_power: int = field(
+        default=0,
+        metadata={
+            "help": "Train this many models, each with a p that Optuna suggests, and tell which p was best by "
+            "metric_for_best_model; needs optuna."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.search_power < 0:
+            raise ValueError(f"search_power={self.search_power!r}: a whole number of at least 0 is accepted")
+        if self.search_power and not is_optuna_available():
+            raise ValueError(f"search_power={self.search_power!r} needs Optuna; accepted with: pip install optuna")
+
+
+class Scores(Protocol):
+    """Compares answers with references, both rows of tokens.
+
+    `record` holds the texts of both, "generated" and "references", and whatever else an evaluation is to keep.
+    """
+
+    record: dict[str, list[Any]]
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """A Trainer's `compute_metrics`."""
+
+    def score(self, generated: Any, labels: Any) -> dict[str, float]:
+        """The same for generated tokens, without prompt."""
+
+
+class Task(ABC):
+    """What a recipe has to know of its task.
+
+    Attributes:
+        verb: what a model learns to do.
+        pipeline_tag: the Hub's name for it.
+        metrics: what a table shows, by name in the logs: title and decimals.
+        data: not tokenized yet.
+        answer_length: tokens that are generated at most.
+        generates: whether a decoder-only model's answers are generated, and not read off at each position.
+    """
+
+    verb: ClassVar[str]
+    pipeline_tag: ClassVar[str] = "text-generation"
+    metrics: ClassVar[dict[str, tuple[str, int]]]
+    data: TaskData
+    answer_length: int
+    generates: bool = True
+
+    def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:  # noqa: ARG002
+        """The tokenizer that comes with the task, unless another one is named; None: the model's."""
+        return None
+
+    @abstractmethod
+    def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
+        """The examples by split, as the model of this configuration takes them."""
+
+    def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores | None:  # noqa: ARG002
+        """What compares answers with references; None where the losses are all there is."""
+        return None
+
+
+class Summarization(Task):
+    """A text, and its summary."""
+
+    verb = "summarize"
+    pipeline_tag = "summarization"
+    metrics: ClassVar = {
+        "rouge1": ("ROUGE-1", 1),
+        "rouge2": ("ROUGE-2", 1),
+        "rougeL": ("ROUGE-L", 1),
+        **LOSSES,
+        "gen_len": ("tokens per summary", 1),
+        "empty": ("empty summaries, %", 1),
+    }
+
+    def __init__(self, data_args: DataArguments, arguments: SummarizationArguments) -> None:
+        self.data_args, self.arguments = data_args, arguments
+        self.data = load_pairs(data_args, arguments)
+        self.answer_length = arguments.max_target_length
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
+        """Prompt and summary in one row, or in two."""
+        settings = {"tokenizer": tokenizer, "arguments": self.arguments}
+        if not config.is_encoder_decoder:
+            return tokenize(self.data, summarization.encode_for_causal_lm, settings, self.data_args, config)
+        for side, name in (("encoder", "max_source_length"), ("decoder", "max_target_length")):
+            limit, length = positions(config, side), getattr(self.arguments, name)
+            if limit is not None and length > limit:
+                raise ValueError(f"{name}={length}, and the model has {limit} positions; accepted: at most that")
+        settings["decoder_start_token_id"] = getattr(config, "decoder_start_token_id", None)
+        return tokenize(self.data, summarization.encode_for_seq2seq_lm, settings, self.data_args, config)
+
+    def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:  # noqa: ARG002
+        """ROUGE."""
+        return SummaryScores(tokenizer, self.arguments.rouge_tokenizer)
+
+
+class Copying(Task):
+    """Digits after a blank, or a passage of text after another text."""
+
+    verb = "copy"
+    metrics: ClassVar = {
+        "recall": ("recall of the copied tokens", 3),
+        "exact_match": ("copied without a mistake", 3),
+        "blank_accuracy": ("accuracy on the blank", 3),
+        **LOSSES,
+        "gen_len": ("tokens per answer", 1),
+        "empty": ("empty answers, %", 1),
+    }
+
+    def __init__(
+        self, data_args: DataArguments, arguments: CopyingArguments, *, text_column: str | None, seed: int
+    ) -> None:
+        self.data_args, self.arguments, self.seed = data_args, arguments, seed
+        self.generates = arguments.copying_form == "text"
+        self.answer_length = arguments.answer_length + (1 if self.generates else 0)
+        self.sizes = {split: limit or MADE_ON_THE_FLY[split] for split, limit in data_args.limits.items()}
+        settings = f"{arguments.copy_length} tokens after {arguments.blank_length}"
+        if self.generates:
+            texts = load_texts(data_args, text_column)
+            if "text" not in next(iter(texts.splits.values())).column_names:
+                raise ValueError("copying_form='text' needs a column of texts; accepted: data with one, --text_column")
+            self.data = TaskData(texts.splits, f"passages of {texts.name}, {settings}", texts.sha256, texts.provenance)
+        else:
+            known = json.dumps([asdict(arguments), self.sizes, seed])
+            examples = {split: range(size) for split, size in self.sizes.items()}
+            name = f"the copying problem, {settings}"
+            self.data = TaskData(examples, name, hashlib.sha256(known.encode()).hexdigest())
+
+    def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:
+        """One token for each digit."""
+        return None if self.generates or tokenizer_name else digit_tokenizer()
+
+    def example_digits(self) -> str:
+        """The first held-out input, without what only fills the last place."""
+        how: dict[str, Any] = {"split": "validation", "seed": self.seed, "is_encoder_decoder": True}
+        return "".join(map(str, DigitCopies(self.arguments, size=1, **how)[0]["input_ids"]))
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
+        """Data sets that make their examples when they are asked for."""
+        encoded: dict[str, Any] = {}
+        for split, examples in self.data.splits.items():
+            how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
+            size = self.sizes[split]
+            if self.generates:
+                rows = mapped(examples, split, tokenize_texts, {"tokenizer": tokenizer}, self.data_args)
+                encoded[split] = TextCopies(self.arguments, rows["tokens"], tokenizer, size=size, **how)
+            else:
+                encoded[split] = DigitCopies(self.arguments, size=size, **how)
+        example = encoded[next(iter(encoded))][0]
+        for side, row in (("encoder", "input_ids"), ("decoder", "labels")):
+            limit = positions(config, side)
+            if limit is not None and len(example[row]) > limit:
+                raise ValueError(
+                    f"copy_length={self.arguments.copy_length} and blank_length={self.arguments.blank_length} make "
+                    f"{len(example[row])} tokens, and the model has {limit} positions; accepted: at most that"
+                )
+        return encoded
+
+    def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:
+        """Recall, by position too."""
+        return CopyScores(tokenizer, self.arguments, generated=config.is_encoder_decoder)
+
+
+class LanguageModeling(Task):
+    """Plain text, prompt and completion, or chat messages."""
+
+    verb = "continue"
+    metrics: ClassVar = LOSSES
+    answer_length = 0
+    generates = False
+
+    def __init__(
+        self, data_args: DataArguments, arguments: LanguageModelingArguments, *, text_column: str | None
+    ) -> None:
+        self.data_args, self.arguments = data_args, arguments
+        self.data = load_texts(data_args, text_column)
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
+        """Rows of at most `block_size` tokens."""
+        if config.is_encoder_decoder:
+            raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
+        settings = {"tokenizer": tokenizer, "arguments": self.arguments}
+        return tokenize(self.data, language_modeling.encode_for_causal_lm, settings, self.data_args, config)
+
+
+TASK_KINDS = (TaskArguments, DataArguments, SummarizationArguments, CopyingArguments, LanguageModelingArguments)
+
+
+def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Task:
+    """The task with its data, from one object of each of `TASK_KINDS`.
+
+    One process of a machine loads the data first, the others find them in the cache.
+    """
+    task_args, data_args, summarization_args, copying_args, language_modeling_args = arguments
+    text_column = summarization_args.text_column
+    with training_args.main_process_first():
+        if task_args.task == "summarization":
+            return Summarization(data_args, summarization_args)
+        if task_args.task == "copying":
+            if language_modeling_args.packing and copying_args.copying_form == "digits":
+                raise ValueError(
+                    "packing=True and copying_form='digits': each row is read alone; accepted: one of them"
+                )
+            return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
+        return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
+
+
+def tokenize(
+    data: TaskData,
+    function: Callable[..., dict[str, list[list[int]]]],
+    settings: dict[str, Any],
+    data_args: DataArguments,
+    config: PreTrainedConfig,
+) -> dict[str, Dataset]:
+    """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from.
+
+    Raises ValueError where a split has no other row.
+    """
+    encoded = {}
+    for split, examples in data.splits.items():
+        rows = mapped(examples, split, function, settings, data_args)
+        limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
+        kept = rows.filter(_can_be_learned, batched=True, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
+        if left_out := len(rows) - len(kept):
+            what = f"{left_out} of {len(rows)} rows have no target token or more tokens than the model has positions"
+            if not len(kept):
+                raise ValueError(f"{split}: {what} ({limits['input_ids']}); accepted: a row or more that fits")
+            logger.warning(f"{split}: {what} ({limits['input_ids']}); left out.")
+        encoded[split] = kept
+    return encoded
+
+
+def mapped(
+    examples: Dataset,
+    split: str,
+    function: Callable[..., dict[str, list[list[int]]]],
+    settings: dict[str, Any],
+    data_args: DataArguments,
+) -> Dataset:
+    """`function(batch, **settings)` over a split, in batches; the next time it comes from the cache of `datasets`."""
+    return examples.map(
+        function,
+        batched=True,
+        fn_kwargs=settings,
+        remove_columns=examples.column_names,
+        num_proc=data_args.preprocessing_num_workers,
+        load_from_cache_file=not data_args.overwrite_cache,
+        desc=f"Tokenizing {split}",
+    )
+
+
+def _can_be_learned(batch: dict[str, list[list[int]]], limits: dict[str, int | None]) -> list[bool]:
+    fits = [
+        all(limit is None or len(row) <= limit for row, limit in zip(rows, limits.values(), strict=True))
+        for rows in zip(*(batch[name] for name in limits), strict=True)
+    ]
+    return [
+        fit and any(label != IGNORED for label in labels) for fit, labels in zip(fits, batch["labels"], strict=True)
+    ]
+
+
+def positions(config: PreTrainedConfig, side: str) -> int | None:
+    """How many positions the encoder or the decoder has; None where there is no limit, as in T5.
+
+    A decoder-only model is both.
+    """
+    part = getattr(config, side, config)
+    own = part if isinstance(part, PreTrainedConfig) else config
+    limit: int | None = getattr(own, f"max_{side}_position_embeddings", getattr(own, "max_position_embeddings", None))
+    return limit

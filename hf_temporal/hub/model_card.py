@@ -1,0 +1,326 @@
+"""The model card's section on temporal weighting: what was trained how, what came of it, whom to cite."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_temporal import __version__
+from hf_temporal.evaluation import evaluation_profiles
+from hf_temporal.weighting import TemporalWeighting
+
+CARD_NAME = "README.md"
+PICTURE_NAME = "loss_by_position.png"
+TAGS = ("hf-temporal", "arxiv:2307.11462")
+HEADING = "## Temporal weighting"
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
+CITATION = f"""\
+@article{{wang2023improve,
+  title   = {{Improve Long-term Memory Learning Through Rescaling the Error Temporally}},
+  author  = {{Wang, Shida and Yan, Zhanglu}},
+  journal = {{arXiv preprint arXiv:2307.11462}},
+  year    = {{2023}}
+}}
+
+@software{{hf_temporal,
+  title   = {{hf\\_temporal: position-weighted losses for the Hugging Face Trainer}},
+  author  = {{{{The hf\\_temporal authors}}}},
+  version = {{{__version__}}},
+  year    = {{2026}}
+}}"""
+
+ORIGIN_MEANINGS = {
+    "target": "t counts the target tokens of a document",
+    "sequence": "t is the token's place in its document, prompt included",
+    "turn": "t starts at 1 again with every turn",
+}
+NORMALIZATION_MEANINGS = {
+    "sequence": "weights have mean 1 over the target tokens of each document",
+    "batch": "the loss is divided by the sum of the weights of the batch",
+    "tokens": "the loss is divided by the number of target tokens of the batch",
+}
+
+_SPEED = re.compile(r"_(runtime|per_second|preparation_time)$")
+_BEGIN, _END = "<!-- hf_temporal: begin -->", "<!-- hf_temporal: end -->"
+_BLANK = "\n\n"
+_SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(?:/[\w-][\w.-]{0,95})?")
+_TOKEN_ARGUMENT = re.compile(r"((?:--(?:\w*(?:hub|auth|access)\w*_)?token|--\w*api_key)(?:=|\s+)|\w*TOKEN=)\S+")
+# two components or more, so that a lone /word of prose stays, and one behind ~; no URL, no closing tag; backslashes
+# only behind a drive or in a pair, and not those of an escape sequence such as \n
+_NAME = r"[^\s\"'`()\[\],;|<>/\\]+"
+_LOCAL_PATH = re.compile(
+    rf"(?:\bfile://|\b[A-Za-z]:|~|(?<![\w.~/<-]))(?:/(?!/){_NAME}){{2,}}/?|(?<!\w)~/{_NAME}"
+    rf"|(?:\b[A-Za-z]:(?!\\[nrt](?![a-z]))|(?<![\w.\\])\\)(?:\\{_NAME}){{2,}}\\?"
+)
+
+_QUOTED_PATH = re.compile(r"(['\"](?:--?[\w-]+=)?)~?(?:/(?!/)[^\n'\"`/\\]+){2,}/?(?=['\"])")
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"CPU, {os.cpu_count()} cores ({platform.machine()})"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a model card says of a run; what is not given is left out.
+
+    Args:
+        weighting: as the trainer resolved it; its `power` is the final one.
+        metrics: by name, one value or (before, after); natural units, losses in nats.
+        command: what was typed.
+        task: the Hub's identifier of the task, such as `"summarization"`; results go into the model index where it and
+            `dataset` are given.
+        dataset: Hub id or name of the data.
+        data: a sentence on the data.
+        data_hash: sha256 of the examples.
+        seed: of the run.
+        data_versions: versions of the packages that the data were made from.
+        schedule: of p, one of `hf_temporal.schedules.SCHEDULES`, from `power_start` over `power_warmup_ratio` of the
+            steps.
+        base_model: the model that was trained: its Hub id, which stands in the card wherever its folder did, or that
+            folder, of which the card gives the name.
+        base_model_note: a sentence on where those weights come from.
+        picture: name of a picture in the card's folder, such as `"loss_by_position.png"`.
+        hardware: that of this machine unless given.
+        license: the Hub's identifier of it, such as `"apache-2.0"`; unless given, what the card says already.
+        effective_sample_size: (Σw)²/Σw² as a share of the target tokens, as last logged.
+    """
+
+    weighting: TemporalWeighting
+    metrics: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
+    command: str | None = None
+    task: str | None = None
+    dataset: str | None = None
+    data: str | None = None
+    data_hash: str | None = None
+    seed: int | None = None
+    data_versions: Mapping[str, str] = field(default_factory=dict)
+    schedule: str = "constant"
+    power_start: float = 0.0
+    power_warmup_ratio: float = 1.0
+    base_model: str | None = None
+    base_model_note: str | None = None
+    picture: str | None = None
+    hardware: str = field(default_factory=_hardware)
+    license: str | None = None
+    effective_sample_size: float | None = None
+
+    @classmethod
+    def of(cls, trainer: Any) -> TrainingRun:
+        """What a `TemporalWeightTrainer` knows of itself: weighting, schedule, model, seed and what it last logged."""
+        args = trainer.args
+        logged = {name: value for logs in trainer.state.log_history for name, value in logs.items()}
+        return cls(
+            weighting=trainer.weighting,
+            metrics={
+                name: value
+                for name, value in logged.items()
+                if name.startswith("eval_") and isinstance(value, int | float) and not _SPEED.search(name)
+            },
+            seed=args.seed,
+            base_model=getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None,
+            effective_sample_size=logged.get("effective_sample_size"),
+            schedule=getattr(args, "temporal_power_schedule", cls.schedule),
+            power_start=getattr(args, "temporal_power_start", cls.power_start),
+            power_warmup_ratio=getattr(args, "temporal_power_warmup_ratio", cls.power_warmup_ratio),
+        )
+
+
+def temporal_section(run: TrainingRun) -> str:
+    """The section in Markdown, free of tokens and of paths of this machine."""
+    parts = [
+        HEADING,
+        f"Trained with hf_temporal {__version__}: the loss of each target token is weighted by its position, w = t^p "
+        "([Wang & Yan, 2023](https://arxiv.org/abs/2307.11462)).",
+        _table(("setting", "value"), _settings(run)),
+    ]
+    if run.metrics:
+        parts += ["### Results", _results(run.metrics)]
+    if run.picture:
+        parts.append(f"![Loss by position in the target, before and after training]({run.picture})")
+    parts.append("### How it was trained")
+    if run.command:
+        parts.append(f"```bash\n{run.command}\n```")
+    parts.append(_table(("", ""), _circumstances(run)))
+    if run.data_versions:
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(run.data_versions.items()))
+        parts.append(f"<details><summary>Packages that the data were made from</summary>\n\n{versions}\n\n</details>")
+    parts += ["### Citation", f"```bibtex\n{CITATION}\n```"]
+    return without_private("\n\n".join(parts), folder="path/to/")
+
+
+def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> None:
+    """Put the section, tags and results of a run into a folder's README.md, in place of those of an earlier call.
+
+    The card may come from `Trainer.create_model_card`, from PEFT or from nowhere; all of it becomes a `public_card`.
+    """
+    path = Path(folder) / CARD_NAME
+    name = path.resolve().parent.name
+    card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
+    data = cast("ModelCardData", card.data)
+    data.tags = sorted({*(data.tags or []), *TAGS})
+    data.library_name = data.library_name or "transformers"
+    data.license = run.license or data.license
+    data.model_name = data.model_name or name
+    if "/" in (run.dataset or "") and hub_id(run.dataset):
+        data.datasets = sorted({*listed(data.datasets), str(run.dataset)})
+    data.eval_results = [*_results_on_other_data(data, run), *_eval_results(run)]
+    card.text = f"{_SECTION.sub(_BLANK, card.text).rstrip()}\n\n{_BEGIN}\n{temporal_section(run)}\n{_END}\n"
+    path.write_text(public_card(str(card), run.base_model), encoding="utf-8")
+
+
+def public_card(content: str, base_model: str | None = None) -> str:
+    """The card without tokens and without paths of this machine.
+
+    An absolute path becomes `path/to/` and its last component, in the metadata that component alone. A base model
+    recorded by its folder becomes `base_model` if that is a Hub id; otherwise its name stays in the text, and the
+    metadata say nothing of it.
+    """
+    card = ModelCard(content)
+    data = cast("ModelCardData", card.data)
+    recorded = data.base_model if isinstance(data.base_model, str) else None
+    known = hub_id(base_model)
+    if recorded and hub_id(recorded) is None:
+        data.tags = [
+            tag.replace(recorded, known) if known else tag for tag in data.tags or [] if known or recorded not in tag
+        ]
+        card.text = card.text.replace(recorded, known or last_component(recorded))
+        data.base_model = None
+    data.base_model = known or data.base_model
+    data.tags = sorted({tag for tag in data.tags or [] if without_private(tag) == tag})
+    metadata, between, text = str(card).partition("\n---\n")
+    return without_private(metadata) + between + without_private(text, folder="path/to/")
+
+
+def draw_loss_by_position(folder: str | os.PathLike[str]) -> str | None:
+    """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile."""
+    from hf_temporal.plots import plot_loss_by_position  # matplotlib takes its time
+
+    profiles = evaluation_profiles(folder)
+    if not profiles:
+        return None
+    plot_loss_by_position(profiles, Path(folder) / PICTURE_NAME)
+    return PICTURE_NAME
+
+
+def _eval_results(run: TrainingRun) -> list[EvalResult]:
+    """The last value of each metric, as the Hub's model index takes it; it has no place for one that is not finite."""
+    if run.task is None or run.dataset is None:
+        return []
+    return [
+        EvalResult(
+            task_type=run.task,
+            dataset_type=run.dataset,
+            dataset_name=run.dataset,
+            metric_type=name.removeprefix("eval_"),
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in ((name, float(values[-1])) for name, values in _by_time(run.metrics).items())
+        if math.isfinite(value)
+    ]
+
+
+def _results_on_other_data(data: ModelCardData, run: TrainingRun) -> list[EvalResult]:
+    this = (run.task, without_private(run.dataset or ""))
+    return [result for result in data.eval_results or [] if (result.task_type, result.dataset_type) != this]
+
+
+def _by_time(metrics: Mapping[str, float | tuple[float, float]]) -> dict[str, tuple[float, ...]]:
+    return {name: value if isinstance(value, tuple) else (value,) for name, value in metrics.items()}
+
+
+def _settings(run: TrainingRun) -> list[tuple[str, str]]:
+    weighting = run.weighting
+    if weighting.weight_fn is None:
+        rows = [("p", f"{weighting.power:g}"), ("schedule of p", run.schedule)]
+        if run.schedule != "constant":
+            span = f"from {run.power_start:g} over {run.power_warmup_ratio:.0%} of the steps"
+            rows[-1] = ("schedule of p", f"{run.schedule}, {span}")
+    else:
+        rows = [("weights, in place of t^p", f"`{weighting.to_dict()['weight_fn']}`")]
+    rows += [
+        ("origin", f"`{weighting.origin}`: {ORIGIN_MEANINGS[weighting.origin]}"),
+        ("normalization", f"`{weighting.normalization}`: {NORMALIZATION_MEANINGS[weighting.normalization]}"),
+    ]
+    if weighting.mixture < 1:
+        rows.append(("mixture", f"{weighting.mixture:.0%} of the weighted loss, the rest of the usual one"))
+    if weighting.regression_loss != "squared":
+        rows.append(("regression_loss", f"`{weighting.regression_loss}`"))
+    if run.effective_sample_size is not None:
+        rows.append(("effective sample size", f"{run.effective_sample_size:.1%} of the target tokens"))
+    return rows
+
+
+def _results(metrics: Mapping[str, float | tuple[float, float]]) -> str:
+    values = _by_time(metrics)
+    columns = max(map(len, values.values()), default=1)
+    header = ("metric", "before", "after") if columns == 2 else ("metric", "value")
+    return _table(header, [(name, *[""] * (columns - len(row)), *map(_number, row)) for name, row in values.items()])
+
+
+def _circumstances(run: TrainingRun) -> list[tuple[str, str]]:
+    versions = [f"{name} {metadata.version(name)}" for name in LIBRARIES]
+    base = run.base_model and (hub_id(run.base_model) or f"{last_component(run.base_model)}, a folder")
+    model = " ".join(filter(None, [base and f"{base}.", run.base_model_note]))
+    return [
+        *([("base model", model)] if model else []),
+        *([("data", ": ".join(filter(None, [run.dataset, run.data])))] if run.dataset or run.data else []),
+        *([("sha256 of the data", f"`{run.data_hash}`")] if run.data_hash else []),
+        *([("seed", str(run.seed))] if run.seed is not None else []),
+        ("hardware", run.hardware),
+        ("versions", ", ".join([*versions, f"hf_temporal {__version__}", f"Python {platform.python_version()}"])),
+    ]
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name if it can be one of the Hub's, None for a path or what is a file or folder here."""
+    return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def last_component(path: str) -> str:
+    """What stands behind the last slash, or backslash, of a path."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def without_tokens(text: str) -> str:
+    """The text with tokens blotted out, and the home folder written as ~."""
+    text = _TOKEN.sub("<token>", _TOKEN_ARGUMENT.sub(r"\1<token>", text))
+    home = str(Path.home())
+    return text.replace(home, "~") if len(Path(home).parts) > 1 else text
+
+
+def without_private(text: str, *, folder: str = "") -> str:
+    """The text with tokens blotted out and `folder` in place of that of every absolute path."""
+    text = _QUOTED_PATH.sub(lambda found: found[1] + folder + last_component(found[0]), without_tokens(text))
+    return _LOCAL_PATH.sub(lambda found: folder + last_component(found[0]), text)
+
+
+def listed(names: str | list[str] | None) -> list[str]:
+    """Names of the metadata, which may be one, several or none."""
+    return [names] if isinstance(names, str) else names or []

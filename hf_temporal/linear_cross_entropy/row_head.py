@@ -1,0 +1,67 @@
+"""A chunk of positions through the LM head, row of the logits by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import triton_kernel
+from .head import Head
+
+
+class RowHead(Head):
+    """With the kernel of `triton_kernel`: logits stand as [n, V], and it makes losses and gradients of them."""
+
+    @property
+    def row_length(self) -> int:
+        """V and what fills it up to a multiple of 16, for loads of 16 bytes."""
+        return -(-self.vocabulary // 16) * 16
+
+    def chunk_size(self, positions: int) -> int:
+        """See `triton_kernel.default_chunk_size`, which does not look at how many there are."""
+        del positions
+        matrix = self.terms[0].matrix
+        return triton_kernel.default_chunk_size(
+            len(matrix), self.stored.itemsize, matrix.device, width=matrix.shape[1]
+        )
+
+    def buffer(self, positions: int) -> Tensor:
+        """[positions · row_length]."""
+        return self.terms[0].matrix.new_empty(positions * self.row_length, dtype=self.stored)
+
+    def losses(
+        self, xs: Sequence[Tensor], y: Tensor, w: Tensor, buffer: Tensor, *, is_first: bool, is_last: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """See `Head.losses`."""
+        z = buffer.view(-1, self.row_length)[: len(y), : self.vocabulary]
+        for i, (term, x) in enumerate(zip(self.terms, xs, strict=True)):
+            matrix = term.matrix.to(term.dtype).t()
+            if z.dtype == term.dtype:
+                torch.addmm(z, x, matrix, beta=float(i > 0), out=z)
+            else:
+                z.copy_(x @ matrix) if i == 0 else z.add_(x @ matrix)
+        losses = triton_kernel.losses_and_gradient_(
+            z,
+            y,
+            w,
+            bias=self.bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            label_smoothing=self.label_smoothing,
+            with_gradient=self.needs_gradient,
+        )
+        grads_x: list[Tensor | None] = [None] * len(xs)
+        if self.grad_bias is not None:
+            self.grad_bias.add_(z.sum(0, dtype=self.exact))
+        for i, (term, x) in enumerate(zip(self.terms, xs, strict=True)):
+            gradient = z.to(term.dtype)
+            if term.needs_grad_x:
+                grads_x[i] = gradient @ term.matrix.to(term.dtype)
+            if term.grad_matrix is not None:
+                sums = term.grad_matrix if term.sums is None else term.sums
+                triton_kernel.add_product_(sums, gradient.t(), x, beta=float(not is_first))
+                if is_last and term.sums is not None:
+                    term.grad_matrix.copy_(term.sums)
+        return losses, grads_x

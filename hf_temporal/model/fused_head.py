@@ -1,0 +1,213 @@
+"""Stands in for a model's LM head during one forward call, so that the logits are never made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms
+
+
+class FusedHead:
+    """Stands in for a model's LM head during one forward call, which then returns Σ wℓ in place of the logits.
+
+    The head's `forward` is replaced by one that computes the weighted loss at once, from the hidden states that it is
+    given, and returns an empty tensor of the logits' shape on the `meta` device, so that the model's own code runs on
+    unchanged; a forward hook then puts the loss into the output, inside the wrapped module's forward, where the
+    hooks of DDP and FSDP see it. Nothing stays on the model after the call.
+
+    Known heads: `nn.Linear`, a LoRA layer around one (its factors stay factors), a `modules_to_save` copy of one.
+    Scale, soft cap and bias come from the configuration and `final_logits_bias`.
+    """
+
+    def __init__(self, head: Any, base: Any) -> None:
+        self.head = head
+        config = base.config.get_text_config() if hasattr(base, "config") else None
+        self.logit_scale = (
+            config_number(config, "logit_scale", 1.0)
+            * config_number(config, "lm_head_multiplier", 1.0)
+            / config_number(config, "logits_scaling", 1.0)
+        )
+        self.softcap = config_number(config, "final_logit_softcapping", None)
+        self.base = base
+        self._stand_in = self._forward
+        self._hidden: Tensor | None = None
+        self._task: tuple[Tensor, Tensor, Tensor | None, float] | None = None
+        self._loss: Tensor | None = None
+        self._root: nn.Module | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits."""
+        return self.head.weight.shape[0]
+
+    def is_known(self) -> bool:
+        """Whether the head, in the state that it is in now, is one of those that can be replayed."""
+        return _known_layer(self.head) is not None
+
+    @contextlib.contextmanager
+    def computing(
+        self, model: nn.Module, labels: Tensor, weights: Tensor, *, targets: Tensor | None, label_smoothing: float
+    ) -> Iterator[None]:
+        """While inside, one call of the model (the unwrapped root, or what wraps it) returns `{"loss": Σ wℓ}`.
+
+        Args:
+            model: the module whose output shall hold the loss: the root inside any DDP or FSDP wrapper.
+            labels: `[batch, time]`, aligned with the logits, −100 where there is no target.
+            weights: `[batch, time]`.
+            targets: where in the flattened labels the targets are, where that is known.
+        """
+        self._task, self._root = (labels, weights, targets, label_smoothing), model
+        hook = model.register_forward_hook(self._hand_over, prepend=True)
+        try:
+            with self._swapped():
+                yield
+        finally:
+            hook.remove()
+            self._task = self._loss = self._root = None
+
+    def loss_of(self, outputs: Mapping[str, Any]) -> Tensor:
+        """Σ wℓ of the call, in float32: FSDP2 rounds what a module returns to its `output_dtype`."""
+        return self._loss if self._loss is not None and isinstance(self._root, FSDPModule) else outputs["loss"]
+
+    @torch.no_grad()
+    def replay(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """The logits as the stand-in sees them, in float32, to be compared with the model's own."""
+        with self._swapped():
+            model(**inputs)
+        hidden, self._hidden = self._hidden, None
+        if hidden is None:
+            raise RuntimeError("the model's forward does not call its output embeddings")
+        terms, bias = self._terms(hidden.reshape(-1, hidden.shape[-1]))
+        logits = sum(x.float() @ weight.float().T for x, weight in terms)
+        logits = self.logit_scale * (logits + (0.0 if bias is None else bias.float()))
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.view(*hidden.shape[:-1], -1)
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        self.head.forward = self._stand_in
+        try:
+            yield
+        finally:
+            del self.head.forward
+
+    def _forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        self._meet(hidden)
+        return torch.empty(*hidden.shape[:-1], self.vocabulary, dtype=hidden.dtype, device="meta")
+
+    @torch.compiler.disable
+    def _meet(self, hidden: Tensor) -> None:
+        if self._task is None:
+            self._hidden = hidden
+            return
+        labels, weights, targets, label_smoothing = self._task
+        assert self._root is not None
+        hidden = answer_logits(self._root, hidden, labels.shape[1])
+        terms, bias = self._terms(hidden.reshape(-1, hidden.shape[-1]))
+        self._loss = weighted_linear_cross_entropy_terms(
+            terms,
+            labels.reshape(-1),
+            weights.reshape(-1),
+            positions=targets,
+            bias=bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            label_smoothing=label_smoothing,
+        )
+
+    def _hand_over(self, module: nn.Module, _: Any, output: Any) -> dict[str, Any]:
+        if self._loss is None:
+            raise RuntimeError(f"{type(module).__name__} did not call its LM head; set temporal_fused_head='off'.")
+        lost = torch.is_grad_enabled() and not self._loss.requires_grad
+        if lost and any(each.requires_grad for each in module.parameters()):
+            raise RuntimeError(
+                f"the LM head of {type(module).__name__} ran without gradients, as inside a reentrant checkpoint; "
+                "accepted: gradient_checkpointing_kwargs={'use_reentrant': False}, or temporal_fused_head='off'."
+            )
+        auxiliary = output.get("aux_loss") if isinstance(output, Mapping) else None
+        return {"loss": self._loss} | ({} if auxiliary is None else {"aux_loss": auxiliary})
+
+    def _terms(self, hidden: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        layer = _known_layer(self.head)
+        if layer is None:
+            raise TypeError(f"a {type(self.head).__name__} is not a linear layer, or one with a plain LoRA adapter")
+        linear: Any = layer.base_layer if isinstance(layer, LoraLinear) else layer
+        terms = [(hidden, linear.weight)]
+        if isinstance(layer, LoraLinear):
+            for name in _applied_adapters(layer):
+                down: Any = layer.lora_A[name]
+                up: Any = layer.lora_B[name]
+                low = down(layer.lora_dropout[name](hidden.to(down.weight.dtype)))
+                terms.append((low * layer.scaling[name], up.weight))
+        bias = linear.bias
+        if (final := getattr(self.base, "final_logits_bias", None)) is not None:
+            bias = final.flatten() if bias is None else bias + final.flatten()
+        return terms, bias
+
+
+def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:
+    """The logits of the tokens of the batch: without those that prompt tuning puts in front of them.
+
+    Raises:
+        ValueError: logits and labels of different length.
+    """
+    if logits.shape[1] == length:
+        return logits
+    if logits.shape[1] > length and is_prompt_learner(model):
+        return logits[:, -length:]
+    raise ValueError(
+        f"labels have length {length} and logits {logits.shape[1]}; accepted: equal lengths. "
+        f"Does the collator cut the labels of {type(model).__name__}?"
+    )
+
+
+def is_prompt_learner(model: nn.Module) -> bool:
+    """Whether PEFT puts virtual tokens in front of the input."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
+def _known_layer(head: Any) -> Any:
+    """The `nn.Linear` or LoRA layer that a head amounts to, None where it is another kind or in another state."""
+    if isinstance(head, ModulesToSaveWrapper):
+        if head.disable_adapters or not head.active_adapters:
+            head = head.original_module
+        else:
+            head = head.modules_to_save[head.active_adapters[0]]
+    if _is_plain_linear(head):
+        return head
+    if type(head).forward is LoraLinear.forward and _is_plain_linear(head.base_layer):
+        if head.merged != head.disable_adapters:
+            return head.base_layer
+        if head.merged:
+            return None
+        plain = all(
+            name not in head.lora_variant and head.lora_B[name].bias is None for name in _applied_adapters(head)
+        )
+        return head if plain else None
+    return None
+
+
+def _applied_adapters(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Hooks of FSDP2 gather the weights; others there were when the head was compared with the model's logits."""
+    hooked = bool(module._forward_hooks) and not isinstance(module, FSDPModule)
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not hooked
+
+
+def config_number(config: Any, name: str, default: Any) -> Any:
+    """A number in a configuration, `default` where there is none of that name."""
+    value = getattr(config, name, default)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else default

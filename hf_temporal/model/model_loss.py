@@ -1,0 +1,299 @@
+"""What a model's own loss is, read off the model: shift, auxiliary loss, `num_items_in_batch`, head."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import EncoderDecoderModel, PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.utils import logging
+
+from hf_temporal.losses import token_cross_entropy, token_regression_loss
+from hf_temporal.positions import IGNORE_INDEX, shift_left
+from hf_temporal.weighting import REGRESSION_LOSSES
+
+from .fused_head import FusedHead, answer_logits, config_number
+
+logger = logging.get_logger(__name__)
+
+PROBE_LABELS = (IGNORE_INDEX, 1, 0, 0, 1, 1, 0, 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelLoss:
+    """How a model turns its logits and `labels` into its own loss.
+
+    Args:
+        shifts_labels: whether the logits at i are compared with the label at i + 1.
+        counts_items: whether the model divides by `num_items_in_batch` where it is given.
+        auxiliary_coefficient: factor of the output's `aux_loss` (mixture of experts), 0 where there is none.
+        fused_head: the head's stand-in, or why there is none that is exact for this model.
+        unsupported: why the model's own loss is not the cross-entropy of its logits; empty where it is.
+        vocabulary: the number of logits, None where it is not known.
+        needs_labels: whether the model's forward cannot do without labels, or returns other logits then.
+        is_read: False where this is only presumed, from the model's class.
+    """
+
+    shifts_labels: bool
+    counts_items: bool
+    auxiliary_coefficient: float
+    fused_head: FusedHead | str
+    unsupported: str = ""
+    vocabulary: int | None = None
+    needs_labels: bool = False
+    is_read: bool = True
+
+
+def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
+    """Find out what a model's own loss is by running nine tokens through it, without gradients, in eval mode.
+
+    The loss that the model reports is compared with the cross-entropy of its logits, aligned and shifted, with its
+    auxiliary loss, and with `num_items_in_batch` doubled; the head's stand-in with the logits themselves. The state of
+    the random number generators is left as it was. A model that cannot be run on tokens alone is presumed, until
+    `read_on_batch`.
+
+    Args:
+        model: the unwrapped model, a `PeftModel` included.
+        can_run: False where the weights are not at hand, so that nine tokens cannot be run: the class of the loss
+            function then tells the shift, and no stand-in for the head is made. Sharded by FSDP2, the model is run by
+            all ranks at once.
+
+    Raises:
+        ValueError: FSDP2 cannot shard the model.
+    """
+    base = base_model(model)
+    sharded = isinstance(model, FSDPModule)
+    loss_type = getattr(base, "loss_type", None)
+    named = LOSS_MAPPING.get(str(loss_type), None if can_run and not sharded else ForCausalLMLoss)
+    presumed = ModelLoss(
+        shifts_labels=isinstance(base, PreTrainedModel) and not _is_encoder_decoder(base) and named is ForCausalLMLoss,
+        counts_items=not _is_encoder_decoder(base),
+        auxiliary_coefficient=_auxiliary_coefficient(base),
+        fused_head="it could not be tried out" if can_run else "its weights are sharded",
+        is_read=not can_run,
+    )
+    parameters = inspect.signature(base.forward).parameters
+    if not can_run or not {"input_ids", "labels"} <= set(parameters) or not _takes_tokens(base):
+        return presumed
+    labels = torch.tensor([PROBE_LABELS], device=next(base.parameters()).device)
+    rows = base.get_input_embeddings().weight.shape[0]
+    inputs = {"input_ids": (torch.arange(labels.numel(), device=labels.device) * 3 + 5)[None] % rows}
+    if "attention_mask" in parameters:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    try:
+        with undisturbed(model):
+            found = _probe(model, presumed, inputs, labels)
+    except Exception as error:  # a model may raise anything on inputs that are not its own
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if sharded and frame.f_globals["__name__"].startswith("torch.distributed.fsdp"):
+            raise ValueError(f"{type(base).__name__} cannot be run under FSDP2: {error} Accepted: DDP.") from error
+        log = logger.warning if sharded else logger.info
+        log(f"{type(base).__name__} cannot be run on nine tokens: {type(error).__name__}: {error}")
+        return presumed
+    return _as_presumed(found, presumed) if sharded else found  # data loaders were made before it was sharded
+
+
+def read_on_batch(model: nn.Module, presumed: ModelLoss, batch: Mapping[str, Any]) -> ModelLoss:
+    """The same on a batch of its own, for a model that could not be run on nine tokens."""
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
+    with undisturbed(model):
+        return _as_presumed(_probe(model, presumed, inputs, labels), presumed)
+
+
+def _as_presumed(found: ModelLoss, presumed: ModelLoss) -> ModelLoss:
+    """What was found; unsupported where times were made already, for another shift."""
+    if found.shifts_labels != presumed.shifts_labels and not found.unsupported:
+        return dataclasses.replace(found, unsupported="a shift of the labels that its class does not tell")
+    return found
+
+
+def regression_problem(model: nn.Module, batch: Mapping[str, Any]) -> str:
+    """Why a model's own loss on float labels is neither mean squared nor mean absolute error; empty where it is."""
+    labels = batch["labels"].where(~batch["labels"].isnan(), 0.0)
+    with undisturbed(model):
+        outputs = model(**{**batch, "labels": labels})
+    own, logits = (outputs.get(key) if isinstance(outputs, Mapping) else None for key in ("loss", "logits"))
+    if own is None or logits is None:
+        return "no logits"
+    for kind in REGRESSION_LOSSES:
+        try:
+            mean = token_regression_loss(logits, labels, kind=kind).mean()
+        except ValueError:
+            return f"logits of shape {tuple(logits.shape)} for float labels of shape {tuple(labels.shape)}"
+        if torch.isclose(own.float(), mean.float(), rtol=1e-3, atol=1e-6):
+            return ""
+    return "an own loss on float labels that is neither their mean squared nor their mean absolute error"
+
+
+def _probe(model: nn.Module, presumed: ModelLoss, inputs: dict[str, Any], labels: Tensor) -> ModelLoss:
+    base = base_model(model)
+    outputs = model(**inputs, labels=labels)
+    logits, own, auxiliary = (
+        outputs.get(key) if isinstance(outputs, Mapping) else None for key in ("logits", "loss", "aux_loss")
+    )
+    if logits is None or own is None or logits.dim() != 3:
+        what = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+        return dataclasses.replace(presumed, unsupported=f"{what} for labels of shape {tuple(labels.shape)}")
+    try:
+        answers = answer_logits(model, logits, labels.shape[1])
+    except ValueError:  # as in speech recognition, whose labels are fewer than the frames
+        what = f"logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}"
+        return dataclasses.replace(presumed, unsupported=what)
+    extra = presumed.auxiliary_coefficient * auxiliary if isinstance(auxiliary, Tensor) else 0.0
+    tolerance = 16 * torch.finfo(own.dtype).eps
+
+    def target_losses(shifts: bool) -> Tensor:
+        aligned = shift_left(labels, IGNORE_INDEX) if shifts else labels
+        return token_cross_entropy(answers, aligned)[aligned != IGNORE_INDEX]
+
+    for shifts in (presumed.shifts_labels, not presumed.shifts_labels):
+        losses = target_losses(shifts)
+        if torch.isclose(own.float(), losses.mean() + extra, rtol=tolerance, atol=tolerance):
+            break
+    else:
+        return dataclasses.replace(presumed, unsupported="an own loss that is not the cross-entropy of its logits")
+    counts_items = False
+    if _takes_items(base):
+        items = torch.tensor(2 * len(losses), device=own.device)
+        halved = model(**inputs, labels=labels, num_items_in_batch=items)["loss"]
+        counts_items = bool(torch.isclose((halved - extra) * 2, own - extra, rtol=4 * tolerance, atol=tolerance))
+    return dataclasses.replace(
+        presumed,
+        shifts_labels=shifts,
+        counts_items=counts_items,
+        fused_head=_exact_stand_in(model, base, inputs, labels, logits),
+        vocabulary=logits.shape[-1],
+        needs_labels=not _can_do_without_labels(model, base, inputs, labels, logits),
+        is_read=True,
+    )
+
+
+def _can_do_without_labels(
+    model: nn.Module, base: Any, inputs: dict[str, Any], labels: Tensor, logits: Tensor
+) -> bool:
+    try:
+        outputs = model(**_with_decoder_inputs(base, inputs, labels))
+    except Exception:  # noqa: BLE001  whatever a forward raises that was written for training alone
+        return False
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    return found is not None and found.shape == logits.shape and torch.allclose(found, logits, rtol=1e-3, atol=1e-5)
+
+
+def _with_decoder_inputs(base: Any, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    if _is_encoder_decoder(base) and "decoder_input_ids" not in inputs:
+        return {**inputs, **decoder_inputs(base, labels)}
+    return inputs
+
+
+def _takes_items(base: Any) -> bool:
+    parameters = inspect.signature(base.forward).parameters.values()
+    return getattr(base, "accepts_loss_kwargs", any(each.kind == inspect.Parameter.VAR_KEYWORD for each in parameters))
+
+
+def _is_encoder_decoder(base: Any) -> bool:
+    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+
+
+def _exact_stand_in(
+    model: nn.Module,
+    base: Any,
+    inputs: dict[str, Any],
+    labels: Tensor,
+    logits: Tensor,
+) -> FusedHead | str:
+    """A `FusedHead` for the model if its replay gives the model's own logits, else why not."""
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is None or "forward" in head.__dict__:
+        return "it has none, or one whose forward is replaced already"
+    fused = FusedHead(head, base)
+    try:
+        replayed = fused.replay(model, _with_decoder_inputs(base, inputs, labels))
+    except (TypeError, RuntimeError, ValueError) as error:
+        return str(error)
+    tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
+    if replayed.shape != logits.shape or not torch.allclose(
+        replayed, logits.float(), rtol=tolerance, atol=tolerance * float(logits.abs().max())
+    ):
+        return "its logits are more than scale, bias and soft cap of what it returns"
+    return fused
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside a `PeftModel`, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def takes_position_ids(base: Any) -> bool:
+    """Whether a causal model takes `position_ids` that count from 0; RoBERTa's count from its padding index on."""
+    offset = any(
+        isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name
+        for name, module in base.named_modules()
+    )
+    return not offset and "position_ids" in inspect.signature(base.forward).parameters
+
+
+def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
+    """What an encoder-decoder model's own forward makes of `labels` for its decoder where it is given nothing else."""
+    ids = base.prepare_decoder_input_ids_from_labels(labels=labels.long())
+    inputs = {"decoder_input_ids": ids}
+    if isinstance(base, EncoderDecoderModel):
+        inputs["decoder_attention_mask"] = (ids != base.config.pad_token_id).to(ids.dtype)
+    return inputs
+
+
+def logits_of(outputs: Any, labels: Tensor) -> Tensor:
+    """The logits of a model's output, a mapping or a tuple with or without a loss in front.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(outputs, Mapping):
+        values = [outputs.get("logits")]
+    else:
+        values = [value for value in outputs if isinstance(value, Tensor) and value.dim() >= labels.dim()]
+    if not values or values[0] is None:
+        raise ValueError(
+            f"the model returned no logits for labels of shape {tuple(labels.shape)}; accepted: outputs with them."
+        )
+    return values[0]
+
+
+def _takes_tokens(base: Any) -> bool:
+    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    return isinstance(getattr(embeddings, "weight", None), Tensor)
+
+
+def _auxiliary_coefficient(base: Any) -> float:
+    config = base.config.get_text_config() if isinstance(base, PreTrainedModel) else None
+    named = config_number(config, "router_aux_loss_coef", config_number(config, "aux_loss_coef", 0.0))
+    return float(getattr(base, "router_aux_loss_coef", named))
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; training flags, random states and FSDP2's shards are restored.
+
+    FSDP2 leaves a root gathered after a forward, and an optimizer that is made then never sees its shards.
+    """
+    training = [module for module in model.modules() if module.training]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
