@@ -91,20 +91,6 @@ def test_recipes_open_with_commands_that_parse(script: str) -> None:
         parsed(script, command["flags"])
 
 
-def test_commands_of_the_page_on_recipes_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("train.csv", "validation.csv"):
-        Path(name).write_text("article,highlights\na,b\n", encoding="utf-8")
-    text = (RECIPES / "README.md").read_text("utf-8")
-    commands = [*COMMAND.finditer(text)]
-    assert len(commands) == 3
-    for command in commands:
-        assert parsed(command["script"], command["flags"])["use_peft"]
-    assert len(comparisons_in(text)) == 2
-    for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (RECIPES / link).exists(), link
-
-
 def comparisons_in(text: str) -> list[str]:
     """The commands of `compare_powers.py`, whose flags and combinations are those of their recipe."""
     commands: list[str] = re.findall(r"python recipes/compare_powers\.py (recipes(?:\\\n|[^\n])*)", text)
