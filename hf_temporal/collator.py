@@ -1,4 +1,4 @@
-"""Gives each batch its times, in a wrapper around any data collator, and later its weights."""
+"""Gives each batch its times, in a wrapper around any data collator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .positions import (
     target_positions,
     time_shape,
 )
-from .weighting import TemporalWeighting, check_weights, wide_dtype
+from .weighting import check_weights
 
 POSITIONS = "temporal_positions"
 DOCUMENTS = "temporal_document_ids"
@@ -35,6 +35,7 @@ KEPT_COLUMNS = (LOSS_WEIGHTS, "document_ids")
 TARGETS = "temporal_targets"
 TIMELINE_KEYS = (POSITIONS, DOCUMENTS, TARGETS, *KEPT_COLUMNS)
 WEIGHTS = "temporal_weights"
+OWN_KEYS = (*TIMELINE_KEYS, WEIGHTS)
 
 PADDING_COLLATORS = (
     DataCollatorForSeq2Seq,
@@ -267,50 +268,6 @@ def _without(features: list[Any], keys: Collection[str]) -> list[Any]:
 
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, (list, tuple, Tensor))
-
-
-def weigh_batches(
-    batches: list[Batch],
-    weighting: TemporalWeighting,
-    *,
-    gather: Callable[[Tensor], Tensor] | None,
-    device: torch.device,
-) -> tuple[list[Batch], Tensor, Tensor]:
-    """Put `temporal_weights` in place of the times of the micro-batches of one optimizer step.
-
-    Args:
-        batches: as `Timeline.add` returns them; they are changed.
-        weighting: at the power in force.
-        gather: concatenates a tensor of each rank, where D is that of all ranks.
-        device: where the weights are wanted.
-
-    Returns:
-        The batches; D, the denominator of the whole step, 1 where it holds no target; and the effective sample size
-        (Σw)²/Σw² as a share of the target tokens. D and the share are 0-dim float32.
-    """
-    reference = None
-    if weighting.normalization == "batch":
-        times = torch.stack([weighting.reference_time_of(batch[POSITIONS]).to(device) for batch in batches])
-        reference = weighting.reference_time_of(times)
-        if gather is not None:
-            reference = weighting.reference_time_of(gather(reference))
-    sums = torch.zeros(4, dtype=wide_dtype(device), device=device)
-    for batch in batches:
-        positions, own = batch.pop(POSITIONS).to(device), batch.pop(LOSS_WEIGHTS, None)
-        documents = batch.pop(DOCUMENTS, None)
-        documents = None if documents is None else documents.to(device)
-        weights = weighting.weights(positions, document_ids=documents, reference_time=reference)
-        if own is not None:
-            weights = weights * own.to(weights)
-        terms = weighting.denominator_terms(weights, positions, has_loss_weights=own is not None)
-        wide = weights.to(sums.dtype)
-        sums += torch.stack([terms.sum(), wide.sum(), wide.square().sum(), (positions > 0).sum()])
-        batch[WEIGHTS] = weights
-    if gather is not None:
-        sums = gather(sums).view(-1, len(sums)).sum(0)
-    denominator, total, squares, count = sums.float()
-    share = total**2 / (squares * count).clamp(min=torch.finfo(torch.float32).tiny)
-    return batches, denominator.where(denominator > 0, 1.0), share
 
 
 def has_time(labels: Any) -> bool:

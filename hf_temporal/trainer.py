@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections import deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,54 +14,44 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.utils import logging
 
 from hf_temporal.hub.push import HubMixin
-from hf_temporal.model.fused_head import FusedHead, answer_logits, is_prompt_learner
+from hf_temporal.model.fused_head import is_prompt_learner
 from hf_temporal.model.model_loss import (
     ModelLoss,
     base_model,
-    decoder_inputs,
-    logits_of,
     read_model_loss,
     read_on_batch,
     regression_problem,
     takes_position_ids,
 )
+from hf_temporal.model.weighted_loss import chosen_fused_head, missing_decoder_inputs, weighted_sum
 
 from .collator import (
-    DOCUMENTS,
     KEPT_COLUMNS,
     LOSS_WEIGHTS,
+    OWN_KEYS,
     POSITIONS,
-    TARGETS,
-    TIMELINE_KEYS,
     WEIGHTS,
     Batch,
     Timeline,
     TimelineCollator,
     has_time,
-    weigh_batches,
 )
-from .evaluation import PROFILE_NAME, PositionProfile, TokenLosses, save_profile
-from .losses import weighted_cross_entropy, weighted_regression_loss
+from .evaluation_hooks import EvaluationByPosition
 from .positions import IGNORE_INDEX, shift_left
 from .schedules import power_at
+from .step_weights import WeightedStep, weigh_batches
 from .training_args import _TemporalFields
+from .unsupported import check_arguments, check_engine
 from .weighting import TemporalWeighting
 
-logger = logging.get_logger(__name__)
 
-OWN_KEYS = (*TIMELINE_KEYS, WEIGHTS)
-SMALLEST_VOCABULARY_TO_FUSE = 1024
-LARGEST_POWER_WITHOUT_ZEROS = 16.0
-
-
-class TemporalWeightMixin(HubMixin):
+class TemporalWeightMixin(EvaluationByPosition):
     """Put in front of a `Trainer` subclass, weights each target token's loss by t^p.
 
     The training loss is Σ_i w_i ℓ_i / D over the accumulated batch of all ranks, with w and D from
-    `TemporalWeighting`; everything else of the trainer stays as it is. p = 0 is the trainer's own loss.
+    `TemporalWeighting`; everything else of the trainer stays as it is. With p = 0 it is the trainer's own loss.
 
     Args:
         weighting: overrides the `temporal_*` fields of the arguments (`TemporalTrainingArguments`); where there are
@@ -87,32 +75,17 @@ class TemporalWeightMixin(HubMixin):
         if weighting is not None and not isinstance(weighting, TemporalWeighting):
             raise TypeError(f"weighting={weighting!r} is a {type(weighting).__name__}; accepted: a TemporalWeighting.")
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
-        if given.get("compute_loss_func") is not None:
-            raise ValueError(
-                "compute_loss_func cannot be combined with a position-weighted loss: it never sees the positions. "
-                "Accepted instead: TemporalWeighting(weight_fn=...) for a shape of your own, or a loss_weights column."
-            )
-        _check_liger(given.get("args"))
+        check_arguments({**given, **given.get("kwargs", {})})
         self._given_weighting = weighting
         self._model_loss: ModelLoss | None = None
         self._model_read: tuple[nn.Module, bool] | None = None
         self._problem: str | None = None
         self._eval_timeline: Timeline | None = None
-        self._losses: TokenLosses | None = None
-        self._sample_size: list[Tensor] = []
-        self._power_in_force = 0.0
+        self._step: WeightedStep | None = None
+        self._sample_sizes: list[Tensor] = []
+        self._is_collecting = False
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"n_gpu={self.args.n_gpu}: nn.DataParallel splits the batch after its weights are summed. Accepted "
-                "instead: one process per GPU, `accelerate launch` or `torchrun`."
-            )
-        if self.get_sp_size() > 1:
-            raise ValueError(
-                f"parallelism_config.sp_size={self.get_sp_size()}: under DeepSpeed's sequence parallelism the trainer "
-                "takes the model's own loss. Accepted: sp_size=1; cp_size > 1 splits sequences, too, and is weighted."
-            )
+        check_engine(self)
         if isinstance(self.args, _TemporalFields):
             self.args.validate_schedule(self.weighting.power)
 
@@ -157,7 +130,7 @@ class TemporalWeightMixin(HubMixin):
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own, whose batches carry t."""
-        self._sample_size.clear()  # of a run that was cut short, as by a batch size that did not fit
+        self._sample_sizes.clear()  # of a run that was cut short, as by a batch size that did not fit
         config: Any = self.args.accelerator_config
         dispatches = config.dispatch_batches or isinstance(self.train_dataset, IterableDataset)
         whole = not dispatches and self.get_cp_size() == self.get_tp_size() == 1
@@ -166,9 +139,10 @@ class TemporalWeightMixin(HubMixin):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, whose batches carry t."""
-        if self._eval_timeline != self._timeline:
+        timeline = self._new_timeline()
+        if self._eval_timeline != timeline:
             self.__dict__.pop("_eval_dataloaders", None)  # kept alive by persistent workers, with the times of before
-            self._eval_timeline = self._timeline
+            self._eval_timeline = timeline
         with self._making_timelines():
             return super().get_eval_dataloader(*args, **kwargs)
 
@@ -180,15 +154,15 @@ class TemporalWeightMixin(HubMixin):
     @contextlib.contextmanager
     def _making_timelines(self, *, lists_targets: bool = False) -> Iterator[None]:
         collator = self.data_collator
-        timeline = dataclasses.replace(self._timeline, lists_targets=lists_targets)
+        timeline = dataclasses.replace(self._new_timeline(), lists_targets=lists_targets)
         self.data_collator = TimelineCollator(collator, timeline)
         try:
             yield
         finally:
             self.data_collator = collator
 
-    @property
-    def _timeline(self) -> Timeline:
+    def _new_timeline(self) -> Timeline:
+        """How times are made for the model as it is now."""
         base, loss = base_model(self._root), self._read_model_loss()
         config = getattr(base, "config", None)
         return Timeline(
@@ -232,20 +206,13 @@ class TemporalWeightMixin(HubMixin):
             return isinstance(self._root, FSDPModule)
         return not self.is_deepspeed_enabled
 
-    def _is_stock(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the trainer's own loss is used: p = 0 where there is nothing that t^p could weight.
-
-        Raises:
-            ValueError: nothing to weight, and p ≠ 0.
-        """
-        what = self._problem_with(batch)
-        if not what:
-            return False
+    def _check_power_is_0(self, batch: Mapping[str, Any], problem: str) -> None:
+        """Raise a `ValueError` where weights are asked for that this batch has no place for."""
         trivial = self.weighting.power == 0 and self.weighting.weight_fn is None and self.temporal_power == 0
         if trivial and batch.get(LOSS_WEIGHTS) is None:
-            return True
+            return
         raise ValueError(
-            f"{type(base_model(self._root)).__name__} with {what}: there is no loss per time to weight. Accepted: "
+            f"{type(base_model(self._root)).__name__} with {problem}: there is no loss per time to weight. Accepted: "
             f"power=0 without {LOSS_WEIGHTS} (the usual loss), or labels of shape [batch, time] and logits of shape "
             "[batch, time, vocabulary]."
         )
@@ -281,25 +248,41 @@ class TemporalWeightMixin(HubMixin):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step with their weights, and D in place of the number of items."""
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        stock = bool(batches) and self._is_stock(batches[0])
-        self.loss_is_scaled_for_ga = None if stock else True
-        if stock or not batches:
+        self._is_collecting = True
+        try:
+            batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        finally:
+            self._is_collecting = False
+        if not batches:
             return batches, num_items_in_batch
-        return self._weigh(batches, device)
+        problem = self._problem_with(batches[0])
+        self.loss_is_scaled_for_ga = None if problem else True
+        if problem:
+            self._check_power_is_0(batches[0], problem)
+            return batches, num_items_in_batch
+        step = self._weigh(batches, device)
+        return step.batches, step.denominator
 
-    def _weigh(self, batches: list[Any], device: torch.device) -> tuple[list[Batch], Tensor]:
-        """The batches with their weights in place of their times, and the denominator D of all of them, all ranks."""
-        self._power_in_force = self.temporal_power
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """The trainer's own count; left out, with its gathering over all ranks, where D takes its place."""
+        if self._is_collecting and batch_samples and not self._problem_with(batch_samples[0]):
+            return None
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _weigh(self, batches: list[Any], device: torch.device) -> WeightedStep:
+        """The optimizer step that these batches make, with its weights."""
         across_ranks = self.args.average_tokens_across_devices and self.args.world_size > 1
-        batches, denominator, sample_size = weigh_batches(
-            [dict(batch) if POSITIONS in batch else self._timeline.add(batch) for batch in batches],
-            self.weighting.at(self._power_in_force),
+        timeline = self._new_timeline()
+        step = weigh_batches(
+            [dict(batch) if POSITIONS in batch else timeline.add(batch) for batch in batches],
+            self.weighting.at(self.temporal_power),
             gather=self.accelerator.gather if across_ranks else None,
             device=device,
         )
-        self._sample_size.append(sample_size)
-        return batches, denominator / (self.get_tp_size() * self.get_cp_size())
+        step = dataclasses.replace(step, denominator=step.denominator / (self.get_tp_size() * self.get_cp_size()))
+        self._step = step
+        self._sample_sizes.append(step.effective_sample_size)
+        return step
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Batch) -> tuple[Any, Batch]:
         """The trainer's own, which splits rows between ranks, with the weights split as the labels are.
@@ -334,10 +317,14 @@ class TemporalWeightMixin(HubMixin):
         `num_items_in_batch` is D as `get_batch_samples` returns it; a batch that did not come from there is weighted
         by itself. With `return_outputs` the model's outputs are complete, logits included.
         """
-        if not model.training or self._is_stock(inputs):
+        problem = self._problem_with(inputs) if model.training else ""
+        if problem:
+            self._check_power_is_0(inputs, problem)
+        if problem or not model.training:
             inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS}
             if self.label_smoother is not None and has_time(inputs.get("labels")):
-                inputs |= self._decoder_inputs(inputs, inputs["labels"])  # stock takes the labels out without them
+                # the trainer's label smoother takes the labels out, without which the decoder would have no inputs
+                inputs |= missing_decoder_inputs(self._root, inputs, inputs["labels"])
             elif not (model.training or self._read_model_loss().counts_items):
                 num_items_in_batch = None
             return super().compute_loss(
@@ -350,150 +337,37 @@ class TemporalWeightMixin(HubMixin):
                     f"a batch that did not come from get_batch_samples, split between {self.get_cp_size()} ranks "
                     "(cp_size): its weights need the whole rows. Accepted: trainer.train()."
                 )
-            (inputs,), num_items_in_batch = self._weigh([inputs], self.args.device)
+            step = self._weigh([inputs], self.args.device)
+            (inputs,), num_items_in_batch = step.batches, step.denominator
         copies = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         # The weights are divided instead of the loss: gradients that are made in the forward pass are then final.
         weights = inputs[WEIGHTS] * (copies / num_items_in_batch)
-        loss, outputs = self._weighted_sum(model, {**inputs, WEIGHTS: weights}, needs_outputs=return_outputs)
-        coefficient = self._read_model_loss().auxiliary_coefficient
+        own = self._read_model_loss()
+        mode = self.args.temporal_fused_head if isinstance(self.args, _TemporalFields) else "auto"
+        needs_logits = return_outputs or own.needs_labels or inputs["labels"].is_floating_point()
+        loss, outputs = weighted_sum(
+            model,
+            self._root,
+            own,
+            {**inputs, WEIGHTS: weights},
+            is_shifted=self.get_cp_size() > 1 and "shift_labels" in inputs,
+            fused_head=None if needs_logits else chosen_fused_head(self._root, own, mode),
+            label_smoothing=self.args.label_smoothing_factor if self.label_smoother is not None else 0.0,
+            regression_loss=self.weighting.regression_loss,
+        )
+        coefficient = own.auxiliary_coefficient
         if coefficient and isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
             steps = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
             loss = loss + coefficient * outputs["aux_loss"].to(loss.device) / steps
         return (loss, outputs) if return_outputs else loss
 
-    def _weighted_sum(self, model: nn.Module, inputs: Batch, *, needs_outputs: bool) -> tuple[Tensor, Any]:
-        """Σ wℓ of a micro-batch, and the model's outputs."""
-        labels, weights, shifted = inputs.pop("labels"), inputs.pop(WEIGHTS), inputs.pop("shift_labels", None)
-        targets = inputs.pop(TARGETS, None)
-        if self.weighting.weight_fn is not None or abs(self._power_in_force) > LARGEST_POWER_WITHOUT_ZEROS:
-            targets = None  # many weights may be 0, and such positions need no logits
-        inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS}
-        if labels.is_floating_point():
-            outputs = model(**inputs, labels=labels)
-            kind = self.weighting.regression_loss
-            total, _ = weighted_regression_loss(logits_of(outputs, labels), labels, weights, kind=kind)
-            return total, outputs
-        own = self._read_model_loss()
-        inputs |= {"labels": labels} if own.needs_labels else self._decoder_inputs(inputs, labels)
-        if own.shifts_labels and self.get_cp_size() > 1:
-            labels = shifted
-        elif own.shifts_labels:
-            labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
-            targets = None if targets is None else targets - 1
-        labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
-        smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
-        fused_head = None if needs_outputs or own.needs_labels else self._fused_head()
-        if fused_head is not None:
-            with fused_head.computing(self._root, labels, weights, targets=targets, label_smoothing=smoothing):
-                outputs = model(**inputs)
-                return fused_head.loss_of(outputs), outputs
-        outputs = model(**inputs)
-        logits = answer_logits(self._root, logits_of(outputs, labels), labels.shape[1])
-        total, _ = weighted_cross_entropy(logits, labels, weights, label_smoothing=smoothing)
-        return total, outputs
-
-    def _decoder_inputs(self, inputs: Batch, labels: Tensor) -> Batch:
-        base = base_model(self._root)
-        if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-            return {}
-        if any(inputs.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds")):
-            return {}
-        return {key: value for key, value in decoder_inputs(base, labels).items() if inputs.get(key) is None}
-
-    def _fused_head(self) -> FusedHead | None:
-        mode = self.args.temporal_fused_head if isinstance(self.args, _TemporalFields) else "auto"
-        if mode == "off":
-            return None
-        head = self._read_model_loss().fused_head
-        if isinstance(head, FusedHead) and head.is_known():
-            return head if mode == "on" or head.vocabulary >= SMALLEST_VOCABULARY_TO_FUSE else None
-        why = "its adapter is not a plain LoRA now" if isinstance(head, FusedHead) else head
-        problem = (
-            f"the LM head of {type(base_model(self._root)).__name__} cannot be fused exactly with the loss ({why})"
-        )
-        if mode == "on":
-            raise ValueError(f"temporal_fused_head='on', but {problem}; accepted here: 'auto' or 'off'.")
-        if (self._read_model_loss().vocabulary or 0) >= SMALLEST_VOCABULARY_TO_FUSE:
-            logger.warning_once(f"The loss is computed from the full logits: {problem}.")
-        return None
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds `temporal_power` and `effective_sample_size` to the logs of the training loss."""
-        if self._sample_size and "loss" in logs:
-            logs["temporal_power"] = self._power_in_force
-            logs["effective_sample_size"] = torch.stack(self._sample_size).mean().item()
-            self._sample_size.clear()
+        if self._step is not None and self._sample_sizes and "loss" in logs:
+            logs["temporal_power"] = self._step.power
+            logs["effective_sample_size"] = torch.stack(self._sample_sizes).mean().item()
+            self._sample_sizes.clear()
         super().log(logs, *args, **kwargs)
-
-    # ---- evaluation
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, plus the weighted loss, that of both ends and the profile by position."""
-        profile = PositionProfile(self.weighting, self._gather_examples, batch_size=self.args.eval_batch_size)
-        with self._observing(profile):
-            output: Any = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics = profile.metrics(prefix)
-        output.metrics.update(metrics)
-        if metrics and self.args.should_save:
-            path = Path(str(self.args.output_dir)) / PROFILE_NAME
-            save_profile(path, split=prefix, step=self.state.global_step, bins=profile.bins())
-        return output
-
-    def _gather_examples(self, sums: Tensor) -> Tensor:
-        """The rows of all ranks; of unequal numbers where last batches are not filled up (`even_batches=False`).
-
-        Tensor parallel ranks are neighbours with the same rows, which accelerate would count once for each of them.
-        """
-        accelerator, copies = self.accelerator, self.get_tp_size()
-        if accelerator.num_processes == 1:
-            return sums
-        sums = accelerator.pad_across_processes(sums)
-        if copies == 1:
-            return accelerator.gather_for_metrics(sums)
-        rows = accelerator.gather(sums).unflatten(0, (-1, copies, len(sums)))[:, 0].flatten(0, 1)
-        state = accelerator.gradient_state
-        return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
-
-    @contextlib.contextmanager
-    def _observing(self, losses: TokenLosses) -> Iterator[None]:
-        """While it is open, `prediction_step` gives `losses` each batch that it runs through the model."""
-        self._losses = losses
-        try:
-            yield
-        finally:
-            self._losses = None
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The trainer's own step, whose logits are observed."""
-        batch = dict(inputs) if POSITIONS in inputs else self._timeline.add(inputs)
-        timeline = {key: batch.pop(key).to(self.args.device) for key in TIMELINE_KEYS if key in batch}
-        if self._losses is None or POSITIONS not in timeline or self.get_cp_size() > 1 or self._problem_with(batch):
-            return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
-        calls: deque[Any] = deque(maxlen=1)
-        hook = model.register_forward_hook(lambda *call: calls.append(call[-1]))
-        try:
-            result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
-        finally:
-            hook.remove()
-        batch = self._prepare_inputs(batch)
-        labels = batch.pop("labels")
-        outputs = calls[0]
-        if isinstance(outputs, Mapping) and outputs.get("logits") is None:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(**batch, **self._decoder_inputs(batch, labels))
-        logits = logits_of(outputs, labels)
-        self._losses.add(
-            logits if labels.is_floating_point() else answer_logits(self._root, logits, labels.shape[1]),
-            labels,
-            timeline[POSITIONS],
-            shifts_labels=self._read_model_loss().shifts_labels,
-            document_ids=timeline.get(DOCUMENTS),
-            loss_weights=timeline.get(LOSS_WEIGHTS),
-        )
-        return result
 
     # ---- what is saved
 
@@ -504,21 +378,9 @@ class TemporalWeightMixin(HubMixin):
         super().save_model(output_dir, _internal_call)
 
 
-class TemporalWeightTrainer(TemporalWeightMixin, Trainer):
+class TemporalWeightTrainer(TemporalWeightMixin, HubMixin, Trainer):
     """A drop-in for `Trainer` that weights each target token's loss by t^p, see `TemporalWeightMixin`."""
 
 
-class TemporalWeightSeq2SeqTrainer(TemporalWeightMixin, Seq2SeqTrainer):
+class TemporalWeightSeq2SeqTrainer(TemporalWeightMixin, HubMixin, Seq2SeqTrainer):
     """A drop-in for `Seq2SeqTrainer` that weights each target token's loss by t^p, see `TemporalWeightMixin`."""
-
-
-def _check_liger(args: Any) -> None:
-    if not getattr(args, "use_liger_kernel", False):
-        return
-    config = getattr(args, "liger_kernel_config", None) or {}
-    if config.get("fused_linear_cross_entropy", True) or config.get("cross_entropy", False):
-        raise ValueError(
-            f"use_liger_kernel=True with liger_kernel_config={config or None}: Liger's cross-entropy knows no "
-            "weights. Accepted: liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}; "
-            "the fused head here takes its place."
-        )

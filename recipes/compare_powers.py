@@ -41,7 +41,7 @@ from hf_temporal.compare.grid import OWN, CompareArguments, Comparison, flag_nam
 from hf_temporal.compare.overview import Part, write_overview
 from hf_temporal.compare.report import REPORT_NAME, Outcome, write_summary
 from hf_temporal.compare.runs import Runs
-from hf_temporal.hub.model_card import without_tokens
+from hf_temporal.hub.privacy import without_tokens
 
 
 def read_arguments(argv: Sequence[str]) -> Comparison:

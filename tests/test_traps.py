@@ -186,7 +186,7 @@ def test_position_ids_that_count_from_elsewhere_are_left_to_the_model(tmp_path: 
     model = RobertaForTokenClassification(RobertaConfig(**settings)).eval()
     args = TemporalTrainingArguments(str(tmp_path), **SETTINGS)
     trainer = TemporalWeightTrainer(model, args, data_collator=PadCollator(side="left"))
-    assert not trainer._timeline.takes_position_ids
+    assert not trainer._new_timeline().takes_position_ids
 
 
 def test_labels_cut_by_the_collator(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_prompt_tuning(fused: str, tmp_path: Path) -> None:
     trainer = TemporalWeightTrainer(model, args, train_dataset=rows, data_collator=PadCollator())
     assert first_loss(trainer) == pytest.approx(total / count, rel=1e-5)
     with pytest.raises(ValueError, match="several documents in a row, which prompt learning does not keep apart"):
-        trainer._timeline.add({"labels": torch.ones(1, 4), "document_ids": torch.tensor([[0, 0, 1, 1]])})
+        trainer._new_timeline().add({"labels": torch.ones(1, 4), "document_ids": torch.tensor([[0, 0, 1, 1]])})
 
 
 def test_every_batch_has_the_same_keys() -> None:
@@ -284,9 +284,10 @@ def test_loss_weights_are_never_ignored(tmp_path: Path) -> None:
 
 def test_labels_of_another_type_are_named(tmp_path: Path) -> None:
     args = TemporalTrainingArguments(str(tmp_path), temporal_power=1.0, **SETTINGS)
-    trainer = TemporalWeightTrainer(tiny_model("llama"), args)
+    model = tiny_model("llama").train()
+    trainer = TemporalWeightTrainer(model, args)
     with pytest.raises(ValueError, match="with labels of type ndarray"):
-        trainer._is_stock({"labels": torch.ones(2, 3).numpy()})
+        trainer.compute_loss(model, {"labels": torch.ones(2, 3).numpy()})
 
 
 def test_numbers_that_yaml_reads_as_strings(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 
-from hf_temporal.hub.model_card import without_tokens
+from hf_temporal.hub.privacy import without_tokens
 
 from .cells import Cell
 from .grid import Comparison

@@ -19,7 +19,8 @@ from hf_temporal import __version__
 from hf_temporal.evaluation import evaluation_profiles
 from hf_temporal.weighting import TemporalWeighting
 
-CARD_NAME = "README.md"
+from .privacy import CARD_NAME, hub_id, last_component, public_card, without_private
+
 PICTURE_NAME = "loss_by_position.png"
 TAGS = ("hf-temporal", "arxiv:2307.11462")
 HEADING = "## Temporal weighting"
@@ -54,18 +55,6 @@ _SPEED = re.compile(r"_(runtime|per_second|preparation_time)$")
 _BEGIN, _END = "<!-- hf_temporal: begin -->", "<!-- hf_temporal: end -->"
 _BLANK = "\n\n"
 _SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-_HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(?:/[\w-][\w.-]{0,95})?")
-_TOKEN_ARGUMENT = re.compile(r"((?:--(?:\w*(?:hub|auth|access)\w*_)?token|--\w*api_key)(?:=|\s+)|\w*TOKEN=)\S+")
-# two components or more, so that a lone /word of prose stays, and one behind ~; no URL, no closing tag; backslashes
-# only behind a drive or in a pair, and not those of an escape sequence such as \n
-_NAME = r"[^\s\"'`()\[\],;|<>/\\]+"
-_LOCAL_PATH = re.compile(
-    rf"(?:\bfile://|\b[A-Za-z]:|~|(?<![\w.~/<-]))(?:/(?!/){_NAME}){{2,}}/?|(?<!\w)~/{_NAME}"
-    rf"|(?:\b[A-Za-z]:(?!\\[nrt](?![a-z]))|(?<![\w.\\])\\)(?:\\{_NAME}){{2,}}\\?"
-)
-
-_QUOTED_PATH = re.compile(r"(['\"](?:--?[\w-]+=)?)~?(?:/(?!/)[^\n'\"`/\\]+){2,}/?(?=['\"])")
 
 
 def _hardware() -> str:
@@ -183,29 +172,6 @@ def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> No
     path.write_text(public_card(str(card), run.base_model), encoding="utf-8")
 
 
-def public_card(content: str, base_model: str | None = None) -> str:
-    """The card without tokens and without paths of this machine.
-
-    An absolute path becomes `path/to/` and its last component, in the metadata that component alone. A base model
-    recorded by its folder becomes `base_model` if that is a Hub id; otherwise its name stays in the text, and the
-    metadata say nothing of it.
-    """
-    card = ModelCard(content)
-    data = cast("ModelCardData", card.data)
-    recorded = data.base_model if isinstance(data.base_model, str) else None
-    known = hub_id(base_model)
-    if recorded and hub_id(recorded) is None:
-        data.tags = [
-            tag.replace(recorded, known) if known else tag for tag in data.tags or [] if known or recorded not in tag
-        ]
-        card.text = card.text.replace(recorded, known or last_component(recorded))
-        data.base_model = None
-    data.base_model = known or data.base_model
-    data.tags = sorted({tag for tag in data.tags or [] if without_private(tag) == tag})
-    metadata, between, text = str(card).partition("\n---\n")
-    return without_private(metadata) + between + without_private(text, folder="path/to/")
-
-
 def draw_loss_by_position(folder: str | os.PathLike[str]) -> str | None:
     """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile."""
     from hf_temporal.plots import plot_loss_by_position  # matplotlib takes its time
@@ -296,29 +262,6 @@ def _number(value: float) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
-
-
-def hub_id(name: str | None) -> str | None:
-    """The name if it can be one of the Hub's, None for a path or what is a file or folder here."""
-    return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
-
-
-def last_component(path: str) -> str:
-    """What stands behind the last slash, or backslash, of a path."""
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-
-
-def without_tokens(text: str) -> str:
-    """The text with tokens blotted out, and the home folder written as ~."""
-    text = _TOKEN.sub("<token>", _TOKEN_ARGUMENT.sub(r"\1<token>", text))
-    home = str(Path.home())
-    return text.replace(home, "~") if len(Path(home).parts) > 1 else text
-
-
-def without_private(text: str, *, folder: str = "") -> str:
-    """The text with tokens blotted out and `folder` in place of that of every absolute path."""
-    text = _QUOTED_PATH.sub(lambda found: found[1] + folder + last_component(found[0]), without_tokens(text))
-    return _LOCAL_PATH.sub(lambda found: folder + last_component(found[0]), text)
 
 
 def listed(names: str | list[str] | None) -> list[str]:

@@ -5,14 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import json
-import os
-import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +19,8 @@ from transformers.utils import PushInProgress, logging
 from hf_temporal.evaluation import PROFILE_NAME
 from hf_temporal.weighting import WEIGHTING_NAME
 
-from .model_card import (
-    CARD_NAME,
-    TrainingRun,
-    add_temporal_section,
-    draw_loss_by_position,
-    last_component,
-    listed,
-    public_card,
-    without_private,
-    without_tokens,
-)
+from .model_card import TrainingRun, add_temporal_section, draw_loss_by_position, listed
+from .privacy import CARD_NAME, PublicCopies
 
 logger = logging.get_logger(__name__)
 
@@ -52,9 +38,6 @@ MODEL_FILES = (
 )
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.*"]
 OUTPUT_FILES = (CARD_NAME, PROFILE_NAME, "*.png", "*.svg")
-# vocabularies hold what looks like a path and is none
-FILES_WITH_PATHS = ("*config.json", "trainer_state.json", WEIGHTING_NAME)
-KEPT_AT_HOME = "training_args.bin"  # holds the token
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -191,7 +174,7 @@ class HubMixin(_Trainer):
     ) -> Any:
         """Upload the model in `source` with what else belongs to it, and all of `source` under `checkpoint_name`."""
         output_dir = Path(str(self.args.output_dir))
-        copies = Copies(TrainingRun.of(self).base_model, base_model)
+        copies = PublicCopies(TrainingRun.of(self).base_model, base_model)
         staging = tempfile.TemporaryDirectory(prefix="_hub_", dir=output_dir, ignore_cleanup_errors=True)
         folder = Path(staging.name) / self._repository_name
         folder.mkdir()
@@ -216,76 +199,6 @@ class HubMixin(_Trainer):
         if blocking:
             return _send(staging, str(output_dir), **upload)
         return run_as_future(_send, staging, str(output_dir), **upload)
-
-
-@dataclasses.dataclass(frozen=True)
-class Copies:
-    """Makes copies in which a base model recorded by its folder is named by its Hub id, or by that folder's name.
-
-    Args:
-        recorded: what the model was loaded from.
-        base_model: the Hub id of that, if known.
-    """
-
-    recorded: str | None = None
-    base_model: str | None = None
-
-    def make(self, source: Path, target: Path, patterns: Iterable[str]) -> None:
-        """Put the files of a folder that match one of the patterns into another; what needs no change is linked."""
-        patterns = list(patterns)
-        for path in sorted(source.iterdir()) if source.is_dir() else []:
-            if path.is_file() and path.name != KEPT_AT_HOME and any(fnmatch(path.name, each) for each in patterns):
-                target.mkdir(parents=True, exist_ok=True)
-                self._copy(path, target / path.name)
-
-    def make_all(self, source: Path, target: Path) -> None:
-        """Put all files of a folder and of the folders in it into another."""
-        for folder in [source, *(path for path in source.rglob("*") if path.is_dir())]:
-            self.make(folder, target / folder.relative_to(source), ["*"])
-
-    def _copy(self, source: Path, target: Path) -> None:
-        if source.name == CARD_NAME:
-            target.write_text(public_card(source.read_text(encoding="utf-8"), self.base_model), encoding="utf-8")
-            return
-        if any(fnmatch(source.name, each) for each in FILES_WITH_PATHS):
-            content = json.loads(source.read_text(encoding="utf-8"))
-            # what looks like a path inside of a longer text may belong to a token or a chat template
-            clean = without_tokens if source.name.startswith("tokenizer") else without_private
-            if (public := self.public(content, clean)) != content:
-                target.write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                return
-        if source != target:
-            _link(source, target)
-
-    def public(self, value: Any, clean: Callable[[str], str] = without_private) -> Any:
-        """A JSON value without paths of this machine, at any depth; `clean` is for texts that are more than a path."""
-        if isinstance(value, dict):
-            return {key: self.public(each, clean) for key, each in value.items()}
-        if isinstance(value, list):
-            return [self.public(each, clean) for each in value]
-        if not isinstance(value, str):
-            return value
-        if not is_local_path(value):
-            return clean(value)
-        if self.base_model and value == self.recorded:
-            return self.base_model
-        return last_component(value)
-
-
-def is_local_path(text: str) -> bool:
-    """Whether a text is as a whole the path of something here, or an absolute one of two components or more."""
-    if "\n" in text or not {"/", "\\"} & set(text):
-        return False
-    if re.match(r"/|[A-Za-z]:[/\\]", text):
-        return len(re.split(r"[/\\]+", text.strip("/\\"))) > 1
-    return text.startswith(("~/", "file://", r"\\")) or os.path.exists(text)  # noqa: PTH110  Path raises on a long text
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _send(staging: tempfile.TemporaryDirectory[str], output_dir: str, **upload: Any) -> CommitInfo:

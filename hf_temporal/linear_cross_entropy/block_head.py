@@ -1,4 +1,4 @@
-"""A chunk of positions through the LM head, block of the vocabulary by block."""
+"""The LM head and its loss in PyTorch alone, one block of the vocabulary after the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIECE = 2**19  # entries of a product that is converted, or copied, where it goe
 LOGIT_BYTES, LOGIT_BYTES_16_BITS, LOGIT_BYTES_WIDE_16_BITS = 640, 768, 576  # of a chunk's logits for one word
 WIDE = 2048
 SMALL_LOGITS = 2**24  # bytes of a chunk's logits that are never too many
-ROOM_BYTES = 16  # of what a position's hidden states and their gradient take, for each of their entries
+STATE_BYTES = 16  # of what a position's hidden states and their gradient take, for each of their entries
 STEP = 8.0  # between bounds of the logits
 LARGEST_UNIT = 2.0**60  # of sums of exponentials
 LOG2_E = 1 / math.log(2)
@@ -26,27 +26,30 @@ LOG2_E = 1 / math.log(2)
 
 @dataclass
 class BlockHead(Head):
-    """In PyTorch alone.
+    """The head in PyTorch alone, for CPUs and for GPUs without Triton.
 
-    Logits stand as [V, n], whose product with W is the faster one on CPUs, and are met block by block, in cache. The
-    first sweep makes exp(l − m) of them; what is left to multiply a column by, in the second sweep, goes into its few
-    x and ∂/∂x instead. Capped logits are made again there, for their slope.
+    The logits of a chunk are held as [V, n], since the product W xᵀ is the faster one on CPUs, and are computed one
+    block of the vocabulary at a time, so that a block stays in the cache. The first sweep over the blocks replaces
+    them by exp(l − m). The second sweep makes the gradients; a factor that is common to a column is applied to its
+    few x and ∂/∂x instead. Logits with a soft cap are computed again there, for the slope of the tanh.
 
     Attributes:
         is_shifted: whether m has to bound the logits.
-        positions: those that the buffer has room for.
+        positions: how many positions the logits' memory holds.
+        logits: that memory, flat.
     """
 
     is_shifted: bool = field(init=False)
     positions: int = field(init=False)
-    _rooms: dict[Any, Tensor] = field(init=False, default_factory=dict)
+    logits: Tensor = field(init=False)
+    _scratch: dict[Any, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.is_shifted = self.is_narrow or self.terms[0].matrix.device.type != "cpu"
 
     @property
     def is_narrow(self) -> bool:
-        """Whether float16 bounds what a product may meet."""
+        """Whether a product is computed in float16, whose range its factors must not leave."""
         return any(term.dtype == torch.float16 for term in self.terms)
 
     @property
@@ -62,55 +65,55 @@ class BlockHead(Head):
         return min(self.vocabulary, max(SMALLEST_BLOCK, rows))
 
     def chunk_size(self, positions: int) -> int:
-        """See `default_chunk_size`."""
+        """See `block_chunk_size`."""
         matrix = self.terms[0].matrix
-        return default_chunk_size(
+        return block_chunk_size(
             *(len(matrix), self.stored.itemsize, matrix.device.type),
             width=matrix.shape[1],
             positions=positions,
             summed=sum(term.matrix.shape[1] for term in self.narrow_terms),
         )
 
-    def buffer(self, positions: int) -> Tensor:
-        """[V · positions]; of a block, where the logits are not needed again."""
+    def reserve(self, positions: int) -> None:
+        """Memory for [V · positions] logits, or for those of one block where no gradient is wanted."""
         self.positions = positions
         words = self.vocabulary if self.needs_gradient else self.block
-        return self.terms[0].matrix.new_empty(positions * words, dtype=self.stored)
+        self.logits = self.terms[0].matrix.new_empty(positions * words, dtype=self.stored)
 
     def losses(
-        self, xs: Sequence[Tensor], y: Tensor, w: Tensor, buffer: Tensor, *, is_first: bool, is_last: bool
+        self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         """See `Head.losses`."""
         targets = _Targets(y)
-        swept = None if self.is_shifted else _first_sweep(self, xs, targets, buffer)
+        swept = None if self.is_shifted else self._first_sweep(xs, targets)
         if swept is None:
             self.is_shifted = True
-            swept = _first_sweep(self, xs, targets, buffer)
+            swept = self._first_sweep(xs, targets)
             assert swept is not None
         expected = (1 - self.label_smoothing) * swept.chosen + self.smoothed * swept.plain
         losses = swept.bound + swept.total.log() - expected
         if not self.needs_gradient:
             return losses, [None] * len(xs)
-        return losses, _second_sweep(self, xs, targets, w, swept, buffer, is_first=is_first, is_last=is_last)
+        return losses, self._second_sweep(xs, targets, w, swept, is_first=is_first, is_last=is_last)
 
-    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor to write into, the same memory each time: fresh pages cost more than what is written there."""
+    def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A scratch buffer, the same memory each time: fresh pages cost more than what is written there."""
         size = math.prod(shape)
-        room = self._rooms.get((name, dtype))
-        if room is None or len(room) < size:
-            room = self._rooms[name, dtype] = self.terms[0].matrix.new_empty(size, dtype=dtype)
-        return room[:size].view(*shape)
+        memory = self._scratch.get((name, dtype))
+        if memory is None or len(memory) < size:
+            memory = self._scratch[name, dtype] = self.terms[0].matrix.new_empty(size, dtype=dtype)
+        return memory[:size].view(*shape)
 
     def rows_of(self, term: Term, rows: slice) -> Tensor:
-        """W[rows] in the dtype of the products, until the next ones."""
+        """W[rows] in the dtype of the products; a converted copy lasts until the next call."""
         part = term.matrix[rows]
-        return part if part.dtype == term.dtype else self.room("rows", part.shape, term.dtype).copy_(part)
+        return part if part.dtype == term.dtype else self.scratch("rows", part.shape, term.dtype).copy_(part)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a b, until the next one."""
-        return torch.mm(a, b, out=self.room("product", (len(a), b.shape[1]), a.dtype))
+        """The matrix product a b, in a scratch buffer that lasts until the next call."""
+        return torch.mm(a, b, out=self.scratch("product", (len(a), b.shape[1]), a.dtype))
 
-    def add_product_(self, into: Tensor, a: Tensor, b: Tensor, *, onto: Tensor | None) -> None:
+    def accumulate_product_(self, into: Tensor, a: Tensor, b: Tensor, *, onto: Tensor | None) -> None:
         """into ← onto + a b, in the exact dtype; None stands for zeros."""
         if into.dtype == a.dtype and (onto is None or onto.dtype == into.dtype == self.exact):
             torch.addmm(into if onto is None else onto, a, b, beta=float(onto is not None), out=into)
@@ -129,19 +132,157 @@ class BlockHead(Head):
                 into[piece].copy_(total.add_(onto[piece]))
 
     def converted(self, product: Tensor) -> Tensor:
-        """The product in the exact dtype, until the next one."""
-        return product if product.dtype == self.exact else self.room("total", product.shape, self.exact).copy_(product)
+        """The product in the exact dtype; a converted copy lasts until the next call."""
+        if product.dtype == self.exact:
+            return product
+        return self.scratch("total", product.shape, self.exact).copy_(product)
+
+    def _first_sweep(self, xs: Sequence[Tensor], targets: _Targets) -> _Swept | None:
+        """Make the logits, and exp(l − m) of them.
+
+        m = 0 as long as the sums are far from the ends of float32's range; the result is None where they are not.
+        Once `is_shifted`, m bounds the logits so far.
+        """
+        n = len(xs[0])
+        bound = xs[0].new_full((n,), torch.finfo(self.exact).min if self.is_shifted else 0, dtype=self.exact)
+        total, chosen, plain = bound.new_zeros(3, n)
+        groups: list[tuple[Tensor, list[slice]]] = []
+        for rows in self._blocks():
+            z = self._part(rows, n)
+            for i, (term, x) in enumerate(zip(self.terms, xs, strict=True)):
+                self.accumulate_product_(z, self.rows_of(term, rows), x.t(), onto=z if i else None)
+            logits, slope = self._scaled(rows, z)
+            inside, at = targets.among(rows)
+            chosen += torch.where(inside, logits.view(-1).index_select(0, at), 0)
+            if self.label_smoothing:
+                plain += logits.sum(0)
+            if self.is_shifted:
+                higher = torch.maximum(bound, _bound(logits, z.dtype))
+                total *= (bound - higher).exp_()
+                logits -= higher
+                if not groups or not _is_same(bound, higher):
+                    groups.append((higher, []))
+                groups[-1][1].append(rows)
+                bound = higher
+            total += self._exp_(logits).sum(0)
+            if not self.is_shifted and rows.start == 0 and _may_leave_range(total):
+                return None
+            if slope is None and logits is not z:
+                z.copy_(logits)
+        if self.is_shifted:
+            return _Swept(bound, total, chosen, plain, groups)
+        return None if _may_leave_range(total) else _Swept(bound, total, chosen, plain, [(bound, self._blocks())])
+
+    def _second_sweep(
+        self,
+        xs: Sequence[Tensor],
+        targets: _Targets,
+        w: Tensor,
+        swept: _Swept,
+        *,
+        is_first: bool,
+        is_last: bool,
+    ) -> list[Tensor | None]:
+        """Make the gradients of what the first sweep has left: add to those of b and the W, return those of the x."""
+        grads_x: list[Tensor | None] = [
+            x.new_zeros(x.shape, dtype=self.exact) if t.needs_grad_x else None
+            for x, t in zip(xs, self.terms, strict=True)
+        ]
+        span = SPAN if all(term.matrix.dtype == term.dtype == self.stored for term in self.terms) else 1
+        groups = swept.groups if self.softcap is None else [(swept.bound, self._blocks())]
+        for bound, blocks in groups:
+            units = self._units(swept, bound, w)
+            factors = [(x * units.factor.unsqueeze(1)).to(term.dtype) for x, term in zip(xs, self.terms, strict=True)]
+            for start in range(0, len(blocks), span):
+                neighbours = blocks[start : start + span]
+                for rows in neighbours:
+                    z = self._gradient(rows, targets, units)
+                    for term, x in zip(self.terms, factors, strict=True):
+                        if term.grad_matrix is not None:
+                            source = term.grad_matrix if term.sums is None else term.sums
+                            target = term.grad_matrix if is_last else source
+                            onto = None if is_first else source[rows]
+                            self.accumulate_product_(target[rows], z.to(term.dtype), x, onto=onto)
+                rows = slice(neighbours[0].start, neighbours[-1].stop)
+                z = self._part(rows, len(targets.y))
+                for term, grad_x in zip(self.terms, grads_x, strict=True):
+                    if grad_x is not None:
+                        product = self.product(z.to(term.dtype).t(), self.rows_of(term, rows))
+                        grad_x.addcmul_(self.converted(product), units.factor.unsqueeze(1))
+        return grads_x
+
+    def _units(self, swept: _Swept, bound: Tensor, w: Tensor) -> _Units:
+        """The targets' gradients come from their logits, computed as the sums were, so that 1 − p keeps its digits."""
+        one, own = swept.total * (swept.bound - bound).exp(), self._exp_(swept.chosen - bound)
+        scale = None
+        if self.is_narrow or _may_exceed(one, LARGEST_UNIT):
+            own /= one
+            scale, one = one.reciprocal(), torch.ones_like(one)
+        own -= one * (1 - self.label_smoothing + self.smoothed)
+        return _Units(bound, scale, one, own, w * self.logit_scale / one)
+
+    def _gradient(self, rows: slice, targets: _Targets, units: _Units) -> Tensor:
+        """Replace exp(l − m) of a block by ∂ℓ/∂(Σ x Wᵀ + b), divided by the scale and in these units; add to ∂/∂b."""
+        part = self._part(rows, len(targets.y))
+        z, slope = part, None
+        if self.softcap is not None:
+            z, slope = self._scaled(rows, part)
+            self._exp_(z.sub_(units.bound))
+        if units.scale is not None:
+            z.mul_(units.scale)
+        if self.label_smoothing:
+            z.sub_(units.one * self.smoothed)
+        flat = z.view(-1)
+        inside, at = targets.among(rows)
+        own = torch.where(inside, units.own.to(z.dtype), flat.index_select(0, at))
+        flat.index_copy_(0, at, own)  # scatter_ copies bfloat16
+        if slope is not None:
+            z.mul_(slope)
+        if self.grad_bias is not None:
+            self.grad_bias[rows] += z.to(self.exact) @ units.factor
+        return part if z is part else part.copy_(z)
+
+    def _blocks(self) -> list[slice]:
+        """The rows of W, cut into blocks."""
+        return [
+            slice(start, min(start + self.block, self.vocabulary)) for start in range(0, self.vocabulary, self.block)
+        ]
+
+    def _exp_(self, exponents: Tensor) -> Tensor:
+        """exp, in place; for logits of 16 bits by the faster exp2, whose error of |l| 2⁻²³ is none beside theirs."""
+        return exponents.exp_() if self.stored == self.exact else exponents.mul_(LOG2_E).exp2_()
+
+    def _part(self, rows: slice, n: int) -> Tensor:
+        """A block's part of the logits' memory, [block, n]; the same for all where it does not hold them all."""
+        start = rows.start if len(self.logits) >= self.vocabulary * n else 0
+        return self.logits[start * n : (start + rows.stop - rows.start) * n].view(-1, n)
+
+    def _scaled(self, rows: slice, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits of the raw products z, in z itself where it may be lost, and 1 − tanh² where they are capped."""
+        logits = z
+        if z.dtype != self.exact or self.softcap is not None:
+            logits = self.scratch("logits", z.shape, self.exact).copy_(z)
+        if self.bias is not None:
+            logits.add_(self.bias[rows].unsqueeze(1))
+        if self.logit_scale != 1:
+            logits.mul_(self.logit_scale)
+        if self.softcap is None:
+            return logits, None
+        logits.div_(self.softcap).tanh_()
+        slope = 1 - logits.square()
+        return logits.mul_(self.softcap), slope
 
 
-def default_chunk_size(
+def block_chunk_size(
     vocabulary: int, itemsize: int, device_type: str, *, width: int, positions: int, summed: int
 ) -> int:
-    """Of so many positions, how many at a time, at most, with logits of so many bytes, from a head [V, width].
+    """How many positions make a chunk, at most, where a logit takes `itemsize` bytes and the head is [V, width].
 
-    On CPUs 160 in 32 bits and 384 in 16, where the products run nearly as fast as with more: less than a tenth of
-    what 2,048 float32 logits take. Of wide heads in 16 bits 288, since their other rooms are larger. Small
-    vocabularies take what 16 MiB hold, other devices more. Half of the positions, where what they need beyond the
-    usual is no more than the float32 sums [V, summed] that two chunks do without.
+    On CPUs these are 160 positions in 32 bits and 384 in 16 bits: the products run nearly as fast as with more, and
+    the logits take less than a tenth of what 2,048 positions take in float32. Wide heads in 16 bits get 288, since
+    their other buffers are larger. Small vocabularies get what fits into 16 MiB, other devices eight times as much.
+    Half of the positions make a chunk where the memory that this takes beyond the usual is no more than that of the
+    float32 sums [V, summed], which two chunks do without.
     """
     usual = LOGIT_BYTES
     if itemsize == 2:
@@ -150,26 +291,34 @@ def default_chunk_size(
         usual *= 8
     size = max(usual, SMALL_LOGITS // vocabulary) // itemsize
     half = -(-positions // 2)
-    beyond = (half - size) * (itemsize * vocabulary + ROOM_BYTES * width)
+    beyond = (half - size) * (itemsize * vocabulary + STATE_BYTES * width)
     return half if 0 < beyond <= 4 * vocabulary * summed else size
 
 
 class _Targets:
-    """Of y [n]: which lie in a block, and where."""
+    """The targets y [n] of a chunk: which of them lie in a block of the vocabulary, and where."""
 
     def __init__(self, y: Tensor) -> None:
         self.y, self.columns = y, torch.arange(len(y), device=y.device)
         self.places = y * len(y) + self.columns
 
     def among(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Which are in these rows, [n], and their places there, flat; of the others, the first of their column."""
+        """Which targets lie in these rows, [n], and their flat places there; others get a place in their column."""
         inside = (self.y >= rows.start) & (self.y < rows.stop)
         return inside, torch.where(inside, self.places - rows.start * len(self.y), self.columns)
 
 
 @dataclass
 class _Swept:
-    """Of each position: m, Σ_v exp(l_v − m), the target's logit, Σ_v l_v where needed; the blocks that have an m."""
+    """What the first sweep finds for each position.
+
+    Attributes:
+        bound: m.
+        total: Σ_v exp(l_v − m).
+        chosen: the target's logit.
+        plain: Σ_v l_v, where label smoothing needs it.
+        groups: each m with the blocks whose exponentials were computed with it.
+    """
 
     bound: Tensor
     total: Tensor
@@ -178,85 +327,9 @@ class _Swept:
     groups: list[tuple[Tensor, list[slice]]]
 
 
-def _first_sweep(head: BlockHead, xs: Sequence[Tensor], targets: _Targets, buffer: Tensor) -> _Swept | None:
-    """Make the logits, and exp(l − m) of them.
-
-    m = 0 as long as the sums are far from the ends of float32's range; None where they are not. Once `is_shifted`, m
-    bounds the logits so far.
-    """
-    n = len(xs[0])
-    bound = xs[0].new_full((n,), torch.finfo(head.exact).min if head.is_shifted else 0, dtype=head.exact)
-    total, chosen, plain = bound.new_zeros(3, n)
-    groups: list[tuple[Tensor, list[slice]]] = []
-    for rows in _blocks(head):
-        z = _part(head, rows, n, buffer)
-        for i, (term, x) in enumerate(zip(head.terms, xs, strict=True)):
-            head.add_product_(z, head.rows_of(term, rows), x.t(), onto=z if i else None)
-        logits, slope = _scaled(head, rows, z)
-        inside, at = targets.among(rows)
-        chosen += torch.where(inside, logits.view(-1).index_select(0, at), 0)
-        if head.label_smoothing:
-            plain += logits.sum(0)
-        if head.is_shifted:
-            higher = torch.maximum(bound, _bound(logits, z.dtype))
-            total *= (bound - higher).exp_()
-            logits -= higher
-            if not groups or not _is_same(bound, higher):
-                groups.append((higher, []))
-            groups[-1][1].append(rows)
-            bound = higher
-        total += _exp_(head, logits).sum(0)
-        if not head.is_shifted and rows.start == 0 and _may_leave_range(total):
-            return None
-        if slope is None and logits is not z:
-            z.copy_(logits)
-    if head.is_shifted:
-        return _Swept(bound, total, chosen, plain, groups)
-    return None if _may_leave_range(total) else _Swept(bound, total, chosen, plain, [(bound, _blocks(head))])
-
-
-def _second_sweep(
-    head: BlockHead,
-    xs: Sequence[Tensor],
-    targets: _Targets,
-    w: Tensor,
-    swept: _Swept,
-    buffer: Tensor,
-    *,
-    is_first: bool,
-    is_last: bool,
-) -> list[Tensor | None]:
-    """Make the gradients of what the first sweep has left: add to those of b and the W, return those of the x."""
-    grads_x: list[Tensor | None] = [
-        x.new_zeros(x.shape, dtype=head.exact) if t.needs_grad_x else None for x, t in zip(xs, head.terms, strict=True)
-    ]
-    span = SPAN if all(term.matrix.dtype == term.dtype == head.stored for term in head.terms) else 1
-    groups = swept.groups if head.softcap is None else [(swept.bound, _blocks(head))]
-    for bound, blocks in groups:
-        units = _units(head, swept, bound, w)
-        factors = [(x * units.factor.unsqueeze(1)).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
-        for start in range(0, len(blocks), span):
-            neighbours = blocks[start : start + span]
-            for rows in neighbours:
-                z = _gradient(head, rows, targets, units, buffer)
-                for term, x in zip(head.terms, factors, strict=True):
-                    if term.grad_matrix is not None:
-                        source = term.grad_matrix if term.sums is None else term.sums
-                        target = term.grad_matrix if is_last else source
-                        onto = None if is_first else source[rows]
-                        head.add_product_(target[rows], z.to(term.dtype), x, onto=onto)
-            rows = slice(neighbours[0].start, neighbours[-1].stop)
-            z = _part(head, rows, len(targets.y), buffer)
-            for term, grad_x in zip(head.terms, grads_x, strict=True):
-                if grad_x is not None:
-                    product = head.product(z.to(term.dtype).t(), head.rows_of(term, rows))
-                    grad_x.addcmul_(head.converted(product), units.factor.unsqueeze(1))
-    return grads_x
-
-
 @dataclass(frozen=True)
 class _Units:
-    """Of blocks with a common m, in what units their gradient is made.
+    """The units in which the gradient of blocks with a common m is computed.
 
     Attributes:
         bound: m.
@@ -273,75 +346,10 @@ class _Units:
     factor: Tensor
 
 
-def _units(head: BlockHead, swept: _Swept, bound: Tensor, w: Tensor) -> _Units:
-    """The targets' own are made of their logits again, just as the sums were, so that 1 − p keeps its digits."""
-    one, own = swept.total * (swept.bound - bound).exp(), _exp_(head, swept.chosen - bound)
-    scale = None
-    if head.is_narrow or _may_exceed(one, LARGEST_UNIT):
-        own /= one
-        scale, one = one.reciprocal(), torch.ones_like(one)
-    own -= one * (1 - head.label_smoothing + head.smoothed)
-    return _Units(bound, scale, one, own, w * head.logit_scale / one)
-
-
-def _gradient(head: BlockHead, rows: slice, targets: _Targets, units: _Units, buffer: Tensor) -> Tensor:
-    """∂ℓ/∂(Σ x Wᵀ + b) over the scale and in these units, where exp(l − m) of the block stood; adds to that of b."""
-    part = _part(head, rows, len(targets.y), buffer)
-    z, slope = part, None
-    if head.softcap is not None:
-        z, slope = _scaled(head, rows, part)
-        _exp_(head, z.sub_(units.bound))
-    if units.scale is not None:
-        z.mul_(units.scale)
-    if head.label_smoothing:
-        z.sub_(units.one * head.smoothed)
-    flat = z.view(-1)
-    inside, at = targets.among(rows)
-    own = torch.where(inside, units.own.to(z.dtype), flat.index_select(0, at))
-    flat.index_copy_(0, at, own)  # scatter_ copies bfloat16
-    if slope is not None:
-        z.mul_(slope)
-    if head.grad_bias is not None:
-        head.grad_bias[rows] += z.to(head.exact) @ units.factor
-    return part if z is part else part.copy_(z)
-
-
-def _blocks(head: BlockHead) -> list[slice]:
-    """The vocabulary, cut."""
-    return [slice(start, min(start + head.block, head.vocabulary)) for start in range(0, head.vocabulary, head.block)]
-
-
-def _exp_(head: BlockHead, exponents: Tensor) -> Tensor:
-    """exp, in place; for logits of 16 bits by the faster exp2, whose error of |l| 2⁻²³ is none beside theirs."""
-    return exponents.exp_() if head.stored == head.exact else exponents.mul_(LOG2_E).exp2_()
-
-
-def _part(head: BlockHead, rows: slice, n: int, buffer: Tensor) -> Tensor:
-    """A block's part of the buffer, [block, n]; the same for all where the buffer does not hold them all."""
-    start = rows.start if len(buffer) >= head.vocabulary * n else 0
-    return buffer[start * n : (start + rows.stop - rows.start) * n].view(-1, n)
-
-
-def _scaled(head: BlockHead, rows: slice, z: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The logits of the raw products z, in z where it need not be kept; 1 − tanh² where they are capped."""
-    logits = z
-    if z.dtype != head.exact or head.softcap is not None:
-        logits = head.room("logits", z.shape, head.exact).copy_(z)
-    if head.bias is not None:
-        logits.add_(head.bias[rows].unsqueeze(1))
-    if head.logit_scale != 1:
-        logits.mul_(head.logit_scale)
-    if head.softcap is None:
-        return logits, None
-    logits.div_(head.softcap).tanh_()
-    slope = 1 - logits.square()
-    return logits.mul_(head.softcap), slope
-
-
 def _bound(logits: Tensor, stored: torch.dtype) -> Tensor:
-    """At least the largest logit of each column; in steps, so that it is seldom another one in the next block.
+    """A bound of each column's logits, rounded up to a multiple of `STEP` so that the next block seldom changes it.
 
-    Not so in float16, where exp(l − bound) would have fewer digits.
+    It is not rounded in float16, where exp(l − bound) would have fewer digits.
     """
     largest = logits.amax(0)
     return largest if stored == torch.float16 else largest.div_(STEP).ceil_().mul_(STEP)
@@ -355,7 +363,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _may_leave_range(total: Tensor) -> bool:
-    """Whether m = 0 does not do: sums of exponentials that are huge, or so small that they may be short of digits."""
+    """Whether m = 0 is not enough: sums of exponentials are huge, or so small that they may be short of digits."""
     return _may_exceed(total, LARGEST_UNIT) or _may_exceed(total.reciprocal(), LARGEST_UNIT)
 
 

@@ -41,9 +41,9 @@ def weighted_linear_cross_entropy(
     z_n = c tanh(s (W h_n + b) / c), without the N×V matrix of the z.
 
     The weights are known before the forward pass, so the gradients are made in it, one chunk of positions at a time:
-    three matrix products. Positions without a target never meet the head, nor do those of weight 0 unless `weights`
-    needs a gradient. Sums, and the gradients of `head_weight` and `bias`, are accumulated in float32 (in float64 for
-    float64 arguments; those of two chunks of a 16-bit `head_weight` are added in its own dtype); products run in the
+    three matrix products. Positions without a target are left out, and so are those of weight 0 unless `weights` needs
+    a gradient. Sums, and the gradients of `head_weight` and `bias`, are accumulated in float32 (in float64 for float64
+    arguments; those of two chunks of a 16-bit `head_weight` are added in its own dtype); products run in the
     arguments' dtype, or in autocast's where it is on. Under `torch.no_grad` there is only the sum.
 
     Args:
@@ -103,7 +103,7 @@ def weighted_linear_cross_entropy_terms(
         targets: see `weighted_linear_cross_entropy`, as for all that follow.
         weights: [N].
         positions: n of all that have a target, any order, [M]; where `weights` needs no gradient, others of weight 0
-            may be among them. None finds them, for which the device has to be waited for.
+            may be among them. With None they are searched for, which synchronises with the device.
         bias: [V].
         logit_scale: s.
         softcap: c.
@@ -172,13 +172,13 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         size = min(largest, -(-len(positions) // (ROUNDING * max(count, 1))) * ROUNDING)
         head.make_gradients(count)
         grads_x = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs[0::2], strict=True)]
-        buffer = head.buffer(min(size, len(positions)))
+        head.reserve(min(size, len(positions)))
         for i in range(count):
             chunk = slice(i * size, (i + 1) * size)
             index = positions[chunk]
             inputs = [x.index_select(0, index).to(term.dtype) for x, term in zip(xs, head.terms, strict=True)]
             losses[chunk], gradients = head.losses(
-                inputs, y[chunk], shares[chunk], buffer, is_first=i == 0, is_last=i == count - 1
+                inputs, y[chunk], shares[chunk], is_first=i == 0, is_last=i == count - 1
             )
             for grad_x, gradient in zip(grads_x, gradients, strict=True):
                 if grad_x is not None and gradient is not None:

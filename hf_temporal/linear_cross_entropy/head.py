@@ -1,4 +1,4 @@
-"""The LM head as chunks of positions meet it."""
+"""What the backends share: the matrices of the LM head, and the gradients to which each chunk adds."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Head(ABC):
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """V, the number of logits."""
         return len(self.terms[0].matrix)
 
     @property
@@ -72,11 +72,11 @@ class Head(ABC):
 
     @property
     def narrow_terms(self) -> list[Term]:
-        """Those whose ∂/∂W has fewer digits than `exact`, so that more than two chunks need `sums`."""
+        """Terms whose ∂/∂W has fewer digits than `exact`, so that more than two chunks need `sums`."""
         return [term for term in self.terms if term.grad_dtype not in (None, self.exact)]
 
     def make_gradients(self, chunks: int) -> None:
-        """Room for what so many chunks write; zeros, where there are none."""
+        """Allocate the gradients of the W, which so many chunks will write; zeros where there is no chunk."""
         make = torch.empty_like if chunks else torch.zeros_like
         for term in self.terms:
             if term.grad_dtype is not None:
@@ -87,23 +87,22 @@ class Head(ABC):
 
     @abstractmethod
     def chunk_size(self, positions: int) -> int:
-        """Of so many positions, how many at a time, at most."""
+        """How many of so many positions make a chunk, at most."""
 
     @abstractmethod
-    def buffer(self, positions: int) -> Tensor:
-        """Room for the logits of the largest chunk."""
+    def reserve(self, positions: int) -> None:
+        """Allocate memory for the logits of the largest chunk, which has so many positions."""
 
     @abstractmethod
     def losses(
-        self, xs: Sequence[Tensor], y: Tensor, w: Tensor, buffer: Tensor, *, is_first: bool, is_last: bool
+        self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Take in a chunk of n positions.
+        """The losses and gradients of a chunk of n positions, at most as many as were reserved.
 
         Args:
             xs: x of each term, [n, H] in the dtype of its products.
             y: targets, int64 [n].
             w: weights, [n].
-            buffer: from `buffer`; what it holds is lost.
             is_first: whether the gradients so far are to be taken for zeros.
             is_last: whether `grad_matrix` has to hold the gradient of W afterwards.
 

@@ -1,8 +1,9 @@
-"""A chunk of positions through the LM head, row of the logits by row."""
+"""The LM head and its loss with the Triton kernel, one row of the logits after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,31 +12,36 @@ from . import triton_kernel
 from .head import Head
 
 
+@dataclass
 class RowHead(Head):
-    """With the kernel of `triton_kernel`: logits stand as [n, V], and it makes losses and gradients of them."""
+    """The head on NVIDIA GPUs: logits of a chunk are held as [n, V], and `triton_kernel` makes gradients of them.
+
+    Attributes:
+        logits: the memory of the largest chunk's logits.
+    """
+
+    logits: Tensor = field(init=False)
 
     @property
     def row_length(self) -> int:
-        """V and what fills it up to a multiple of 16, for loads of 16 bytes."""
+        """V rounded up to a multiple of 16, for loads of 16 bytes."""
         return -(-self.vocabulary // 16) * 16
 
     def chunk_size(self, positions: int) -> int:
-        """See `triton_kernel.default_chunk_size`, which does not look at how many there are."""
+        """See `triton_kernel.row_chunk_size`; the number of positions does not matter."""
         del positions
         matrix = self.terms[0].matrix
-        return triton_kernel.default_chunk_size(
-            len(matrix), self.stored.itemsize, matrix.device, width=matrix.shape[1]
-        )
+        return triton_kernel.row_chunk_size(len(matrix), self.stored.itemsize, matrix.device, width=matrix.shape[1])
 
-    def buffer(self, positions: int) -> Tensor:
-        """[positions · row_length]."""
-        return self.terms[0].matrix.new_empty(positions * self.row_length, dtype=self.stored)
+    def reserve(self, positions: int) -> None:
+        """Memory for [positions, row_length] logits."""
+        self.logits = self.terms[0].matrix.new_empty(positions, self.row_length, dtype=self.stored)
 
     def losses(
-        self, xs: Sequence[Tensor], y: Tensor, w: Tensor, buffer: Tensor, *, is_first: bool, is_last: bool
+        self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         """See `Head.losses`."""
-        z = buffer.view(-1, self.row_length)[: len(y), : self.vocabulary]
+        z = self.logits[: len(y), : self.vocabulary]
         for i, (term, x) in enumerate(zip(self.terms, xs, strict=True)):
             matrix = term.matrix.to(term.dtype).t()
             if z.dtype == term.dtype:

@@ -138,7 +138,7 @@ def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0
         accumulator.copy_(product.add_(accumulator, alpha=beta) if beta else product)
 
 
-def default_chunk_size(vocabulary: int, itemsize: int, device: torch.device, *, width: int | None = None) -> int:
+def row_chunk_size(vocabulary: int, itemsize: int, device: torch.device, *, width: int | None = None) -> int:
     """Positions n whose logits are held at a time: H within [2048, 4096], less where memory is short.
 
     Lower bound of the usual case. Each chunk adds a product a [V, n] b [n, H] to a float32 [V, H]: 2 n V H operations,

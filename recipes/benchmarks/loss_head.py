@@ -54,7 +54,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 
 from hf_temporal.finetuning.tables import environment, spread, table, write
-from hf_temporal.linear_cross_entropy import block_head as head_blocks
+from hf_temporal.linear_cross_entropy import block_head as block_head
 from hf_temporal.linear_cross_entropy import function as fused_head
 from hf_temporal.linear_cross_entropy import head as head_chunk
 from hf_temporal.linear_cross_entropy.function import (
@@ -283,7 +283,7 @@ def _gradients(peer: str, case: dict[str, Any]) -> int:
     products = torch.float32 if peer == EMULATED else head_chunk.product_dtype(case["dtype"], "cpu")
     targets = N - round(case["masked"] * N)
     summed = H if head and peer.startswith("ours") and itemsize == 2 else 0
-    chunk = head_blocks.default_chunk_size(V, products.itemsize, "cpu", width=H, positions=targets, summed=summed)
+    chunk = block_head.block_chunk_size(V, products.itemsize, "cpu", width=H, positions=targets, summed=summed)
     return N * H * itemsize + head + (4 * V * summed if targets > 2 * chunk else 0)
 
 

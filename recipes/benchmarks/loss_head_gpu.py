@@ -242,7 +242,7 @@ def measure_parts(case: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
     """What one chunk of ours is made of: its three products, and the kernel as it may be launched."""
     device, N, H, V = (case[name] for name in ("device", "N", "H", "V"))
     itemsize = case["dtype"].itemsize
-    n = N if device.type == "cpu" else min(N, triton_kernel.default_chunk_size(V, itemsize, device, width=H))
+    n = N if device.type == "cpu" else min(N, triton_kernel.row_chunk_size(V, itemsize, device, width=H))
     inputs = Inputs.make(**{**case, "N": n}, bias=False)
     hidden, head = inputs.hidden.detach(), inputs.head.detach()
     z = hidden @ head.T

@@ -26,7 +26,7 @@ from hf_temporal import (
     TemporalWeightSeq2SeqTrainer,
     TemporalWeightTrainer,
 )
-from hf_temporal.hub.push import Copies, is_local_path
+from hf_temporal.hub.privacy import PublicCopies, is_local_path
 from tests.loopback_hub import OWNER, TOKEN, LoopbackHub, loopback_hub
 from tests.tiny_models import tiny_model
 from tests.tiny_summarization import tiny_llama, tiny_tokenizer
@@ -348,7 +348,7 @@ def test_copies_leave_the_original_and_what_is_no_path(tmp_path: Path, monkeypat
     names = ("config.json", "tokenizer_config.json", "vocab.json")
     for name in names:
         (source / name).write_text(json.dumps(config))
-    Copies("/srv/ann/base", "someone/base").make(source, tmp_path / "target", ["*"])
+    PublicCopies("/srv/ann/base", "someone/base").make(source, tmp_path / "target", ["*"])
     public = {"a": ["base", {"b": "someone/base"}], "c": 1e-7, "d": config["d"], "e": "</s>", "f": "<token>"}
     copies = [json.loads((tmp_path / "target" / name).read_text()) for name in names]
     assert copies == [{**public, "d": "{% x %}\ny"}, public, config]

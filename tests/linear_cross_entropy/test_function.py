@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_temporal.linear_cross_entropy import block_head as head_blocks
+from hf_temporal.linear_cross_entropy import block_head
 from hf_temporal.linear_cross_entropy.function import (
     weighted_linear_cross_entropy,
     weighted_linear_cross_entropy_terms,
@@ -50,7 +50,7 @@ problems = st.builds(
     piece=st.sampled_from([2, 30]),
 )
 def test_equals_the_float64_reference(problem: Problem, smallest_block: int, span: int, piece: int) -> None:
-    with mock.patch.multiple(head_blocks, BLOCK_LOGITS=1, SMALLEST_BLOCK=smallest_block, SPAN=span, PIECE=piece):
+    with mock.patch.multiple(block_head, BLOCK_LOGITS=1, SMALLEST_BLOCK=smallest_block, SPAN=span, PIECE=piece):
         assert largest_error(problem, problem.exact()) < TOLERANCE[problem.tensors[0].dtype]
 
 
@@ -153,14 +153,14 @@ def test_frozen_head_makes_nothing_of_its_size(monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_target_positions_of_nonzero_weight_meet_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    losses = head_blocks.BlockHead.losses
+    losses = block_head.BlockHead.losses
 
     def recorded(head: Any, xs: Any, y: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert len(xs[0]) == len(y)
         rows.append(len(y))
         return losses(head, xs, y, *args, **kwargs)
 
-    monkeypatch.setattr(head_blocks.BlockHead, "losses", recorded)
+    monkeypatch.setattr(block_head.BlockHead, "losses", recorded)
     problem = make_problem(N=29, masked=0.5, chunk_size=4)
     met = int(((problem.targets != -100) & (problem.weights != 0)).sum())
     problem.loss().backward()
@@ -171,7 +171,7 @@ def test_only_target_positions_of_nonzero_weight_meet_the_head(monkeypatch: pyte
 def test_no_grad_makes_no_gradients_and_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(bias=True)
     expected = problem.loss()
-    monkeypatch.setattr(head_blocks, "_gradient", lambda *_: pytest.fail("a gradient was made"))
+    monkeypatch.setattr(block_head.BlockHead, "_gradient", lambda *_: pytest.fail("a gradient was made"))
     with torch.no_grad():
         loss = problem.loss()
     assert not loss.requires_grad

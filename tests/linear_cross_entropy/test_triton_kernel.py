@@ -29,9 +29,9 @@ from hf_temporal.linear_cross_entropy import triton_kernel
 from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms
 from hf_temporal.linear_cross_entropy.triton_kernel import (
     add_product_,
-    default_chunk_size,
     is_available,
     losses_and_gradient_,
+    row_chunk_size,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -321,7 +321,7 @@ def test_chunk_size(
         ("memory_allocated", 5 * GIB),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    assert default_chunk_size(vocabulary, itemsize, torch.device("cuda", 0), width=width) == expected
+    assert row_chunk_size(vocabulary, itemsize, torch.device("cuda", 0), width=width) == expected
 
 
 @needs_kernel

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluation
 import pytest
+import rouge
+import scaling
+import startup
 import torch
 from step_trainers import MODELS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recipes.benchmarks import evaluation, rouge, scaling, startup
 from tests.tiny_run import Tiny
 
 Run = Callable[..., tuple[dict[str, Any], str]]

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import memory_models
 import pytest
+import reduction
+import step_picture
+import step_trainers
+import timeline
 import torch
+import training_step
 from step_trainers import Job, build_trainer
 from step_waits import Waits
-
-from recipes.benchmarks import memory_models, reduction, step_picture, step_trainers, timeline, training_step
 
 Run = Callable[..., tuple[dict[str, Any], str]]
 

@@ -1,0 +1,109 @@
+"""The hooks of a `Trainer` by which its evaluation also tells the loss by position."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_temporal.model.fused_head import answer_logits
+from hf_temporal.model.model_loss import ModelLoss, logits_of
+from hf_temporal.model.weighted_loss import missing_decoder_inputs
+
+from .collator import DOCUMENTS, LOSS_WEIGHTS, POSITIONS, TIMELINE_KEYS, Timeline
+from .evaluation import PROFILE_NAME, PositionProfile, TokenLosses, save_profile
+from .weighting import TemporalWeighting
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class EvaluationByPosition(_Trainer):
+    """Put in front of a `Trainer`, observes the logits of its evaluation; `TemporalWeightMixin` says what of."""
+
+    _losses: TokenLosses | None = None
+    if TYPE_CHECKING:
+
+        @property
+        def weighting(self) -> TemporalWeighting: ...
+        @property
+        def _root(self) -> Any: ...
+        def _new_timeline(self) -> Timeline: ...
+        def _read_model_loss(self) -> ModelLoss: ...
+        def _problem_with(self, batch: Mapping[str, Any]) -> str: ...
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, plus the weighted loss, that of both ends and the profile by position."""
+        profile = PositionProfile(self.weighting, self._gather_examples, batch_size=self.args.eval_batch_size)
+        with self._observing(profile):
+            output: Any = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = profile.metrics(prefix)
+        output.metrics.update(metrics)
+        if metrics and self.args.should_save:
+            path = Path(str(self.args.output_dir)) / PROFILE_NAME
+            save_profile(path, split=prefix, step=self.state.global_step, bins=profile.bins())
+        return output
+
+    def _gather_examples(self, sums: Tensor) -> Tensor:
+        """The rows of all ranks; of unequal numbers where last batches are not filled up (`even_batches=False`).
+
+        Tensor parallel ranks are neighbours with the same rows, which accelerate would count once for each of them.
+        """
+        accelerator, copies = self.accelerator, self.get_tp_size()
+        if accelerator.num_processes == 1:
+            return sums
+        sums = accelerator.pad_across_processes(sums)
+        if copies == 1:
+            return accelerator.gather_for_metrics(sums)
+        rows = accelerator.gather(sums).unflatten(0, (-1, copies, len(sums)))[:, 0].flatten(0, 1)
+        state = accelerator.gradient_state
+        return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
+
+    @contextlib.contextmanager
+    def _observing(self, losses: TokenLosses) -> Iterator[None]:
+        """While it is open, `prediction_step` gives `losses` each batch that it runs through the model."""
+        self._losses = losses
+        try:
+            yield
+        finally:
+            self._losses = None
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The trainer's own step, whose logits are observed."""
+        batch = dict(inputs) if POSITIONS in inputs else self._new_timeline().add(inputs)
+        timeline = {key: batch.pop(key).to(self.args.device) for key in TIMELINE_KEYS if key in batch}
+        if self._losses is None or POSITIONS not in timeline or self.get_cp_size() > 1 or self._problem_with(batch):
+            return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
+        calls: deque[Any] = deque(maxlen=1)
+        hook = model.register_forward_hook(lambda *call: calls.append(call[-1]))
+        try:
+            result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
+        finally:
+            hook.remove()
+        batch = self._prepare_inputs(batch)
+        labels = batch.pop("labels")
+        outputs = calls[0]
+        if isinstance(outputs, Mapping) and outputs.get("logits") is None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**batch, **missing_decoder_inputs(self._root, batch, labels))
+        logits = logits_of(outputs, labels)
+        self._losses.add(
+            logits if labels.is_floating_point() else answer_logits(self._root, logits, labels.shape[1]),
+            labels,
+            timeline[POSITIONS],
+            shifts_labels=self._read_model_loss().shifts_labels,
+            document_ids=timeline.get(DOCUMENTS),
+            loss_weights=timeline.get(LOSS_WEIGHTS),
+        )
+        return result
