@@ -54,7 +54,7 @@ class CopyingArguments:
         return blank + self.copy_length
 
 
-class Copies(Dataset[dict[str, list[int]]]):
+class CopyingDataset(Dataset[dict[str, list[int]]]):
     """`size` examples; the i-th is a function of (seed, split, i) alone, however often and wherever it is asked for.
 
     Args:
@@ -93,7 +93,7 @@ class Copies(Dataset[dict[str, list[int]]]):
         raise NotImplementedError
 
 
-class DigitCopies(Copies):
+class DigitCopies(CopyingDataset):
     """The copying memory problem: both sequences of length T + 2L, digits drawn from 1..8.
 
         x = d_1 … d_L, T−1 zeros, L+1 nines        y = T+L zeros, d_1 … d_L
@@ -123,7 +123,7 @@ def digit_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
-class TextCopies(Copies):
+class TextCopies(CopyingDataset):
     """Prompt: L tokens of a text, then T tokens of others, then the request to repeat the first; completion: them.
 
     The texts are joined; passage and distractor are cut from that stream between two tokens, and

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-NORMALIZATIONS = ("none", "layer")
+LAYER_NORMALIZATIONS = ("none", "layer")
 ACTIVATIONS = ("linear", "relu", "gelu")
 
 
@@ -44,7 +44,7 @@ class MemoryModelConfig(PreTrainedConfig):
             self._check_count("vocab_size")
         for name in ("input_size", "output_size", "hidden_size", "num_hidden_layers"):
             self._check_count(name)
-        self._check_choice("normalization", NORMALIZATIONS)
+        self._check_choice("normalization", LAYER_NORMALIZATIONS)
         for name in ("skip_connections", "use_bias"):
             self._check_choice(name, (True, False))
 

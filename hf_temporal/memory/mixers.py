@@ -129,11 +129,11 @@ class StateSpaceMixer(nn.Module):
         dtype = torch.promote_types(torch.float32, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
-            y = causal_convolution(x.transpose(1, 2), self.kernel(x.shape[1])).transpose(1, 2) + self.direct * x
+            y = depthwise_convolution(x.transpose(1, 2), self.kernel(x.shape[1])).transpose(1, 2) + self.direct * x
         return self.output(self.activation(y).to(self.output.weight.dtype))
 
 
-def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
+def depthwise_convolution(x: Tensor, kernel: Tensor) -> Tensor:
     """y_t = Σ_{s=0..t} k_s x_{t−s} by FFT, for x `[batch, width, time]` and k `[width, time]`."""
     time = x.shape[-1]
     spectrum = torch.fft.rfft(x, n=2 * time) * torch.fft.rfft(kernel, n=2 * time)
