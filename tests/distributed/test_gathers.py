@@ -11,9 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch import distributed as dist
-from torch import multiprocessing
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -59,7 +58,7 @@ class LastStep(TrainerCallback):
 def sent_in_a_step(kind: str, folder: Path) -> list[int]:
     """By the plain `Trainer`, or by ours under a normalization."""
     ids = torch.arange(64 * 16).view(64, 16) % 96 + 1
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     last_step = LastStep()
     common: dict[str, Any] = {
         "model": LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)),
