@@ -58,10 +58,15 @@ class LastStep(TrainerCallback):
 def sent_in_a_step(kind: str, folder: Path) -> list[int]:
     """By the plain `Trainer`, or by ours under a normalization."""
     ids = torch.arange(64 * 16).view(64, 16) % 96 + 1
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     last_step = LastStep()
     common: dict[str, Any] = {
-        "model": LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)),
+        "model": LlamaForCausalLM(LlamaConfig(vocab_size=97, num_attention_heads=2, **sizes)),
         "args": TrainingArguments(
             str(folder), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
             logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, ddp_backend="gloo",
