@@ -58,9 +58,10 @@ def weighted_sum(
         targets = None if targets is None else targets - 1
     labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
     if fused_head is not None:
-        with fused_head.computing(root, labels, weights, targets=targets, label_smoothing=label_smoothing):
+        computing = fused_head.computing(root, labels, weights, targets=targets, label_smoothing=label_smoothing)
+        with computing as loss_of:
             outputs = model(**inputs)
-            return fused_head.loss_of(outputs), outputs
+            return loss_of(outputs), outputs
     outputs = model(**inputs)
     logits = answer_logits(root, logits_of(outputs, labels), labels.shape[1])
     total, _ = weighted_cross_entropy(logits, labels, weights, label_smoothing=label_smoothing)
