@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,8 @@ from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
+from ._peft import base_model, is_prompt_learner
+from ._transformers import forget_eval_dataloaders, keep_columns, split_between_ranks, undo_division
 from .collator import (
     DOCUMENTS,
     KEPT_COLUMNS,
@@ -33,11 +34,10 @@ from .collator import (
     weigh_batches,
 )
 from .hub import HubMixin
-from .lm_head import FusedHead, answer_logits, is_prompt_learner
+from .lm_head import FusedHead, answer_logits
 from .losses import weighted_cross_entropy, weighted_regression_loss
 from .model_loss import (
     ModelLoss,
-    base_model,
     decoder_inputs,
     logits_of,
     read_model_loss,
@@ -166,7 +166,7 @@ class TemporalWeightMixin(HubMixin):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, whose batches carry t."""
         if self._eval_timeline != self._timeline:
-            self.__dict__.pop("_eval_dataloaders", None)  # kept alive by persistent workers, with the times of before
+            forget_eval_dataloaders(self)  # they make the times of before
             self._eval_timeline = self._timeline
         with self._making_timelines():
             return super().get_eval_dataloader(*args, **kwargs)
@@ -203,8 +203,7 @@ class TemporalWeightMixin(HubMixin):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        columns.extend(key for key in KEPT_COLUMNS if key not in columns)
+        keep_columns(self, KEPT_COLUMNS)
 
     # ---- the model's own loss
 
@@ -311,15 +310,8 @@ class TemporalWeightMixin(HubMixin):
         if self._read_model_loss().shifts_labels and not labels.is_floating_point():
             shifted = shift_left(labels, IGNORE_INDEX)
             inputs = {**inputs, WEIGHTS: shift_left(inputs[WEIGHTS], 0.0), "shift_labels": shifted}
-        context: Any
         context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
-        split, weights = context.keywords, inputs[WEIGHTS]
-        return functools.partial(
-            context.func,
-            buffers=[*split["buffers"], weights],
-            buffer_seq_dims=[*split["buffer_seq_dims"], 1],
-            no_restore_buffers={*split["no_restore_buffers"], weights},
-        ), inputs
+        return split_between_ranks(context, inputs[WEIGHTS]), inputs
 
     def compute_loss(
         self,
@@ -342,6 +334,7 @@ class TemporalWeightMixin(HubMixin):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        given_items = num_items_in_batch
         self.loss_is_scaled_for_ga = WEIGHTS in inputs and num_items_in_batch is not None
         if WEIGHTS not in inputs or num_items_in_batch is None:
             if self.get_cp_size() > 1:
@@ -358,6 +351,8 @@ class TemporalWeightMixin(HubMixin):
         if coefficient and isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
             steps = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
             loss = loss + coefficient * outputs["aux_loss"].to(loss.device) / steps
+        if (factor := undo_division(self, given_items)) != 1:
+            loss = loss * factor
         return (loss, outputs) if return_outputs else loss
 
     def _weighted_sum(self, model: nn.Module, inputs: Batch, *, needs_outputs: bool) -> tuple[Tensor, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_temporal._transformers import safe_globals
 from recipes.report import write_json
 
 CHECKSUMS_NAME = "checksums.json"
