@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_temporal._peft import adapter_terms, is_lora, is_prompt_learner, known_layer
 from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms
 
 
@@ -72,7 +70,7 @@ class FusedHead:
 
     def is_known(self) -> bool:
         """Whether the head, in the state that it is in now, is one of those that can be replayed."""
-        return _known_layer(self.head) is not None
+        return known_layer(self.head, _is_plain_linear) is not None
 
     @contextlib.contextmanager
     def computing(
@@ -165,17 +163,12 @@ class FusedHead:
         return {"loss": loss} | ({} if auxiliary is None else {"aux_loss": auxiliary})
 
     def _terms(self, hidden: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        layer = _known_layer(self.head)
+        layer = known_layer(self.head, _is_plain_linear)
         if layer is None:
             raise TypeError(f"a {type(self.head).__name__} is not a linear layer, or one with a plain LoRA adapter")
-        linear: Any = layer.base_layer if isinstance(layer, LoraLinear) else layer
-        terms = [(hidden, linear.weight)]
-        if isinstance(layer, LoraLinear):
-            for name in _applied_adapters(layer):
-                down: Any = layer.lora_A[name]
-                up: Any = layer.lora_B[name]
-                low = down(layer.lora_dropout[name](hidden.to(down.weight.dtype)))
-                terms.append((low * layer.scaling[name], up.weight))
+        adapted = is_lora(layer)
+        linear: Any = layer.base_layer if adapted else layer
+        terms = [(hidden, linear.weight), *(adapter_terms(layer, hidden) if adapted else [])]
         bias = linear.bias
         if (final := getattr(self.base, "final_logits_bias", None)) is not None:
             bias = final.flatten() if bias is None else bias + final.flatten()
@@ -196,36 +189,6 @@ def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:
         f"labels have length {length} and logits {logits.shape[1]}; accepted: equal lengths. "
         f"Does the collator cut the labels of {type(model).__name__}?"
     )
-
-
-def is_prompt_learner(model: nn.Module) -> bool:
-    """Whether PEFT puts virtual tokens in front of the input."""
-    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-
-
-def _known_layer(head: Any) -> Any:
-    """The `nn.Linear` or LoRA layer that a head amounts to, None where it is another kind or in another state."""
-    if isinstance(head, ModulesToSaveWrapper):
-        if head.disable_adapters or not head.active_adapters:
-            head = head.original_module
-        else:
-            head = head.modules_to_save[head.active_adapters[0]]
-    if _is_plain_linear(head):
-        return head
-    if type(head).forward is LoraLinear.forward and _is_plain_linear(head.base_layer):
-        if head.merged != head.disable_adapters:
-            return head.base_layer
-        if head.merged:
-            return None
-        plain = all(
-            name not in head.lora_variant and head.lora_B[name].bias is None for name in _applied_adapters(head)
-        )
-        return head if plain else None
-    return None
-
-
-def _applied_adapters(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_temporal._peft import base_model
 from hf_temporal.collator import OWN_KEYS, TARGETS, WEIGHTS, Batch
 from hf_temporal.losses import weighted_cross_entropy, weighted_regression_loss
 from hf_temporal.positions import IGNORE_INDEX, shift_left
 
 from .fused_head import FusedHead, answer_logits
-from .model_loss import ModelLoss, base_model, decoder_inputs, logits_of
+from .model_loss import ModelLoss, decoder_inputs, logits_of
 
 logger = logging.get_logger(__name__)
 
