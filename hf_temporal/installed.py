@@ -8,15 +8,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+# The modules of an extra that are needed from the start, as pyproject.toml declares them.
+EXTRAS = {
+    "recipes": ("datasets", "evaluate", "filelock", "matplotlib", "peft", "rouge_score", "scipy", "yaml"),
+    "plots": ("matplotlib",),
+    "memory": ("scipy",),
+    "search": ("optuna",),
+}
 
 
-def require(extra: str, *modules: str) -> None:
+def require(extra: str) -> None:
     """Check that the packages of an extra are installed, before any of them is needed.
 
     Raises:
         ModuleNotFoundError: one is missing; the message has the pip command.
     """
-    missing = [module for module in modules if find_spec(module) is None]
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
             f"not installed: {', '.join(missing)}; accepted with: pip install 'hf-temporal[{extra}]'"

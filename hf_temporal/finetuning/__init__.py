@@ -2,4 +2,4 @@
 
 from hf_temporal.installed import require
 
-require("recipes", "datasets", "evaluate", "filelock", "matplotlib", "peft", "rouge_score", "yaml")
+require("recipes")

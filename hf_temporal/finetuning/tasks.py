@@ -61,7 +61,7 @@ class TaskArguments:
         if self.search_power < 0:
             raise ValueError(f"search_power={self.search_power!r}: a whole number of at least 0 is accepted")
         if self.search_power:
-            require("search", "optuna")
+            require("search")
 
 
 class Scores(Protocol):
