@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_temporal.model.model_loss import undisturbed
 
 from .evaluation import BINS, TokenLosses
+from .installed import require
 from .positions import document_starts, target_positions
 from .trainer import TemporalWeightMixin
 from .weighting import TemporalWeighting, document_max, wide_dtype
@@ -131,6 +132,7 @@ class PowerReport:
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "Where the loss is, and where $t^p$ looks") -> None:
         """Write the picture as a PNG; folders are made."""
+        require("plots")
         from .power_plots import plot_power_report  # matplotlib takes its time
 
         plot_power_report(
