@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy
+if TYPE_CHECKING:
+    from ._public import *
 
-from .evaluation import load_profiles
-from .losses import weighted_cross_entropy, weighted_regression_loss
-from .positions import document_ids_of, target_positions
-from .schedules import power_at
-from .suggest import suggest_power
-from .trainer import TemporalWeightMixin, TemporalWeightSeq2SeqTrainer, TemporalWeightTrainer
-from .training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
-from .weighting import TemporalWeighting
 
-__all__ = [
-    "TemporalSeq2SeqTrainingArguments",
-    "TemporalTrainingArguments",
-    "TemporalWeightMixin",
-    "TemporalWeightSeq2SeqTrainer",
-    "TemporalWeightTrainer",
-    "TemporalWeighting",
-    "__version__",
-    "document_ids_of",
-    "load_profiles",
-    "power_at",
-    "suggest_power",
-    "target_positions",
-    "weighted_cross_entropy",
-    "weighted_linear_cross_entropy",
-    "weighted_regression_loss",
-]
+def __getattr__(name: str) -> Any:
+    """A public name or a module; torch and transformers are loaded with the first, and not to print a help."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(name)
+    public = import_module("._public", __name__)
+    if name in globals():  # a module that was loaded with them
+        return globals()[name]
+    return getattr(public, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *import_module("._public", __name__).__all__]

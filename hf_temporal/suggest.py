@@ -15,13 +15,14 @@ from torch import Tensor
 from hf_temporal.model.model_loss import undisturbed
 
 from .evaluation import BINS, TokenLosses
+from .installed import require
 from .positions import document_starts, target_positions
 from .trainer import TemporalWeightMixin
 from .weighting import TemporalWeighting, document_max, wide_dtype
 
 POWERS = (0.0, 0.5, 1.0, 2.0, 4.0, 10.0)
 QUARTERS = 4
-# Measured on summaries of some 14 tokens (recipes/results/RESULTS.md): with 11, 17 and 26 % of the weight on the end
+# Measured on summaries of some 14 tokens (docs/results.md): with 11, 17 and 26 % of the weight on the end
 # token, 0, 13 and 79 % of the texts came out empty.
 STOPS_AT_ONCE = 0.15
 # Passages of 64 tokens to be repeated, first token's loss 18 times the mean: recall 0.85 at p = 0, 0.26 at p = 1.
@@ -131,6 +132,7 @@ class PowerReport:
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "Where the loss is, and where $t^p$ looks") -> None:
         """Write the picture as a PNG; folders are made."""
+        require("plots")
         from .power_plots import plot_power_report  # matplotlib takes its time
 
         plot_power_report(

@@ -29,164 +29,32 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from peft import PeftModel
-from torch.utils.data import DataLoader
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorWithFlattening,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput
 
 from hf_temporal.data.copying_scores import argmax_of_logits
-from hf_temporal.data.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
-from hf_temporal.data.loading import IGNORED
-from hf_temporal.finetuning.adapters import add_adapter, check_mergeable
 from hf_temporal.finetuning.configuration import parse
-from hf_temporal.finetuning.controls import ControlArguments, controlled
-from hf_temporal.finetuning.generation import generate_completions, prompt_of
-from hf_temporal.finetuning.models import ModelArguments, load_causal_lm, require_4bit
-from hf_temporal.finetuning.run import (
-    CardMixin,
-    begin,
-    carry_out,
-    command_line,
-    publish,
-    settings_of,
-    share_cores,
-    tell_powers,
-    tell_search,
-)
-from hf_temporal.finetuning.tasks import TASK_KINDS, Scores, load_task
-from hf_temporal.trainer import TemporalWeightTrainer
-from hf_temporal.training_args import TemporalTrainingArguments
-
-
-class CausalTrainer(CardMixin, TemporalWeightTrainer):
-    """Adds to every evaluation the scores of what is generated from the prompts alone.
-
-    Args:
-        scores: compares it with the labels; None where nothing is generated.
-        max_new_tokens: of an answer.
-        num_beams: 1 is greedy.
-    """
-
-    def __init__(self, *args: Any, scores: Scores | None, max_new_tokens: int, num_beams: int, **kwargs: Any) -> None:
-        self._scores = scores
-        self._generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
-        super().__init__(*args, **kwargs)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Trainer's, and the scores among its metrics."""
-        output = super().evaluation_loop(
-            dataloader,
-            description,
-            prediction_loss_only=prediction_loss_only,
-            ignore_keys=ignore_keys,
-            metric_key_prefix=metric_key_prefix,
-        )
-        if self._scores is not None:
-            examples: Any = dataloader.dataset
-            generated = self._generate([prompt_of(example) for example in examples])
-            scores = self._scores.score(generated, [example["labels"] for example in examples])
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
-        return output
-
-    def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Each process generates its share; shares are equally long, as sharded models need."""
-        processes, rank = self.args.world_size, self.args.process_index
-        padded = prompts + prompts[:1] * (-len(prompts) % processes)
-        tokenizer: Any = self.processing_class
-        mine = generate_completions(
-            self.model,
-            tokenizer,
-            padded[rank::processes],
-            batch_size=self.args.per_device_eval_batch_size,
-            synced_gpus=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
-            **self._generation,
-        )
-        shares: list[list[list[int]]] = gather_object([mine])
-        return [answer for turn in zip(*shares, strict=True) for answer in turn][: len(prompts)]
+from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, prepare_causal_lm
+from hf_temporal.finetuning.run import command_line
+from hf_temporal.finetuning.trainers import CausalTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate before and after, and report."""
     argv = sys.argv[1:] if argv is None else argv
-    *arguments, training_args = parse(
-        (ModelArguments, *TASK_KINDS, ControlArguments, TemporalTrainingArguments), argv, description=__doc__
-    )
-    model_args, task_args, _, summarization_args, _, language_modeling_args, control_args = arguments
-    weighting = controlled(control_args, training_args)
-    if weighting is not None and (task_args.suggest_power or task_args.search_power):
-        raise ValueError(f"control={control_args.control!r} has a weighting of its own; accepted: to train with it")
-    require_4bit(model_args)
-    share_cores()
-    set_seed(training_args.seed)
-    task = load_task(arguments[1:-1], training_args)
-    training_args.do_train &= not (task_args.suggest_power or task_args.search_power)
-    run = begin(training_args, arguments, task)
-
-    def load() -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-        model, tokenizer = load_causal_lm(model_args, task.tokenizer(model_args.tokenizer_name))
-        return add_adapter(model, model_args, "CAUSAL_LM") if model_args.use_peft else model, tokenizer
-
-    with training_args.main_process_first():
-        model, tokenizer = load()
-        splits = task.encode(tokenizer, model.config)
-    scores = task.scores(tokenizer, model.config)
+    run = prepare_causal_lm(parse(CAUSAL_ARGUMENTS, argv, description=__doc__))
     trainer = CausalTrainer(
-        model,
-        training_args,
-        train_dataset=splits.get("train"),
-        eval_dataset=splits.get("validation"),
-        data_collator=(
-            DataCollatorWithFlattening()
-            if language_modeling_args.packing
-            else DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-        ),
-        processing_class=tokenizer,
-        compute_metrics=None if task.generates else scores,
-        preprocess_logits_for_metrics=None if task.generates else argmax_of_logits,
-        weighting=weighting,
-        scores=scores if task.generates else None,
-        max_new_tokens=task.answer_length,
-        num_beams=summarization_args.num_beams,
+        run.model,
+        run.training_args,  # training_args.temporal_power is p
+        train_dataset=run.splits.get("train"),
+        eval_dataset=run.splits.get("validation"),
+        data_collator=run.data_collator,
+        processing_class=run.tokenizer,
+        compute_metrics=run.compute_metrics,
+        preprocess_logits_for_metrics=argmax_of_logits if run.compute_metrics else None,
+        answers=run.answers,
     )
-    if task_args.suggest_power:
-        tell_powers(trainer)
-        return
-    if task_args.search_power:
-        tell_search(trainer, lambda: load()[0], settings_of(arguments, task), trials=task_args.search_power)
-        return
-    if model_args.merge_adapter:
-        check_mergeable(trainer)
-    carry_out(trainer, run, task, scores, splits)
-    if training_args.do_train:
-        base = model_args.model_name_or_path or model_args.model_type or EMBEDDED_MODEL
-        publish(
-            trainer,
-            task,
-            model_args,
-            command=command_line(__file__, argv, training_args),
-            num_beams=summarization_args.num_beams,
-            trained=base,
-            base_model=None if model_args.model_type else base,
-            base_model_note=EMBEDDED_PROVENANCE if base == EMBEDDED_MODEL else None,
-        )
+    run.finish(trainer, command_line(__file__, argv, run.training_args))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from datetime import date
@@ -15,25 +14,32 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from hf_temporal.installed import config_path, nearest
+
 
 def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, description: str | None = None) -> Any:
-    """One object of each dataclass in `kinds`, from `--config file.yaml` and from flags, which come last and win.
+    """One object of each dataclass in `kinds`, from `--config` and from flags, which come last and win.
+
+    `--config` is a YAML file or the name of a configuration of the package, such as `copying/small_llama`.
 
     Values of the file are read as if they were given as flags. `use_cpu` is true where there is nothing else: without
     it, the processes of `accelerate launch` on a CPU would each train alone.
 
-    Raises ValueError for a key of the file or a flag that no dataclass has, naming the nearest one; for null, a list
-    or a mapping where the argument takes none; and for a file that cannot be read.
+    Raises:
+        ValueError: a key of the file or a flag that no dataclass has, with the nearest one; null, a list or a mapping
+            where the argument takes none; a file that cannot be read; the name of no configuration.
     """
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--config", type=Path)
+    reader.add_argument("--config")
     config, flags = reader.parse_known_args(argv)
     parser = HfArgumentParser(
         kinds, description=description, usage="%(prog)s [--config FILE.yaml] [--name value ...]", allow_abbrev=False
     )
-    parser.add_argument("--config", type=Path, help="YAML file of the arguments below; flags override it.")
+    parser.add_argument(
+        "--config", help="YAML file of the arguments below, or the name of one that is shipped; flags override it."
+    )
     names = [each.name for kind in kinds for each in fields(kind) if each.init]
-    settings = read_yaml(config.config, names) if config.config else {}
+    settings = read_yaml(config_path(config.config), names) if config.config else {}
     _check_compounds(settings, kinds)
     if "use_cpu" in names:
         parser.set_defaults(use_cpu=not torch.accelerator.is_available())
@@ -45,13 +51,17 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
     )
     for flag in unknown:
         given_name = flag.partition("=")[0]  # without the value, which may be a token
-        nearest = _nearest(given_name.lstrip("-").replace("-", "_"), names)
-        raise ValueError(f"{given_name} is no argument of this recipe; the nearest is --{nearest}")
+        known = nearest(given_name.lstrip("-").replace("-", "_"), names)
+        raise ValueError(f"{given_name} is no argument of this recipe; the nearest is --{known}")
     return tuple(parsed)
 
 
 def read_yaml(path: Path, names: Iterable[str]) -> dict[str, Any]:
-    """The settings in a YAML file; every key has to be one of `names`."""
+    """The settings in a YAML file.
+
+    Raises:
+        ValueError: the file cannot be read, holds no mapping, or has a key that is none of `names`.
+    """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except Exception as error:  # the kinds that a YAML loader raises on a broken file have nothing in common
@@ -61,7 +71,7 @@ def read_yaml(path: Path, names: Iterable[str]) -> dict[str, Any]:
     known = list(names)
     for key in settings:
         if key not in known:
-            raise ValueError(f"{path}: {key!r} is no argument of this recipe; the nearest is {_nearest(key, known)!r}")
+            raise ValueError(f"{path}: {key!r} is no argument of this recipe; the nearest is {nearest(key, known)!r}")
     return settings
 
 
@@ -103,6 +113,3 @@ def _is_compound(value: Any) -> bool:
 def _as_flag(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
-
-def _nearest(name: Any, names: list[str]) -> str:
-    return difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]

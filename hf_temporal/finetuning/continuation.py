@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,24 @@ logger = logging.get_logger(__name__)
 LAST_GOOD = "last_good"
 SETTINGS_NAME = "run.json"
 TRAINER_STATE_NAME = "trainer_state.json"
-TRAINING_SETTINGS = (
-    "bf16",
-    "data_seed",
-    "fp16",
-    "label_smoothing_factor",
-    "learning_rate",
-    "lr_scheduler_type",
-    "max_grad_norm",
-    "max_steps",
-    "num_train_epochs",
-    "optim",
-    "seed",
-    "temporal_normalization",
-    "temporal_origin",
-    "temporal_power",
-    "temporal_power_schedule",
-    "temporal_power_start",
-    "temporal_power_warmup_ratio",
-    "train_sampling_strategy",
-    "warmup_steps",
-    "weight_decay",
+# Patterns of the training arguments that do not change what is trained; every other one makes a run another one.
+FREE_ARGUMENTS = (
+    # counted together as `examples_per_step`
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    # logging, evaluation, saving, the Hub
+    *("log_level*", "log_on_each_node", "logging_*", "include_num_input_tokens_seen", "disable_tqdm", "debug"),
+    *("report_to", "run_name", "project", "trackio_*", "skip_memory_metrics"),
+    *("do_train", "do_eval", "do_predict", "eval_*", "per_device_eval_batch_size", "prediction_loss_only"),
+    *("bf16_full_eval", "fp16_full_eval", "include_for_metrics", "batch_eval_metrics"),
+    *("predict_with_generate", "generation_*", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("output_dir", "save_*", "enable_jit_checkpoint", "push_to_hub", "hub_*"),
+    *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
+    # where and how fast it is computed
+    *("use_cpu", "tf32", "torch_compile*", "torch_empty_cache_steps", "full_determinism", "use_cache"),
+    *("gradient_checkpointing*", "activation_checkpointing*", "use_liger_kernel", "liger_kernel_config"),
+    *("temporal_fused_head", "ddp_*", "fsdp*", "deepspeed", "parallelism_config", "local_rank"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_in_order"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 )
 
 
@@ -55,19 +53,20 @@ class Continuation:
 def continue_run(training_args: TrainingArguments, settings: dict[str, Any]) -> Continuation:
     """Find the last checkpoint in `output_dir` that was written to its end, or prepare the folder for a new run.
 
-    `settings` are what makes a run the same one, beside the `TRAINING_SETTINGS` of its arguments.
+    `settings` are what makes a run the same one, beside all of its training arguments but `FREE_ARGUMENTS`.
 
     Where `resume_from_checkpoint` is "last_good", checkpoints that are damaged are set aside, under another name, and
     the one before them is found. Any other value of it is the checkpoint.
 
-    Raises ValueError where the checkpoints there belong to a run with other settings, and where the one to go on from,
-    with "last_good" every one, is damaged: see `hf_temporal.finetuning.checkpoints.check_checkpoint`.
+    Raises:
+        ValueError: the checkpoints there belong to a run with other settings; the one to go on from, with "last_good"
+            every one, is damaged: see `hf_temporal.finetuning.checkpoints.check_checkpoint`.
     """
     asked, output_dir = training_args.resume_from_checkpoint, Path(training_args.output_dir or ".")
     if asked and asked != LAST_GOOD:
         _check(Path(asked), training_args)
         return Continuation(asked, finished=False)
-    settings = json.loads(json.dumps(settings | _training_settings(training_args)))
+    settings = json.loads(json.dumps(settings | _training_settings(training_args), default=str))
     with training_args.main_process_first():
         newest_first = _complete_checkpoints(output_dir)
         if newest_first:
@@ -136,8 +135,12 @@ def _without_damaged(newest_first: list[Path], training_args: TrainingArguments)
 
 def _training_settings(training_args: TrainingArguments) -> dict[str, Any]:
     examples = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    settings = {name: getattr(training_args, name) for name in TRAINING_SETTINGS}
-    return settings | {"examples_per_step": examples * training_args.world_size}
+    deciding = {
+        name: value
+        for name, value in training_args.to_dict().items()
+        if not any(fnmatch(name, pattern) for pattern in FREE_ARGUMENTS)
+    }
+    return deciding | {"examples_per_step": examples * training_args.world_size}
 
 
 def _complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -172,8 +175,8 @@ def _check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"output_dir={str(output_dir)!r} holds checkpoints of something else; accepted: a new folder")
     found = json.loads(path.read_text(encoding="utf-8"))
     for name, value in settings.items():
-        if found.get(name) != value:
+        if name in found and found[name] != value:  # a run of an earlier version has fewer settings
             raise ValueError(
-                f"{name}={value!r}, but output_dir={str(output_dir)!r} holds a run with {name}={found.get(name)!r}; "
+                f"{name}={value!r}, but output_dir={str(output_dir)!r} holds a run with {name}={found[name]!r}; "
                 "accepted: the same settings, which continue that run, or another output_dir"
             )

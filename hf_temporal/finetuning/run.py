@@ -19,9 +19,10 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_temporal import suggest_power
 from hf_temporal.data.cores import own_cores
 from hf_temporal.hub.model_card import TrainingRun, draw_loss_by_position
+from hf_temporal.installed import PACKAGE, recipes
+from hf_temporal.suggest import suggest_power
 
 from .adapters import merge_adapter
 from .checkpoints import Checksums
@@ -313,6 +314,10 @@ def name_of(trainer: Any) -> str:
 
 
 def command_line(script: str, argv: Sequence[str], training_args: TrainingArguments) -> str:
-    """The command that makes this run again."""
+    """The command that makes this run again; of an installed recipe that of `hf-temporal`, else of its script."""
+    path = Path(script).resolve()
     processes = f"--num_processes {training_args.world_size} " if training_args.world_size > 1 else ""
-    return f"accelerate launch {processes}recipes/{Path(script).name} {shlex.join(argv)}"
+    if path.is_relative_to(PACKAGE):
+        return f"hf-temporal {path.stem.replace('_', '-')} {processes}{shlex.join(argv)}"
+    shown = path.relative_to(PACKAGE.parent) if path.is_relative_to(recipes()) else path.name
+    return f"accelerate launch {processes}{shown} {shlex.join(argv)}"

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol
 
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
-from transformers.integrations import is_optuna_available
 from transformers.utils import logging
 
 from hf_temporal.data import language_modeling, summarization
@@ -20,6 +19,7 @@ from hf_temporal.data.copying_scores import CopyScores
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
 from hf_temporal.data.loading import IGNORED, DataArguments, TaskData
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
+from hf_temporal.installed import require
 
 logger = logging.get_logger(__name__)
 
@@ -60,8 +60,8 @@ class TaskArguments:
     def __post_init__(self) -> None:
         if self.search_power < 0:
             raise ValueError(f"search_power={self.search_power!r}: a whole number of at least 0 is accepted")
-        if self.search_power and not is_optuna_available():
-            raise ValueError(f"search_power={self.search_power!r} needs Optuna; accepted with: pip install optuna")
+        if self.search_power:
+            require("search")
 
 
 class Scores(Protocol):

@@ -14,16 +14,16 @@ from torch.utils.data import Dataset
 
 from hf_temporal.data.copying import HELD_OUT_SEED
 from hf_temporal.data.loading import SPLITS
+from hf_temporal.installed import require
 from hf_temporal.weighting import wide_dtype
 
 MemoryFunction = Callable[[Tensor], Tensor]
 
 
 def _airy(lag: Tensor) -> Tensor:
-    try:
-        from scipy import special  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError("target='airy' needs scipy: pip install 'scipy>=1.14'") from error
+    require("memory")
+    from scipy import special  # type: ignore[import-untyped]
+
     return torch.from_numpy(special.airy(lag.numpy() - 6)[0])  # torch.special.airy_ai errs by 5e-9
 
 

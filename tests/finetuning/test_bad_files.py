@@ -26,13 +26,10 @@ from hf_temporal.data.language_modeling import LanguageModelingArguments, load_t
 from hf_temporal.data.loading import IGNORED, DataArguments
 from hf_temporal.data.summarization import SummarizationArguments, load_pairs
 from hf_temporal.finetuning.configuration import parse
-from hf_temporal.finetuning.controls import ControlArguments
-from hf_temporal.finetuning.models import ModelArguments
-from hf_temporal.finetuning.tasks import TASK_KINDS
-from hf_temporal.training_args import TemporalTrainingArguments, _TemporalFields
+from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS as KINDS
+from hf_temporal.training_args import _TemporalFields
 from tests.tiny_summarization import tiny_tokenizer
 
-KINDS = (ModelArguments, *TASK_KINDS, ControlArguments, TemporalTrainingArguments)
 OWN = [each.name for kind in (*KINDS[:-1], _TemporalFields) for each in dataclasses.fields(kind)]
 TEMPORAL = ("temporal_power", "temporal_mixture", "temporal_power_start", "temporal_power_warmup_ratio")
 STOCK = [

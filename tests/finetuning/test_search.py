@@ -105,7 +105,6 @@ def test_what_is_not_measured_is_said_before_training(tmp_path: Path, monkeypatc
     ("given", "message"),
     [
         (["--metric_for_best_model", "temporal_loss"], "metric_for_best_model='temporal_loss' cannot choose a p"),
-        (["--control", "late"], "control='late' has a weighting of its own"),
         (["--search_power", "-1"], "search_power=-1: a whole number"),
     ],
 )

@@ -102,7 +102,7 @@ def test_memory_function_errors(target: str | MemoryFunction, length: int, messa
 
 def test_airy_without_scipy_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'scipy>=1.14'")):
+    with pytest.raises(ImportError, match=re.escape("pip install 'hf-temporal[memory]'")):
         memory_function("airy", 3)
     assert memory_function("sine", 3).isfinite().all()
 

@@ -14,14 +14,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.controls import ControlArguments
 from hf_temporal.finetuning.functional import FunctionalArguments
-from hf_temporal.finetuning.models import ModelArguments, Seq2SeqModelArguments
-from hf_temporal.finetuning.tasks import TASK_KINDS
-from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
+from hf_temporal.finetuning.models import ModelArguments
+from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, SEQ2SEQ_ARGUMENTS
+from hf_temporal.training_args import TemporalTrainingArguments
 from recipes.compare_powers import read_arguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CAUSAL = (ModelArguments, *TASK_KINDS, ControlArguments, TemporalTrainingArguments)
-SEQ2SEQ = (Seq2SeqModelArguments, *TASK_KINDS, TemporalSeq2SeqTrainingArguments)
+CAUSAL, SEQ2SEQ = CAUSAL_ARGUMENTS, SEQ2SEQ_ARGUMENTS
 FUNCTIONAL = (ModelArguments, FunctionalArguments, ControlArguments, TemporalTrainingArguments)
 KINDS = {"finetune_causal_lm.py": CAUSAL, "finetune_seq2seq.py": SEQ2SEQ, "train_functional.py": FUNCTIONAL}
 COMMANDS = {"finetune_causal_lm.py": 4, "finetune_seq2seq.py": 4, "train_functional.py": 2}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from recipes import finetune_seq2seq
+from hf_temporal.finetuning import recipe
 from recipes.finetune_seq2seq import Seq2SeqTrainer, main
 from tests.tiny_run import Tiny
 
@@ -32,7 +32,7 @@ def evaluations(output_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _small_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune_seq2seq, "VOCABULARY", 320)
+    monkeypatch.setattr(recipe, "VOCABULARY", 320)
     monkeypatch.setenv("HF_TEMPORAL_CACHE", str(tmp_path / "cache"))
 
 

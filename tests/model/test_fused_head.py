@@ -126,4 +126,4 @@ def test_no_trace_is_left_and_copies_saves_and_reloads_agree(name: str, adapter:
         reloaded = tiny_model(name).from_pretrained(tmp_path / "saved")
     else:
         reloaded = PeftModel.from_pretrained(tiny_model(name), tmp_path / "saved")
-    torch.testing.assert_close(logits_of(reloaded, name), expected)
+    torch.testing.assert_close(logits_of(reloaded, name), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,181 @@
+"""The command `hf-temporal`: the recipes, launched through accelerate, without a clone of the repository."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_temporal.installed import config_path, engine_path, nearest, recipes, require
+
+HELP = """usage: hf-temporal COMMAND [--config FILE_OR_NAME] [--name value ...]
+
+Fine-tune a model, each target token's loss weighted by t^p:
+
+  finetune-causal-lm   a decoder-only model
+  finetune-seq2seq     an encoder–decoder
+  suggest [COMMAND]    the same flags: train nothing, tell what each p would do with the model and the data
+  compare COMMAND      every p with every seed, each p tested against p = 0
+
+hf-temporal COMMAND --help lists the flags of a command. Options of `accelerate launch`, such as --num_processes, go
+among them; --accelerate_config is a file or one of cpu, ddp, ddp_cpu, fsdp2, deepspeed_zero2, deepspeed_zero3.
+
+On a CPU, for a first look:
+
+  hf-temporal finetune-causal-lm --config summarization/smollm2_lora_docstrings --max_steps 2 --max_eval_samples 4
+"""
+RECIPES = {"finetune-causal-lm": "finetune_causal_lm.py", "finetune-seq2seq": "finetune_seq2seq.py"}
+COMMANDS = (*RECIPES, "suggest", "compare")
+# Flags of a recipe that are options of `accelerate launch`, too: the recipe's. The rest names a script, not ours.
+NOT_OF_THE_LAUNCHER = ("debug", "gradient_accumulation_steps", "help", "config_file", "module", "no_python")
+KIND_SETTINGS = ("model_name_or_path", "model_revision", "model_type", "encoder_model_name_or_path")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out a command; the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if argv else 2
+    command, *flags = argv
+    try:
+        _check_name(command, COMMANDS)
+        require("recipes")
+        if command == "suggest":
+            return _suggest(flags)
+        if command == "compare":
+            return _compare(flags)
+        return _launch(command, flags)
+    except (ModuleNotFoundError, ValueError) as error:
+        print(f"hf-temporal: {error}", file=sys.stderr)
+        return 2
+
+
+def _check_name(given: str, names: Sequence[str]) -> None:
+    if given not in names:
+        raise ValueError(
+            f"{given!r} is no command; accepted: {', '.join(names)}; the nearest is {nearest(given, names)!r}"
+        )
+
+
+def _launch(command: str, flags: Sequence[str]) -> int:
+    """A recipe as `accelerate launch` runs it, in this interpreter's environment."""
+    script = str(recipes() / RECIPES[command])
+    if _asks_for_help(flags):
+        recipe = runpy.run_path(script)
+        sys.argv[0] = f"hf-temporal {command}"
+        recipe["main"](["--help"])  # argparse ends the program
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    parser = launch_command_parser()
+    of_launcher, of_recipe = split_flags(flags, parser)
+    try:
+        launch_command(parser.parse_args([*of_launcher, script, *of_recipe]))
+    except subprocess.CalledProcessError as error:  # what the recipe had to say stands on the screen
+        return error.returncode if error.returncode > 0 else 1
+    return 0
+
+
+def split_flags(flags: Sequence[str], parser: Any) -> tuple[list[str], list[str]]:
+    """The flags for `accelerate launch`, whose parser is given, and those for the recipe.
+
+    Raises:
+        ValueError: `--accelerate_config` names no configuration.
+    """
+    takes_value = {
+        option: action.nargs != 0
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--") and option[2:].replace("-", "_") not in NOT_OF_THE_LAUNCHER
+    }
+    of_launcher, of_recipe = [], []
+    words = iter(flags)
+    for word in words:
+        name, has_value, value = word.partition("=")
+        if name in ("--accelerate_config", "--accelerate-config"):
+            of_launcher += ["--config_file", str(engine_path(value if has_value else next(words, "")))]
+        elif name in takes_value:
+            of_launcher += [word, *([next(words, "")] if takes_value[name] and not has_value else [])]
+        else:
+            of_recipe.append(word)
+    return of_launcher, of_recipe
+
+
+def _suggest(flags: Sequence[str]) -> int:
+    """The recipe that is named, or found from the model, with `--suggest_power`."""
+    if flags and not flags[0].startswith("-"):
+        command, *flags = flags
+        _check_name(command, tuple(RECIPES))
+    else:
+        command = "finetune-seq2seq" if is_seq2seq(settings_among(flags)) else "finetune-causal-lm"
+    return _launch(command, [*flags, "--suggest_power"])
+
+
+def settings_among(flags: Sequence[str]) -> dict[str, str]:
+    """What flags and `--config` say about which model it is; flags win."""
+    given: dict[str, str] = {}
+    for word, following in zip(flags, [*flags[1:], ""], strict=True):
+        name, has_value, value = word.partition("=")
+        if name.startswith("--"):
+            given[name[2:].replace("-", "_")] = value if has_value else following
+    settings: dict[str, str] = {}
+    if "config" in given:
+        path = config_path(given["config"])
+        import yaml
+
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):  # the recipe says what is wrong with it
+            content = None
+        settings = content if isinstance(content, dict) else {}
+    return {name: str(value) for name, value in {**settings, **given}.items() if name in KIND_SETTINGS and value}
+
+
+def is_seq2seq(settings: Mapping[str, str]) -> bool:
+    """Whether the model is an encoder–decoder; not where its configuration cannot be read, which the recipe reports."""
+    if "encoder_model_name_or_path" in settings:
+        return True
+    from transformers import AutoConfig
+
+    try:
+        if "model_type" in settings:
+            return bool(AutoConfig.for_model(settings["model_type"]).is_encoder_decoder)
+        if "model_name_or_path" in settings:
+            revision = settings.get("model_revision", "main")
+            config = AutoConfig.from_pretrained(settings["model_name_or_path"], revision=revision)
+            return bool(config.is_encoder_decoder)
+    except (OSError, ValueError):
+        pass
+    return False
+
+
+def _compare(flags: Sequence[str]) -> int:
+    """`hf_temporal.compare`, the recipe's name and the configuration's as paths."""
+    from hf_temporal.compare.main import main as compare
+
+    if not flags or _asks_for_help(flags):
+        sys.argv[0] = "hf-temporal compare"
+        return compare(["--help"])
+    command, *rest = flags
+    if not Path(command).is_file():
+        _check_name(command, tuple(RECIPES))
+        command = os.path.relpath(recipes() / RECIPES[command])
+    for place, word in enumerate(rest):
+        name, has_value, value = word.partition("=")
+        if name == "--config" and has_value:
+            rest[place] = f"--config={os.path.relpath(config_path(value))}"
+        elif name == "--config" and place + 1 < len(rest):
+            rest[place + 1] = os.path.relpath(config_path(rest[place + 1]))
+    return compare([command, *rest])
+
+
+def _asks_for_help(flags: Sequence[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The trainers of the recipes: ours, with the recipes' model card and scores of generated answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_temporal.trainer import TemporalWeightSeq2SeqTrainer, TemporalWeightTrainer
+
+from .generation import generate_completions, prompt_of
+from .run import CardMixin
+from .tasks import Scores
+
+
+class Seq2SeqTrainer(CardMixin, TemporalWeightSeq2SeqTrainer):
+    """The trainer, with the recipe's model card."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How answers are generated in an evaluation, and what compares them with the labels; one beam is greedy."""
+
+    scores: Scores
+    max_new_tokens: int
+    num_beams: int
+
+
+class CausalTrainer(CardMixin, TemporalWeightTrainer):
+    """Adds to every evaluation the scores of what is generated from the prompts alone, where `answers` says how."""
+
+    def __init__(self, *args: Any, answers: Answers | None = None, **kwargs: Any) -> None:
+        self._answers = answers
+        super().__init__(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The Trainer's own, and the scores among its metrics."""
+        output = super().evaluation_loop(
+            dataloader,
+            description,
+            prediction_loss_only=prediction_loss_only,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+        )
+        if self._answers is not None:
+            examples: Any = dataloader.dataset
+            generated = self._generate([prompt_of(example) for example in examples], self._answers)
+            scores = self._answers.scores.score(generated, [example["labels"] for example in examples])
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output
+
+    def _generate(self, prompts: list[list[int]], answers: Answers) -> list[list[int]]:
+        """Each process generates its share; shares are equally long, as sharded models need."""
+        processes, rank = self.args.world_size, self.args.process_index
+        padded = prompts + prompts[:1] * (-len(prompts) % processes)
+        tokenizer: Any = self.processing_class
+        mine = generate_completions(
+            self.model,
+            tokenizer,
+            padded[rank::processes],
+            max_new_tokens=answers.max_new_tokens,
+            num_beams=answers.num_beams,
+            batch_size=self.args.per_device_eval_batch_size,
+            synced_gpus=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
+        )
+        shares: list[list[list[int]]] = gather_object([mine])
+        return [answer for turn in zip(*shares, strict=True) for answer in turn][: len(prompts)]
