@@ -36,14 +36,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -51,18 +47,27 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import psutil
 import torch
 from bars import draw_bars
-from measured import environment, read_rows, spread, table, write
+from head_peers import (
+    BY_HAND,
+    PRODUCTS,
+    STOCK,
+    Inputs,
+    Peer,
+    ours,
+    stock_mean,
+    three_products,
+    torch_chunked,
+    trl_fused_head,
+    weights_by_hand,
+)
+from measured import Child, ended, environment, in_turn, memory, peak_memory, read_rows, spread, table, write
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn import functional as F
-
-from hf_temporal import weighted_linear_cross_entropy
 
 SHAPES = ["2048,512,32000", "1024,1024,128256"]
-PRODUCTS, TARGET_PRODUCTS, STOCK = "three products", "… of the targets", "stock mean"
+PRELOADED = ["hf_temporal.linear_cross_entropy.function"]
+TARGET_PRODUCTS = "… of the targets"
 EMULATED = "ours, 16 bits emulated"
 OUTPUTS = ("output", "picture", "redraw")
 POLICIES = ("auto", "accurate", "balanced", "compact")
@@ -72,115 +77,41 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Leaves hidden [N, H] and head [V, H]; targets [N], −100 where masked; weights [N], not uniform."""
-
-    hidden: Tensor
-    head: Tensor
-    targets: Tensor
-    weights: Tensor
-
-    @classmethod
-    def make(cls, N: int, H: int, V: int, *, dtype: torch.dtype, masked: float, seed: int) -> Inputs:
-        """Random inputs; exactly the share `masked` of the positions, at random places, has no target."""
-        torch.manual_seed(seed)
-        hidden, head = torch.randn(N, H, dtype=dtype), torch.randn(V, H, dtype=dtype).mul_(H**-0.5)
-        targets = torch.randint(V, (N,))
-        targets[torch.randperm(N)[: round(masked * N)]] = -100
-        return cls(hidden.requires_grad_(), head.requires_grad_(), targets, torch.rand(N) + 0.5)
-
-
-def three_products(inputs: Inputs) -> None:
-    """The floor."""
-    _products(inputs.hidden.detach(), inputs.head.detach())
-
-
-def three_products_of_targets(inputs: Inputs) -> None:
-    """The floor where only target positions meet the head."""
-    _products(inputs.hidden.detach()[inputs.targets != -100], inputs.head.detach())
-
-
-def _products(hidden: Tensor, head: Tensor) -> None:
-    logits = hidden @ head.T
-    _ = logits @ head, logits.T @ hidden
-
-
-def stock_mean(inputs: Inputs) -> None:
-    """What a model of transformers does with labels."""
-    logits = (inputs.hidden @ inputs.head.T).float()
-    F.cross_entropy(logits, inputs.targets).backward()
-
-
-def weights_by_hand(inputs: Inputs) -> None:
-    """What users write."""
-    logits = (inputs.hidden @ inputs.head.T).float()
-    _weighted_mean(F.cross_entropy(logits, inputs.targets, reduction="none"), inputs)
-
-
-def torch_chunked(inputs: Inputs, policy: Any) -> None:
-    """The chunked loss of torch, per token."""
-    options = LinearCrossEntropyOptions(acc_policy=policy)
-    losses = F.linear_cross_entropy(inputs.hidden, inputs.head, inputs.targets, reduction="none", options=options)
-    _weighted_mean(losses, inputs)
-
-
-def trl_fused_head(inputs: Inputs) -> None:
-    """TRL's log-probabilities."""
-    from loss_head_gpu_peers import log_probabilities_of_trl
-
-    _weighted_mean(-log_probabilities_of_trl(inputs.hidden, inputs.head, inputs.targets), inputs)
-
-
-def _weighted_mean(losses: Tensor, inputs: Inputs) -> None:
-    weights = inputs.weights * (inputs.targets != -100)
-    ((losses * weights).sum() / weights.sum()).backward()
-
-
-def ours(inputs: Inputs, **options: Any) -> None:
-    """Gradients in the forward pass, by chunks of target positions."""
-    weights = inputs.weights * (inputs.targets != -100)
-    weighted_linear_cross_entropy(
-        inputs.hidden, inputs.head, inputs.targets, weights / weights.sum(), **options
-    ).backward()
-
-
-def ours_with_bias(inputs: Inputs) -> None:
+def ours_with_bias(inputs: Inputs) -> Tensor:
     """With bias and scale."""
-    ours(inputs, bias=torch.zeros(len(inputs.head), requires_grad=True), logit_scale=0.5)
+    return ours(inputs, bias=torch.zeros(len(inputs.head), requires_grad=True), logit_scale=0.5)
 
 
-def ours_with_adapter(inputs: Inputs) -> None:
+def ours_with_adapter(inputs: Inputs) -> Tensor:
     """With an adapter of rank 8 on a frozen head: no gradient of the head's size."""
     from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms  # not a public name
 
-    weights = inputs.weights * (inputs.targets != -100)
     down = torch.full((8, inputs.hidden.shape[1]), 0.1, dtype=inputs.hidden.dtype, requires_grad=True)
     up = torch.full((len(inputs.head), 8), 0.1, dtype=inputs.hidden.dtype, requires_grad=True)
     terms = [(inputs.hidden, inputs.head.detach()), (inputs.hidden @ down.T, up)]
-    weighted_linear_cross_entropy_terms(terms, inputs.targets, weights / weights.sum()).backward()
+    return weighted_linear_cross_entropy_terms(terms, inputs.targets, inputs.weights / inputs.weights.sum())
 
 
-def ours_emulated(inputs: Inputs) -> None:
+def ours_emulated(inputs: Inputs) -> Tensor:
     """As on a CPU without instructions for 16 bits."""
     with mock.patch.object(torch.cpu, "get_capabilities", return_value={}):
-        ours(inputs)
+        return ours(inputs)
 
 
-PEERS: dict[str, Callable[[Inputs], None]] = {
-    PRODUCTS: three_products,
-    TARGET_PRODUCTS: three_products_of_targets,
-    STOCK: stock_mean,
-    "weights by hand": weights_by_hand,
-    **{f"torch {policy}": partial(torch_chunked, policy=policy) for policy in POLICIES},
-    "TRL": trl_fused_head,
-    "ours": ours,
-    "ours, soft cap": partial(ours, softcap=30.0),
-    "ours, scale and bias": ours_with_bias,
-    "ours, label smoothing": partial(ours, label_smoothing=0.1),
-    "ours, adapter": ours_with_adapter,
-    "ours, frozen head": lambda inputs: ours(replace(inputs, head=inputs.head.detach())),
-    EMULATED: ours_emulated,
+PEERS: dict[str, Peer] = {
+    PRODUCTS: Peer(three_products),
+    TARGET_PRODUCTS: Peer(partial(three_products, of_targets=True)),
+    STOCK: Peer(stock_mean),
+    BY_HAND: Peer(weights_by_hand),
+    **{f"torch {policy}": Peer(partial(torch_chunked, acc_policy=policy)) for policy in POLICIES},
+    "TRL": Peer(trl_fused_head),
+    "ours": Peer(ours),
+    "ours, soft cap": Peer(partial(ours, softcap=30.0)),
+    "ours, scale and bias": Peer(ours_with_bias),
+    "ours, label smoothing": Peer(partial(ours, label_smoothing=0.1)),
+    "ours, adapter": Peer(ours_with_adapter),
+    "ours, frozen head": Peer(lambda inputs: ours(replace(inputs, head=inputs.head.detach()))),
+    EMULATED: Peer(ours_emulated),
 }
 
 
@@ -188,63 +119,24 @@ def serve(connection: Connection, peer: str, case: dict[str, Any], threads: int)
     """Run the peer once for every message received, and answer (seconds, peak bytes above the inputs so far)."""
     torch.set_num_threads(threads)
     small = Inputs.make(8, 16, 32, dtype=case["dtype"], masked=0.5, seed=0)
-    PEERS[peer](small)
+    PEERS[peer].run(small)
     inputs = Inputs.make(**case)
-    before = psutil.Process().memory_info().rss
+    before = memory()
     while connection.recv():
-        inputs.hidden.grad = inputs.head.grad = None
+        inputs.clear()
         start = time.perf_counter()
-        PEERS[peer](inputs)
+        PEERS[peer].run(inputs)
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        connection.send((seconds, peak - before))
-
-
-class Child:
-    """A process that runs one peer on command."""
-
-    def __init__(self, peer: str, case: dict[str, Any], threads: int) -> None:
-        context = multiprocessing.get_context("forkserver")  # forked where the libraries are imported once
-        context.set_forkserver_preload(["hf_temporal.linear_cross_entropy.function"])
-        self.peer = peer
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, peer, case, threads), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def run(self) -> tuple[float, int]:
-        """Seconds of one run, and the peak memory in bytes above the inputs.
-
-        Raises:
-            RuntimeError: the process ended early, for want of memory perhaps.
-        """
-        try:
-            self.connection.send(True)
-            return self.connection.recv()
-        except (EOFError, ConnectionError) as error:
-            self.process.join()
-            raise RuntimeError(f"{self.peer!r} ended early with exit code {self.process.exitcode}") from error
-
-    def end(self) -> None:
-        """Stop the process."""
-        self.process.terminate()
-        self.process.join()
+        connection.send((seconds, peak_memory() - before))
 
 
 def measure(case: dict[str, Any], chosen: Sequence[str], repeats: int, threads: int) -> list[dict[str, Any]]:
     """A row per peer: median time, noise, memory, and the ratios to the floor and to stock in the same round."""
     peers = [peer for peer in PEERS if peer in chosen and _applies(peer, case)]
-    with ExitStack() as stack:
-        children = []
-        for peer in peers:
-            children.append(Child(peer, case, threads))
-            stack.callback(children[-1].end)
-        mebibytes = {child.peer: child.run()[1] / 2**20 for child in children}
-        seconds: dict[str, list[float]] = {peer: [] for peer in peers}
-        for repeat in range(repeats):
-            for turn in range(len(children)):
-                child = children[(repeat + turn) % len(children)]
-                seconds[child.peer].append(child.run()[0])
+    with ended(Child(peer, serve, peer, case, threads, preload=PRELOADED) for peer in peers) as children:
+        mebibytes = {child.name: child.step()[1] / 2**20 for child in children}
+        answers = in_turn(children, repeats)
+    seconds = {peer: [time for time, _ in mine] for peer, mine in zip(peers, answers, strict=True)}
 
     def ratio(peer: str, other: str) -> float | None:
         if other not in seconds:

@@ -49,7 +49,7 @@ from unittest import mock
 
 import torch
 from bars import draw_bars
-from loss_head_gpu_peers import (
+from head_peers import (
     BY_HAND,
     OURS,
     PEERS,

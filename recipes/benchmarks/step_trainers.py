@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from measured import memory, peak_memory
 from peft import LoraConfig, get_peft_model
 from step_waits import Waits
 from tokenizers import Tokenizer
@@ -179,7 +178,7 @@ class OnCommand(TrainerCallback):
         tokens = torch.full((1, 9), FIRST_TOKEN)
         with torch.no_grad():
             model(tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}))
-        self.before = _memory()
+        self.before = memory()
         self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -192,7 +191,7 @@ class OnCommand(TrainerCallback):
         self.connection.send(time.perf_counter() - self.start)
         self._wait()
         if state.global_step == self.job.steps - 1:
-            self.connection.send(_peak_memory() - self.before)
+            self.connection.send(peak_memory() - self.before)
             self.waits.__enter__()
 
     def _wait(self) -> None:
@@ -276,18 +275,6 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     """Of one token: SFTTrainer asks for a tokenizer and takes the padding from it."""
     words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
-
-
-def _memory() -> int:
-    """The process's resident size in bytes; its largest so far where the system does not tell the present one."""
-    pages = Path("/proc/self/statm")
-    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else _peak_memory()
-
-
-def _peak_memory() -> int:
-    """The process's largest resident size so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def serve(connection: Connection, job: Job, log: Path) -> None:

@@ -45,13 +45,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -60,7 +59,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from measured import environment, read_rows, spread, table, write
+from measured import Child, ended, environment, in_turn, read_rows, spread, table, write
 from step_picture import plot_steps
 from step_trainers import DTYPES, MODELS, SFT, STOCK, TRAINERS, TUNED, WARMUP, Job, serve, why_not
 
@@ -72,69 +71,21 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class Child:
-    """A process that trains on command."""
-
-    def __init__(self, job: Job, folder: Path) -> None:
-        context = multiprocessing.get_context("forkserver")  # forked where the libraries are imported once
-        context.set_forkserver_preload(PRELOADED)
-        self.job = job
-        self.log = folder / f"{job.trainer}.log"
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, job, self.log), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def step(self) -> Any:
-        """Take one step; its seconds. After the last of those that are timed: the memory in bytes."""
-        with suppress(ConnectionError):  # receive() says why the process is gone
-            self.connection.send(True)
-        return self.receive()
-
-    def receive(self) -> Any:
-        """The next figure that the process reports.
-
-        Raises:
-            RuntimeError: it ended without one, for want of memory perhaps; the message holds what it printed.
-        """
-        try:
-            return self.connection.recv()
-        except (EOFError, ConnectionError) as error:
-            self.process.join()
-            said = self.log.read_text(encoding="utf-8", errors="replace")[-4000:] if self.log.exists() else ""
-            code = self.process.exitcode
-            raise RuntimeError(f"{self.job.trainer} ended early, exit code {code}\n{said}") from error
-
-    def end(self) -> None:
-        """Stop the process."""
-        self.process.terminate()
-        self.process.join()
-        self.connection.close()
-
-
-@contextmanager
-def children(job: Job, trainers: Sequence[str]) -> Iterator[list[Child]]:
-    """One process per trainer, ended with the block."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        started = []
-        for trainer in trainers:
-            started.append(Child(replace(job, trainer=trainer), folder))
-            stack.callback(started[-1].end)
-        yield started
+def children(job: Job, trainers: Sequence[str], folder: Path) -> Iterator[Child]:
+    """One process per trainer, whose log lies in the folder."""
+    for trainer in trainers:
+        log = folder / f"{trainer}.log"
+        log.touch()
+        yield Child(trainer, serve, replace(job, trainer=trainer), log, preload=PRELOADED, log=log)
 
 
 def measure(job: Job, trainers: Sequence[str]) -> list[dict[str, Any]]:
     """Medians, noise, memory and waits of trainers that take turns; ratios where the first of them is stock."""
-    with children(job, trainers) as workers:
+    with tempfile.TemporaryDirectory() as folder, ended(children(job, trainers, Path(folder))) as workers:
         for _ in range(WARMUP):
             for worker in workers:
                 worker.step()
-        seconds: list[list[float]] = [[] for _ in workers]
-        for repeat in range(job.repeats):
-            for turn in range(len(workers)):
-                which = (repeat + turn) % len(workers)
-                seconds[which].append(workers[which].step())
+        seconds = in_turn(workers, job.repeats)
         memory, waits = [], []
         for worker in workers:
             memory.append(worker.step() / 2**20)

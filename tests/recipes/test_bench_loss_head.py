@@ -53,7 +53,7 @@ def test_peers_with_weights_have_the_same_gradients(masked: float) -> None:
     for peer in ("weights by hand", *(f"torch {policy}" for policy in loss_head.POLICIES), "ours"):
         inputs = loss_head.Inputs.make(40, 8, 100, dtype=torch.float32, masked=masked, seed=0)
         assert int((inputs.targets == -100).sum()) == 40 * masked
-        loss_head.PEERS[peer](inputs)
+        loss_head.PEERS[peer].run(inputs)
         assert inputs.hidden.grad is not None
         assert inputs.head.grad is not None
         gradients.append((inputs.hidden.grad, inputs.head.grad))
@@ -63,7 +63,7 @@ def test_peers_with_weights_have_the_same_gradients(masked: float) -> None:
 
 def test_a_peer_that_dies_is_named() -> None:
     with pytest.raises(RuntimeError, match="'ours' ended early with exit code 1"):
-        loss_head.Child("ours", {"no": "case"}, threads=1).run()
+        loss_head.Child("ours", loss_head.serve, "ours", {"no": "case"}, 1, preload=[]).step()
 
 
 def test_a_picture_of_the_runs_with_most_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

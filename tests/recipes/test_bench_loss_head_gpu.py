@@ -12,8 +12,8 @@ from typing import Any
 import loss_head_gpu
 import pytest
 import torch
+from head_peers import BY_HAND, FALLBACK, OURS, PEERS, PRODUCTS, STOCK, Inputs, Peer
 from loss_head_gpu import Bench, elapsed, main
-from loss_head_gpu_peers import BY_HAND, FALLBACK, OURS, PEERS, PRODUCTS, STOCK, Inputs, Peer
 from matplotlib import pyplot as plt
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
-"""The peers of `loss_head_gpu.py`: losses of a head on one set of inputs, ours and those of others.
+"""The peers of `loss_head.py` and `loss_head_gpu.py`: losses of a head on one set of inputs, ours and those of others.
 
-Packages of others are imported when a peer is asked for. What each of them is stands in `loss_head_gpu.py`.
+Packages of others are imported when a peer is asked for. What each of them is stands in those files.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_temporal import weighted_linear_cross_entropy
-from hf_temporal.linear_cross_entropy import triton_kernel
 
 PRODUCTS, OURS, FALLBACK = "three products", "ours", "ours, PyTorch pass"
+CPU = torch.device("cpu")
 STOCK, BY_HAND = "stock mean", "weights by hand"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves hidden [N, H], head [V, H] and, where there is one, bias [V]; targets [N]; weights [N], not uniform."""
+    """Leaves hidden [N, H], head [V, H] and, where there is one, bias [V]; targets [N]; weights [N], not uniform.
+
+    Where a position is masked its target is −100 and its weight 0.
+    """
 
     hidden: Tensor
     head: Tensor
@@ -36,13 +39,25 @@ class Inputs:
 
     @classmethod
     def make(
-        cls, N: int, H: int, V: int, *, dtype: torch.dtype, device: torch.device, seed: int, bias: bool
+        cls,
+        N: int,
+        H: int,
+        V: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+        seed: int,
+        bias: bool = False,
+        masked: float = 0.0,
     ) -> Inputs:
-        """Random inputs."""
+        """Random inputs; exactly the share `masked` of the positions, at random places, has no target."""
         torch.manual_seed(seed)
         hidden = torch.randn(N, H, dtype=dtype, device=device)
         head = torch.randn(V, H, dtype=dtype, device=device).mul_(H**-0.5)
         targets, weights = torch.randint(V, (N,), device=device), torch.rand(N, device=device) + 0.5
+        if masked:
+            targets[torch.randperm(N, device=device)[: round(masked * N)]] = -100
+            weights *= targets != -100
         last = torch.randn(V, dtype=dtype, device=device).requires_grad_() if bias else None
         return cls(hidden.requires_grad_(), head.requires_grad_(), targets, weights, last)
 
@@ -68,22 +83,25 @@ def weighted_mean(losses: Tensor, inputs: Inputs) -> Tensor:
     return (losses * inputs.weights).sum() / inputs.weights.sum()
 
 
-def three_products(inputs: Inputs) -> None:
-    """The floor."""
+def three_products(inputs: Inputs, of_targets: bool = False) -> None:
+    """The floor, over all positions or over those that have a target."""
     hidden, head = inputs.hidden.detach(), inputs.head.detach()
+    if of_targets:
+        hidden = hidden[inputs.targets != -100]
     logits = hidden @ head.T
     _ = logits @ head, logits.T @ hidden
 
 
 def ours(inputs: Inputs, chunk_size: int | None = None, **options: Any) -> Tensor:
     """Gradients in the forward pass, by chunks of positions."""
-    tensors = (inputs.hidden, inputs.head, inputs.targets, inputs.weights)
-    loss = weighted_linear_cross_entropy(*tensors, bias=inputs.bias, chunk_size=chunk_size, **options)
-    return loss / inputs.weights.sum()
+    tensors = (inputs.hidden, inputs.head, inputs.targets, inputs.weights / inputs.weights.sum())
+    return weighted_linear_cross_entropy(*tensors, **{"bias": inputs.bias, "chunk_size": chunk_size} | options)
 
 
 def ours_without_triton(inputs: Inputs, **options: Any) -> Tensor:
     """As where Triton is not installed."""
+    from hf_temporal.linear_cross_entropy import triton_kernel  # not a public name
+
     with mock.patch.object(triton_kernel, "is_available", return_value=False):
         return ours(inputs, **options)
 
@@ -108,9 +126,9 @@ def weights_by_hand(
     return weighted_mean(losses, inputs)
 
 
-def torch_chunked(inputs: Inputs) -> Tensor:
+def torch_chunked(inputs: Inputs, **policy: Any) -> Tensor:
     """The chunked loss of torch, per token."""
-    options = torch.nn.LinearCrossEntropyOptions()
+    options = torch.nn.LinearCrossEntropyOptions(**policy)
     losses = F.linear_cross_entropy(inputs.hidden, inputs.head, inputs.targets, reduction="none", options=options)
     return weighted_mean(losses, inputs)
 
