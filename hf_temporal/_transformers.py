@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.trainer import safe_globals
+from transformers.trainer import safe_globals as safe_globals
 from transformers.utils import PushInProgress
 
 _KNOWS_SCALED_LOSSES = hasattr(Trainer, "loss_is_scaled_for_ga")
@@ -32,7 +32,10 @@ def shifts_by_class(base: Any, *, default: bool = False) -> bool:
     """
     if not isinstance(base, PreTrainedModel) or getattr(base.config, "is_encoder_decoder", False):
         return False
-    return LOSS_MAPPING.get(str(getattr(base, "loss_type", None)), ForCausalLMLoss if default else None) is ForCausalLMLoss
+    return (
+        LOSS_MAPPING.get(str(getattr(base, "loss_type", None)), ForCausalLMLoss if default else None)
+        is ForCausalLMLoss
+    )
 
 
 def keep_columns(trainer: Trainer, columns: Iterable[str]) -> None:
@@ -56,8 +59,8 @@ def split_between_ranks(context: Callable[[], Any], buffer: Tensor) -> Callable[
     """
     if not isinstance(context, functools.partial) or not {"buffers", "buffer_seq_dims"} <= context.keywords.keys():
         raise TypeError(
-            f"_prepare_context_parallel_inputs of this release of transformers returns {context!r}; accepted: a partial "
-            "with buffers and buffer_seq_dims. The weights cannot be split between ranks: set cp_size=1."
+            f"_prepare_context_parallel_inputs of this release of transformers returns {context!r}; accepted: a "
+            "partial with buffers and buffer_seq_dims. The weights cannot be split between ranks: set cp_size=1."
         )
     split = context.keywords
     return functools.partial(
