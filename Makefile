@@ -30,7 +30,7 @@ test-floor: $(FLOOR)/.stamp-packages $(FLOOR)/.stamp-model
 # The same properties on many cases, drawn anew each time.
 test-bad-input: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) --hypothesis-profile many --timeout 7200 \
-		tests/test_bad_input.py tests/recipes/test_bad_files.py $(ARGS)
+		tests/test_bad_input.py tests/finetuning/test_bad_files.py $(ARGS)
 
 quality: $(VENV)/.stamp-packages
 	$(VENV)/bin/ruff check .
@@ -47,7 +47,7 @@ $(VENV)/.stamp-packages: constraints.txt
 $(FLOOR)/.stamp-packages: constraints-floor.txt
 
 $(VENV)/.stamp-packages $(FLOOR)/.stamp-packages: %/.stamp-packages: pyproject.toml | %/bin/python
-	$*/bin/python -m pip install -c $(filter constraints%,$^) -e '.[demo,dev]'
+	$*/bin/python -m pip install -c $(filter constraints%,$^) -e '.[demo,memory,peft,plots,recipes,search,dev]'
 	touch $@
 
 $(VENV)/.stamp-model $(FLOOR)/.stamp-model: %/.stamp-model: Makefile | %/bin/python

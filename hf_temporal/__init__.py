@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ._public import *
+    from ._public import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What this package asks of PEFT, which is loaded only where a model needs it: the LoRA layers around a head.
+"""What this package asks of PEFT, which is loaded only where a model needs it: the layers that LoRA makes of a head.
 
 PEFT is not imported here. A model can be a PEFT model only once PEFT is loaded, so `sys.modules` is asked. The inside
 of its layers (`lora_A`, `lora_B`, `lora_dropout`, `scaling`, `lora_variant`, `merged`, `disable_adapters`,

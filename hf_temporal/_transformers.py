@@ -17,6 +17,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.trainer import safe_globals as safe_globals
 from transformers.utils import PushInProgress
 
 _KNOWS_SCALED_LOSSES = hasattr(Trainer, "loss_is_scaled_for_ga")

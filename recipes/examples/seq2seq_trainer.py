@@ -9,9 +9,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_temporal import TemporalSeq2SeqTrainingArguments, TemporalWeightSeq2SeqTrainer
 
-config = T5Config(
-    vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, dropout_rate=0.0
-)
+config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0)
+config.decoder_start_token_id = config.pad_token_id
 model = T5ForConditionalGeneration(config)
 
 examples = []  # four tokens as input, the same four as target; 1 is T5's end token

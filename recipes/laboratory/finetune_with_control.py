@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate before and after, and report."""
     argv = sys.argv[1:] if argv is None else argv
     parsed = parse(ARGUMENTS, argv, description=__doc__)
-    task_args, control_args, training_args = parsed[1], *parsed[-2:]
+    _, task_args, *_, control_args, training_args = parsed
     weighting = controlled(control_args, training_args)
     if weighting is not None and (task_args.suggest_power or task_args.search_power):
         raise ValueError(f"control={control_args.control!r} has a weighting of its own; accepted: to train with it")

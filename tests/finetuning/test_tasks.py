@@ -182,7 +182,8 @@ def test_lengths_beyond_an_encoder_decoders_positions_are_named(tiny: Tiny, name
 def test_texts_are_tokenized_once(tiny: Tiny, child_environment: dict[str, str]) -> None:
     """In another process, with another seed of Python's hashes, nothing is tokenized again."""
     code = (
-        "import sys; from transformers import AutoTokenizer, LlamaConfig, T5Config; from recipes import tasks; "
+        "import sys; from transformers import AutoTokenizer, LlamaConfig, T5Config; "
+        "from hf_temporal.finetuning import tasks; "
         "from hf_temporal.data.loading import DataArguments; "
         "from hf_temporal.data.summarization import SummarizationArguments; "
         "task = tasks.Summarization(DataArguments(train_file=sys.argv[1], validation_file=sys.argv[2]), "

@@ -18,13 +18,19 @@ from hf_temporal.finetuning.models import ModelArguments
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, SEQ2SEQ_ARGUMENTS
 from hf_temporal.training_args import TemporalTrainingArguments
 from recipes.compare_powers import read_arguments
+from recipes.laboratory import finetune_with_control
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CAUSAL, SEQ2SEQ = CAUSAL_ARGUMENTS, SEQ2SEQ_ARGUMENTS
 FUNCTIONAL = (ModelArguments, FunctionalArguments, ControlArguments, TemporalTrainingArguments)
-KINDS = {"finetune_causal_lm.py": CAUSAL, "finetune_seq2seq.py": SEQ2SEQ, "train_functional.py": FUNCTIONAL}
-COMMANDS = {"finetune_causal_lm.py": 4, "finetune_seq2seq.py": 4, "train_functional.py": 2}
-TASKS = {"copying": "copying", "summarization": "summarization", "memory": None}
+KINDS = {
+    "finetune_causal_lm.py": CAUSAL,
+    "finetune_seq2seq.py": SEQ2SEQ,
+    "laboratory/finetune_with_control.py": finetune_with_control.ARGUMENTS,
+    "laboratory/train_functional.py": FUNCTIONAL,
+}
+COMMANDS = dict(zip(KINDS, (4, 4, 2, 2), strict=True))
+TASKS = {"copying": "copying", "summarization": "summarization"}
 COMMAND = re.compile(
     r"accelerate launch (?:--config_file (?P<engine>\S+) |--num_processes \d+ )?recipes/(?P<script>\S+)"
     r"(?P<flags>(?:\\\n|[^\n])*)"
