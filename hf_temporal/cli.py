@@ -118,7 +118,7 @@ def _suggest(flags: Sequence[str]) -> int:
 def settings_among(flags: Sequence[str]) -> dict[str, str]:
     """What flags and `--config` say about which model it is; flags win."""
     given: dict[str, str] = {}
-    for word, following in zip(flags, [*flags[1:], ""], strict=True):
+    for word, following in zip(flags, [*flags[1:], ""], strict=False):
         name, has_value, value = word.partition("=")
         if name.startswith("--"):
             given[name[2:].replace("-", "_")] = value if has_value else following

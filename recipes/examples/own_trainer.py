@@ -7,19 +7,28 @@ Seconds on a CPU, and nothing to download.
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightMixin
+
+PENALTY = 1e-4
 
 
 class PenalizedTrainer(Trainer):
     """Adds a penalty on large logits to the model's loss."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        penalty: Tensor = 1e-4 * outputs.logits.float().logsumexp(-1).square().mean()
-        return (loss + penalty, outputs) if return_outputs else loss + penalty
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The model's loss and the penalty."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + PENALTY * outputs.logits.float().logsumexp(-1).square().mean()
+        return (loss, outputs) if return_outputs else loss
 
 
 class WeightedPenalizedTrainer(TemporalWeightMixin, PenalizedTrainer):
