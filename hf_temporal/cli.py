@@ -136,7 +136,7 @@ def settings_among(flags: Sequence[str]) -> dict[str, str]:
 
 
 def is_seq2seq(settings: Mapping[str, str]) -> bool:
-    """Whether the model is an encoder–decoder; False where its configuration cannot be read: the recipe reports that."""
+    """Whether the model is an encoder–decoder; False if its configuration cannot be read: the recipe reports it."""
     if "encoder_model_name_or_path" in settings:
         return True
     from transformers import AutoConfig

@@ -132,7 +132,9 @@ def test_compare_is_given_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 @pytest.mark.parametrize("command", cli.RECIPES)
-def test_help_is_the_recipes(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_is_the_recipes(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["hf-temporal"])
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

@@ -82,7 +82,9 @@ def test_it_is_the_wheel_that_is_imported(installed: Installed) -> None:
     assert Path(found.stdout.strip()).is_relative_to(installed.environment), found.stderr
     recipes = next(installed.environment.glob("lib/python*/site-packages/hf_temporal/recipes"))
     names = {path.relative_to(recipes).as_posix() for path in recipes.rglob("*.*")}
-    shipped = {path.relative_to(ROOT / "recipes").as_posix() for path in (ROOT / "recipes" / "configs").rglob("*.yaml")}
+    shipped = {
+        path.relative_to(ROOT / "recipes").as_posix() for path in (ROOT / "recipes" / "configs").rglob("*.yaml")
+    }
     assert shipped | {"finetune_causal_lm.py", "finetune_seq2seq.py", "accelerate/fsdp2.yaml"} <= names
     assert not {name.partition("/")[0] for name in names} & {"benchmarks", "laboratory", "examples", "results"}
 

@@ -17,7 +17,12 @@ from tests.tiny_run import Tiny
 def test_a_control_takes_the_place_of_the_power(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     train = CausalTrainer.train
-    monkeypatch.setattr(CausalTrainer, "train", lambda self, **given: made.append(self) or train(self, **given))
+
+    def kept(self: Any, **given: Any) -> Any:
+        made.append(self)
+        return train(self, **given)
+
+    monkeypatch.setattr(CausalTrainer, "train", kept)
     flags = tiny.flags(tmp_path / "late", "--max_steps", "1", "--max_eval_samples", "2")
     main([*flags, "--control", "late"])
     (trainer,) = made
@@ -25,7 +30,7 @@ def test_a_control_takes_the_place_of_the_power(tiny: Tiny, tmp_path: Path, monk
     assert json.loads((tmp_path / "late" / "run.json").read_text("utf-8"))["control"] == "late"
     card = (tmp_path / "late" / "README.md").read_text("utf-8")
     assert "accelerate launch recipes/laboratory/finetune_with_control.py" in card
-    with pytest.raises(ValueError, match="control='power', but output_dir=.* holds a run with control='late'"):
+    with pytest.raises(ValueError, match=r"control='power', but output_dir=.* holds a run with control='late'"):
         main(flags)
 
 
