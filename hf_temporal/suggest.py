@@ -22,7 +22,7 @@ from .weighting import TemporalWeighting, document_max, wide_dtype
 
 POWERS = (0.0, 0.5, 1.0, 2.0, 4.0, 10.0)
 QUARTERS = 4
-# Measured on summaries of some 14 tokens (recipes/results/RESULTS.md): with 11, 17 and 26 % of the weight on the end
+# Measured on summaries of some 14 tokens (docs/results.md): with 11, 17 and 26 % of the weight on the end
 # token, 0, 13 and 79 % of the texts came out empty.
 STOPS_AT_ONCE = 0.15
 # Passages of 64 tokens to be repeated, first token's loss 18 times the mean: recall 0.85 at p = 0, 0.26 at p = 1.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,10 +15,8 @@ from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_temporal.hub.push import HubMixin
-from hf_temporal.model.fused_head import is_prompt_learner
 from hf_temporal.model.model_loss import (
     ModelLoss,
-    base_model,
     read_model_loss,
     read_on_batch,
     regression_problem,
@@ -27,6 +24,8 @@ from hf_temporal.model.model_loss import (
 )
 from hf_temporal.model.weighted_loss import chosen_fused_head, missing_decoder_inputs, weighted_sum
 
+from ._peft import base_model, is_prompt_learner
+from ._transformers import forget_eval_dataloaders, keep_columns, split_between_ranks, undo_division
 from .collator import (
     KEPT_COLUMNS,
     LOSS_WEIGHTS,
@@ -141,7 +140,7 @@ class TemporalWeightMixin(EvaluationByPosition):
         """The trainer's own, whose batches carry t."""
         timeline = self._new_timeline()
         if self._eval_timeline != timeline:
-            self.__dict__.pop("_eval_dataloaders", None)  # kept alive by persistent workers, with the times of before
+            forget_eval_dataloaders(self)  # they make the times of before
             self._eval_timeline = timeline
         with self._making_timelines():
             return super().get_eval_dataloader(*args, **kwargs)
@@ -178,8 +177,7 @@ class TemporalWeightMixin(EvaluationByPosition):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        columns.extend(key for key in KEPT_COLUMNS if key not in columns)
+        keep_columns(self, KEPT_COLUMNS)
 
     # ---- the model's own loss
 
@@ -295,15 +293,8 @@ class TemporalWeightMixin(EvaluationByPosition):
         if self._read_model_loss().shifts_labels and not labels.is_floating_point():
             shifted = shift_left(labels, IGNORE_INDEX)
             inputs = {**inputs, WEIGHTS: shift_left(inputs[WEIGHTS], 0.0), "shift_labels": shifted}
-        context: Any
         context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
-        split, weights = context.keywords, inputs[WEIGHTS]
-        return functools.partial(
-            context.func,
-            buffers=[*split["buffers"], weights],
-            buffer_seq_dims=[*split["buffer_seq_dims"], 1],
-            no_restore_buffers={*split["no_restore_buffers"], weights},
-        ), inputs
+        return split_between_ranks(context, inputs[WEIGHTS]), inputs
 
     def compute_loss(
         self,
@@ -330,6 +321,7 @@ class TemporalWeightMixin(EvaluationByPosition):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        given_items = num_items_in_batch
         self.loss_is_scaled_for_ga = WEIGHTS in inputs and num_items_in_batch is not None
         if WEIGHTS not in inputs or num_items_in_batch is None:
             if self.get_cp_size() > 1:
@@ -359,6 +351,8 @@ class TemporalWeightMixin(EvaluationByPosition):
         if coefficient and isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
             steps = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
             loss = loss + coefficient * outputs["aux_loss"].to(loss.device) / steps
+        if (factor := undo_division(self, given_items)) != 1:
+            loss = loss * factor
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

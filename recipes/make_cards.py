@@ -25,26 +25,31 @@ NAMES = (
     "copying/small_t5",
     "copying/smollm2_lora",
 )
+PICTURE = re.compile(r"!\[[^]]*\]\(([^)]+\.png)\)")
 COMMAND = re.compile(r"#\s+accelerate (launch (?:\\\n#|.)*)")
 
 
 def command_of(config: Path) -> list[str]:
-    """The `accelerate launch` command in the comment at the top of a configuration."""
+    """The `accelerate launch` command in the comment at the top of a configuration.
+
+    Raises:
+        ValueError: the configuration does not open with one.
+    """
     found = COMMAND.search(config.read_text(encoding="utf-8"))
     if found is None:
-        raise ValueError(f"{config.name} does not open with its command")
+        raise ValueError(f"{config.name} opens without its command; accepted: # accelerate launch …")
     return shlex.split(found[1].replace("\\\n#", " "))[1:]
 
 
 def make_card(name: str) -> Path:
-    """Run a configuration to its end and copy its card; the card's folder."""
+    """Run a configuration to its end and copy its card with the pictures that it shows; the card's folder."""
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command_of(config)], cwd=ROOT, check=True)
     output_dir = ROOT / yaml.safe_load(config.read_text(encoding="utf-8"))["output_dir"]
     folder = ROOT / "model_cards" / output_dir.name
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (output_dir / "README.md", *sorted(output_dir.glob("*.png"))):
-        shutil.copy(path, folder)
+    for each in ("README.md", *PICTURE.findall((output_dir / "README.md").read_text(encoding="utf-8"))):
+        shutil.copy(output_dir / each, folder)
     return folder
 
 

@@ -14,7 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import older_transformers
+
 torch.set_num_threads(1)
+older_transformers.teach()
 # A busy machine fails no test: neither deadline nor the check that drawing is slow.
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("hf_temporal", UNTIMED, derandomize=True)

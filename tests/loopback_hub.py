@@ -9,8 +9,10 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import socket
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +33,7 @@ class LoopbackHub(ThreadingHTTPServer):
     """Repositories of `OWNER`, writable with `TOKEN`, readable by all; every revision is the newest.
 
     Args:
-        drops: for how many uploads into a repository the connection is closed half-way.
+        drops: for how many uploads into a repository the connection is reset before they are answered.
         port: 0 takes a free one.
     """
 
@@ -165,9 +167,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.drops[repo] -= drop
             self.server.uploads[repo] += not drop
         if drop:
-            self.rfile.read(int(self.headers.get("Content-Length", 2)) // 2)
+            self._body()
             self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+            os.close(self.connection.detach())
             return
         content = self._body()
         assert hashlib.sha256(content).hexdigest() == oid

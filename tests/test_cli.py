@@ -24,7 +24,12 @@ OWN = {each.name for kind in (*CAUSAL_ARGUMENTS, *SEQ2SEQ_ARGUMENTS) for each in
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """The recipes that are launched, and their flags; none is run."""
     calls: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(cli, "_launch", lambda command, flags: calls.append((command, [*flags])) or 0)
+
+    def launch(command: str, flags: list[str]) -> int:
+        calls.append((command, [*flags]))
+        return 0
+
+    monkeypatch.setattr(cli, "_launch", launch)
     return calls
 
 
@@ -63,9 +68,9 @@ def test_shipped_configurations_are_found_by_name(tmp_path: Path) -> None:
     own = tmp_path / "mine"
     own.touch()
     assert config_path(str(own)) == own
-    with pytest.raises(ValueError, match="'smollm2' is neither a file nor .*; the nearest is 'copying/smollm2_lora'"):
+    with pytest.raises(ValueError, match=r"'smollm2' is neither a file nor .*; the nearest is 'copying/smollm2_lora'"):
         config_path("smollm2")
-    with pytest.raises(ValueError, match="accelerate_config='fsdp' is neither .*; the nearest is 'fsdp2'"):
+    with pytest.raises(ValueError, match=r"accelerate_config='fsdp' is neither .*; the nearest is 'fsdp2'"):
         engine_path("fsdp")
 
 
@@ -117,7 +122,12 @@ def test_suggest_finds_the_recipe_of_a_model(
 def test_compare_is_given_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[list[str]] = []
     module = ModuleType("hf_temporal.compare.main")
-    module.main = lambda argv: given.append(argv) or 3  # type: ignore[attr-defined]
+
+    def compare(argv: list[str]) -> int:
+        given.append(argv)
+        return 3
+
+    module.main = compare  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hf_temporal.compare.main", module)
     monkeypatch.chdir(RECIPES.parent)
     own = tmp_path / "recipe.py"

@@ -17,6 +17,25 @@ before = set(sys.modules)
 {imports}
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
+OPTIONAL = ("datasets", "evaluate", "gguf", "matplotlib", "optuna", "peft", "rouge_score", "scipy", "trl", "yaml")
+WITHOUT = """
+import json, sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {optional}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+from transformers import Seq2SeqTrainer
+sys.meta_path.insert(0, Without())
+for name in [name for name in sys.modules if name.partition(".")[0] in {optional}]:
+    del sys.modules[name]  # of those that Trainer itself takes where they are installed
+import hf_temporal
+from hf_temporal import *
+print(json.dumps(sorted(name for name in sys.modules if name in {optional})))
+"""
+
+
 # Those of the extras that none of the hard dependencies needs itself.
 EXTRAS = ["datasets", "evaluate", "matplotlib", "optuna", "peft", "rouge_score", "scipy", "tensorboard", "trl"]
 SLOW = {"evaluate", "matplotlib", "nltk", "optuna", "pandas", "rouge_score", "scipy", "tensorboard", "triton", "trl"}
@@ -44,6 +63,13 @@ def test_hf_temporal_imports_nothing_but_itself() -> None:
     others = [module for module in modules if module.partition(".")[0] != "hf_temporal"]
     assert all(module.startswith("transformers.") for module in others), others
     assert len(others) <= 5, others
+
+
+def test_hf_temporal_works_without_what_is_optional() -> None:
+    """Those that `Trainer` itself imports where they are there are gone again before ours is imported."""
+    found = ran(WITHOUT.format(optional=OPTIONAL))
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout.splitlines()[-1]) == []
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
-from hf_temporal import trainer as trainer_module
-from hf_temporal.model import fused_head as lm_head
+from hf_temporal.model import fused_head, weighted_loss
 from tests.tiny_models import SEQ2SEQ, Example, examples, tiny_model
 from tests.tiny_training import Steps, distance, norm, train
 
@@ -147,8 +146,8 @@ def test_adapters_under_checkpoints_meet_the_head_once(
         calls.append(args)
         return lm_head_loss(*args, **kwargs)
 
-    lm_head_loss = lm_head.weighted_linear_cross_entropy_terms
-    monkeypatch.setattr(lm_head, "weighted_linear_cross_entropy_terms", counted)
+    lm_head_loss = fused_head.weighted_linear_cross_entropy_terms
+    monkeypatch.setattr(fused_head, "weighted_linear_cross_entropy_terms", counted)
     model = tiny_model(name, adapter)
     steps = steps_of(model, twelve(name), tmp_path, temporal_fused_head="on", **MODES[mode])
     assert len(calls) == 2 * STEPS
@@ -235,9 +234,9 @@ def sums_checked(monkeypatch: pytest.MonkeyPatch, *, fused: str) -> Iterator[lis
     """
     errors: list[float] = []
     owner, name = (
-        (lm_head, "weighted_linear_cross_entropy_terms")
+        (fused_head, "weighted_linear_cross_entropy_terms")
         if fused == "on"
-        else (trainer_module, "weighted_cross_entropy")
+        else (weighted_loss, "weighted_cross_entropy")
     )
     own = getattr(owner, name)
 

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tests import older_transformers
 from tests.tiny_models import IGNORE, PAD, Batch, Example, PadCollator
 
 Tensors = dict[str, Tensor]
+
+older_transformers.teach()
 
 gc.freeze()  # Trainer collects garbage whenever it starts, which over the libraries' own objects takes 0.2 s
 

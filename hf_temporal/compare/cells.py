@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hf_temporal.evaluation import evaluation_profiles
 from hf_temporal.finetuning.report import EVALUATIONS_NAME, RESULTS_NAME, load_evaluations
 
 Evaluations = dict[int, dict[str, float]]
@@ -20,7 +22,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The folder's."""
+        """The folder's name."""
         return f"p{power_name(self.power)}_seed{self.seed}"
 
     @property
@@ -30,7 +32,7 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """All that the run printed."""
+        """The file that holds all that the run printed."""
         return self.folder / "log.txt"
 
     @property
@@ -41,7 +43,8 @@ class Cell:
     def evaluations(self, metric: str) -> Evaluations:
         """All metrics by step, without their prefix.
 
-        Raises ValueError where there is no evaluation, or the last one does not have this metric.
+        Raises:
+            ValueError: there is no evaluation, or the last one does not have this metric.
         """
         found = load_evaluations(self.folder)
         if not found:
@@ -55,7 +58,20 @@ class Cell:
             raise ValueError(f"metric={metric!r} is not among what {self.name} measured: {', '.join(sorted(known))}")
         return by_step
 
+    def drawn(self) -> dict[str, Any]:
+        """What the pictures of the last evaluation need, as far as the run measured it."""
+        last: dict[str, Any] = dict(load_evaluations(self.folder)[-1])
+        found = {name: last[name] for name in ("memory", "target_memory") if name in last}
+        if profiles := evaluation_profiles(self.folder):
+            found["bins"] = [{name: each[name] for name in ("from", "to", "loss")} for each in profiles[-1]["bins"]]
+        return found
+
+
+def curve(evaluations: Evaluations, metric: str) -> dict[int, float]:
+    """A metric by step, where it was measured."""
+    return {step: metrics[metric] for step, metrics in sorted(evaluations.items()) if metric in metrics}
+
 
 def power_name(power: float) -> str:
     """0.5, 1, -1, inf: the shortest text that reads as this p."""
-    return repr(power).removesuffix(".0")
+    return repr(float(power)).removesuffix(".0")

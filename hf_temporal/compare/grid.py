@@ -182,7 +182,8 @@ def _without_token(config: Any) -> Any:
 def keep_settings(comparison: Comparison) -> None:
     """Write the settings into `output_dir`, and into that of each combination.
 
-    Raises ValueError where cells there were started with others.
+    Raises:
+        ValueError: cells there were started with others.
     """
     kept = {each.output_dir: each for each in (comparison, *comparison.combinations())}
     for each in kept.values():

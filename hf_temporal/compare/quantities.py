@@ -6,41 +6,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from .cells import Cell, Evaluations, power_name
+from .cells import Cell, Evaluations, curve, power_name
 
 ALPHA = 0.05
+THIRDS = ("short", "middle", "long")
 SAME = 1e-9  # differences that spread by less than this share of the values are one and the same
 LOWER_IS_BETTER = ("loss", "error", "perplexity", "empty")
 NEITHER_IS_BETTER = ("gen_len", "grad_norm", "grad_norm_spread")
 RATIOS = ("memory_error", "gradient_error", "grad_norm")  # what spans orders of magnitude is compared by ratio
-BESIDE = (
-    "short_memory_error",
-    "middle_memory_error",
-    "long_memory_error",
-    "short_gradient_error",
-    "middle_gradient_error",
-    "long_gradient_error",
-    "loss",
-    "first_token_loss",
-    "head_loss",
-    "tail_loss",
-    "last_token_loss",
-    "gen_len",
-    "empty",
-    "grad_norm",
-    "grad_norm_spread",
-)
-TITLES = {
-    "short_memory_error": "memory error, short lags",
-    "middle_memory_error": "memory error, middle lags",
-    "long_memory_error": "memory error, long lags",
-    "short_gradient_error": "gradient error, short lags",
-    "middle_gradient_error": "gradient error, middle lags",
-    "long_gradient_error": "gradient error, long lags",
+BESIDE = {
+    **{f"{third}_{kind}_error": f"{kind} error, {third} lags" for kind in ("memory", "gradient") for third in THIRDS},
+    "loss": "loss",
     "first_token_loss": "loss, first token",
     "head_loss": "loss, first quarter",
     "tail_loss": "loss, last quarter",
@@ -49,7 +30,7 @@ TITLES = {
     "empty": "empty texts",
     "grad_norm": "gradient norm",
     "grad_norm_spread": "spread of the gradient norm",
-}
+}  # what stands beside the metric where it was measured, with its title
 
 Values = dict[float, dict[int, float]]
 
@@ -73,6 +54,17 @@ class Quantity:
     bounds: frozenset[tuple[float, int]] = frozenset()
     budget: float = math.inf
     is_ratio: bool = False
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Quantity:
+        """One of the `quantities` of a `summary.json`."""
+        values = {
+            float(row["power"]): {int(seed): number_of(value) for seed, value in row["values"].items()}
+            for row in record["by_power"]
+        }
+        bounds = frozenset((float(row["power"]), seed) for row in record["by_power"] for seed in row["not_reached"])
+        budget = max((values[power][seed] for power, seed in bounds), default=math.inf)
+        return cls(record["title"], record["direction"], values, bounds, budget, record["scale"] == "ratio")
 
     def mean(self, power: float) -> float:
         """Over the seeds of this p."""
@@ -98,6 +90,11 @@ class Quantity:
 
     def _back(self, value: float) -> float:
         return float(f"{math.exp(value):.12g}") if self.is_ratio else value  # 20, not 20.000000000000004
+
+
+def number_of(value: float | str | None) -> float:
+    """A number of a `summary.json`, where "inf" stands for infinity and null for NaN."""
+    return math.nan if value is None else float(value)
 
 
 def _log(value: float) -> float:
@@ -138,7 +135,7 @@ def direction_of(metric: str) -> int:
 
 def title_of(metric: str) -> str:
     """As it is shown."""
-    return TITLES.get(metric, metric)
+    return BESIDE.get(metric, metric)
 
 
 # ---- statistics
@@ -227,11 +224,6 @@ def quantities(runs: Mapping[Cell, Evaluations], metric: str, reach: float | Non
     if reach is not None:
         compared.insert(1, _steps_until(reach, metric, {cell: curve(runs[cell], metric) for cell in runs}))
     return compared
-
-
-def curve(evaluations: Evaluations, metric: str) -> dict[int, float]:
-    """A metric by step, where it was measured."""
-    return {step: metrics[metric] for step, metrics in sorted(evaluations.items()) if metric in metrics}
 
 
 def _steps_until(reach: float, metric: str, curves: Mapping[Cell, Mapping[int, float]]) -> Quantity:

@@ -1,22 +1,23 @@
-"""What a comparison over p leaves: `summary.json`, `summary.md` and three pictures."""
+"""The report of a comparison over p, from its summary: words, tables and pictures."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from hf_temporal.finetuning.tables import environment, table
+from hf_temporal.finetuning.tables import table
+from hf_temporal.power_plots import PowerPanel, plot_metrics_by_power
 
-from .cells import Cell, Evaluations, power_name
-from .pictures import PICTURES, draw_comparison
-from .quantities import ALPHA, RATIOS, Difference, Quantity, compare, number, quantities
+from .cells import power_name
+from .pictures import PICTURES, draw_comparison, panel_of
+from .quantities import ALPHA, RATIOS, Difference, Quantity, compare, number
 
-SUMMARY_NAME = "summary.json"
 REPORT_NAME = "summary.md"
+PICTURE = "metric_by_power.png"
+MOST_COLUMNS = 5
 HARDWARE = ("processor", "cores", "accelerator")
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 UNTOLD = ("not told apart", "not compared")
@@ -39,191 +40,117 @@ _STEPS_NOTE = """
 _ERRORS_NOTE = """
 - Memory errors are root mean squares over the short, the middle and the long third of the lags. They and gradient
   norms are compared by ratio: means are geometric, and the t-test is that of the logarithms."""
-
-Found = tuple[Quantity, dict[float, Difference]]
+_ROWS_NOTE = """
+- Each combination is compared for itself. A P-value is corrected for the p of its row alone, since each row is a
+  question of its own and its answer is to be the one in its own summary: of twenty rows without any effect, up to
+  one on average tells a p apart."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A comparison as it stands.
+class Part:
+    """One comparison of a summary: its only one, or that of one combination of what is varied.
 
     Args:
-        title: of report and pictures.
-        metric: the one that decides, and `reach` the value of it that steps are counted to.
+        title: of its report and pictures, and with combinations the name of its folder.
+        values: of what is varied, by name.
         cells: the whole grid.
-        failed: exit status of the cells that failed just now.
-        commands: of the comparison, and of its first cell.
-        settings: as kept in the folder.
+        found: the quantities, and each p compared with p = 0; none where no cell is finished.
+        decisive: how many of them decide.
+        command: of the first cell.
     """
 
     title: str
-    metric: str
-    reach: float | None
-    cells: Sequence[Cell]
-    failed: Mapping[Cell, int]
-    commands: tuple[str, str]
-    settings: Mapping[str, Any]
+    values: Mapping[str, str]
+    cells: Sequence[Mapping[str, Any]]
+    found: Sequence[tuple[Quantity, dict[float, Difference]]]
+    decisive: int
+    command: str
+
+    @property
+    def name(self) -> str:
+        """The combination in words."""
+        return ", ".join(f"{name} {value}" for name, value in self.values.items())
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What decides, and all that was found in words and as a table."""
+def parts_of(summary: Mapping[str, Any]) -> list[Part]:
+    """The comparisons that a summary holds, each p compared with p = 0 anew."""
+    alone = {**summary, "folder": summary["title"], "values": {}, "command": summary["commands"][1]}
+    parts = []
+    for each in summary.get("combinations", [alone]):
+        quantities = map(Quantity.of_record, each["quantities"])
+        found = [(quantity, compare(quantity)) for quantity in quantities]
+        decisive = 1 if summary["reach"] is None else 2
+        parts.append(Part(each["folder"], each["values"], each["cells"], found, decisive, each["command"]))
+    return parts
 
-    decisive: Sequence[Found]
-    words: str
 
+def write_report(summary: Mapping[str, Any], output_dir: Path) -> str:
+    """Write `summary.md` and the pictures that there are data for; the words and the table.
 
-def write_summary(outcome: Outcome, output_dir: Path) -> Findings:
-    """Write all five files from the cells that are finished.
-
-    `summary.json`, in which "inf" stands for infinity and null for NaN or for what the data cannot say:
-
-    - `version` 2, `title`, `metric`, `reach`, `commands`, `settings` (the recipe, its configuration and the flags
-      beside it), `environment` (date, system, hardware, versions);
-    - `powers`, `seeds`;
-    - `cells`: of each p and seed `power`, `seed`, `folder`, `state` ("finished", "failed" or "not run"),
-      `exit_status` (of one that failed), `step` and `metrics` (of the last evaluation);
-    - `quantities`: of each `title`, `direction` (1: higher is better, −1: lower, 0: neither), `scale` ("difference" or
-      "ratio") and `by_power`: `power`, `values` (by seed), `not_reached` (the seeds whose value is the budget of
-      steps), `mean` (geometric where the scale is that of ratios), `interval` (95 %), and for p ≠ 0 `against_0` with
-      `seeds`, `mean`, `usual`, `difference` or `ratio`, `interval`, `d_z`, `p_value`, `holm`, `verdict` and `words`,
-      see `recipes.comparison.Difference`.
-
-    Raises ValueError where no cell is finished, or one has no evaluation with the metric.
+    With combinations they are written into a folder for each of them, too.
     """
-    runs = {cell: cell.evaluations(outcome.metric) for cell in outcome.cells if cell.finished}
-    if not runs:
-        raise ValueError(f"{output_dir} holds no finished cell; accepted: one or more")
-    found = [(each, compare(each)) for each in quantities(runs, outcome.metric, outcome.reach)]
-    summary = _summary(outcome, runs, found)
-    write_plain_json(output_dir / SUMMARY_NAME, summary)
-    decisive = found[: 1 if outcome.reach is None else 2]
-    pictures = draw_comparison(outcome.title, outcome.metric, runs, [quantity for quantity, _ in decisive], output_dir)
-    findings = f"{_conclusions(decisive)}\n\n{_results_table(found)}"
-    report = _report(outcome, findings, summary["environment"], pictures)
-    (output_dir / REPORT_NAME).write_text(report, encoding="utf-8")
-    return Findings(decisive, findings)
-
-
-# ---- summary.json
-
-
-def _summary(outcome: Outcome, runs: Mapping[Cell, Evaluations], found: Sequence[Found]) -> dict[str, Any]:
-    return {
-        "version": 2,
-        "title": outcome.title,
-        "metric": outcome.metric,
-        "reach": outcome.reach,
-        "powers": sorted({cell.power for cell in outcome.cells}),
-        "seeds": sorted({cell.seed for cell in outcome.cells}),
-        "quantities": [quantity_record(quantity, differences) for quantity, differences in found],
-        "cells": [_cell_state(outcome, cell, runs.get(cell)) for cell in outcome.cells],
-        "commands": outcome.commands,
-        "settings": outcome.settings,
-        "environment": environment(),
-    }
-
-
-def quantity_record(quantity: Quantity, differences: Mapping[float, Difference]) -> dict[str, Any]:
-    """One of `quantities` in `summary.json`."""
-    return {
-        "title": quantity.title,
-        "direction": quantity.direction,
-        "scale": "ratio" if quantity.is_ratio else "difference",
-        "by_power": [_row(quantity, power, differences.get(power)) for power in quantity.values],
-    }
-
-
-def _row(quantity: Quantity, power: float, difference: Difference | None) -> dict[str, Any]:
-    values = quantity.values[power]
-    row: dict[str, Any] = {
-        "power": power,
-        "values": values,
-        "not_reached": [seed for seed in values if (power, seed) in quantity.bounds],
-        "mean": quantity.mean(power),
-        "interval": quantity.interval(power),
-    }
-    return row | ({"against_0": asdict(difference)} if difference else {})
-
-
-def _cell_state(outcome: Outcome, cell: Cell, evaluations: Evaluations | None) -> dict[str, Any]:
-    state: dict[str, Any] = {"power": cell.power, "seed": cell.seed, "folder": cell.name}
-    if evaluations:
-        step = max(evaluations)
-        return state | {"state": "finished", "step": step, "metrics": evaluations[step]}
-    if cell in outcome.failed:
-        return state | {"state": "failed", "exit_status": outcome.failed[cell]}
-    return state | {"state": "not run"}
-
-
-def write_plain_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write it in terms of JSON, see `_plain`."""
-    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(f"{text}\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """The value in terms of JSON, which has no infinity ("inf" stands for it) and no NaN (null)."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
-
-
-# ---- summary.md
-
-
-def _report(outcome: Outcome, findings: str, about: Mapping[str, Any], pictures: Sequence[str]) -> str:
-    parts = [
-        f"# {outcome.title}: which p?",
+    parts = parts_of(summary)
+    if "combinations" not in summary:
+        return _write_part(summary, parts[0], output_dir)
+    for part in parts:
+        if part.found:
+            _write_part(summary, part, output_dir / part.title)
+    _draw_side_by_side(summary["title"], parts, output_dir / PICTURE)
+    findings = "\n".join(map(_conclusions_of_part, parts)) + f"\n\n{_table_of_parts(parts)}"
+    missing = [f"- {part.name}: {_missing(part.cells)}" for part in parts if _unfinished(part.cells)]
+    sections = [
         findings,
-        missing_cells(outcome),
-        *(f"![{PICTURES[name]}]({name})" for name in pictures),
-        how_to_read(outcome, uncorrected="columns"),
-        how_it_was_made(outcome, about),
+        "\n".join(missing) or _missing([cell for part in parts for cell in part.cells]),
+        f"![{PICTURES[PICTURE]}]({PICTURE})",
+        _how_to_read(summary, uncorrected="rows") + _ROWS_NOTE,
+        _how_it_was_made(summary, parts[0].command),
     ]
-    return "\n\n".join(parts) + "\n"
+    _write(summary["title"], sections, output_dir)
+    return findings
 
 
-def how_to_read(outcome: Outcome, *, uncorrected: str) -> str:
-    """The section on statistics; P-values are not corrected for the number of `uncorrected`."""
-    notes = _NOTES.format(other=uncorrected) + (_STEPS_NOTE if outcome.reach is not None else "")
-    notes += _ERRORS_NOTE if outcome.metric.endswith(RATIOS) else ""
-    return f"## How to read it\n\n{notes}"
+def _write_part(summary: Mapping[str, Any], part: Part, output_dir: Path) -> str:
+    decisive = part.found[: part.decisive]
+    pictures = draw_comparison(part.title, part.cells, [quantity for quantity, _ in decisive], output_dir)
+    findings = f"{_conclusions(decisive)}\n\n{_table(part)}"
+    sections = [
+        findings,
+        _missing(part.cells),
+        *(f"![{PICTURES[name]}]({name})" for name in pictures),
+        _how_to_read(summary, uncorrected="columns"),
+        _how_it_was_made(summary, part.command),
+    ]
+    _write(part.title, sections, output_dir)
+    return findings
 
 
-def how_it_was_made(outcome: Outcome, about: Mapping[str, Any]) -> str:
-    """The section on commands, hardware and versions."""
-    seeds = sorted({cell.seed for cell in outcome.cells})
-    comparison, cell = outcome.commands
-    hardware = ", ".join(f"{name} {value}" for name, value in about["hardware"].items() if name in HARDWARE)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return "\n\n".join(
-        [
-            "## How it was made",
-            f"```\n{comparison}\n```",
-            "Each cell is one command with its own p, seed and folder, `--dry_run` prints them all; the first:",
-            f"```\n{cell}\n```",
-            f"- seeds: {', '.join(map(str, seeds))}\n- hardware: {hardware}\n- versions: {versions}\n"
-            f"- summary of {about['date']}",
-        ]
-    )
+def _write(title: str, sections: Sequence[str], output_dir: Path) -> None:
+    report = "\n\n".join([f"# {title}: which p?", *sections])
+    (output_dir / REPORT_NAME).write_text(f"{report}\n", encoding="utf-8")
 
 
-def _conclusions(found: Sequence[Found]) -> str:
+# ---- words
+
+
+def _conclusions(found: Sequence[tuple[Quantity, Mapping[float, Difference]]]) -> str:
     """One line per quantity that sorts the p by verdict, then one sentence per p."""
     lines = []
     for quantity, differences in found:
-        lines.append(f"**{quantity.title}**, compared with p = 0: {conclusion(differences)}.\n")
+        lines.append(f"**{quantity.title}**, compared with p = 0: {_conclusion(differences)}.\n")
         lines += [f"- {difference.words}" for difference in differences.values()]
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
-def conclusion(differences: Mapping[float, Difference]) -> str:
+def _conclusions_of_part(part: Part) -> str:
+    if not part.found:
+        return f"- {part.name}: no cell is finished."
+    decisive = part.found[: part.decisive]
+    found = "; ".join(f"**{quantity.title}** {_conclusion(differences)}" for quantity, differences in decisive)
+    return f"- [{part.name}]({quote(part.title)}/{REPORT_NAME}), compared with p = 0: {found}."
+
+
+def _conclusion(differences: Mapping[float, Difference]) -> str:
     """The p sorted by verdict."""
     by_verdict: dict[str, list[str]] = {}
     for power, difference in sorted(differences.items(), key=lambda item: (item[1].verdict in UNTOLD, item[0])):
@@ -232,16 +159,72 @@ def conclusion(differences: Mapping[float, Difference]) -> str:
     return found or "no other p is finished"
 
 
-def _results_table(found: Sequence[Found]) -> str:
-    columns = ["p", "seeds", *(f"{quantity.title}{ARROWS[quantity.direction]}" for quantity, _ in found)]
+def _unfinished(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [cell for cell in cells if cell["state"] != "finished"]
+
+
+def _missing(cells: Sequence[Mapping[str, Any]]) -> str:
+    if not (missing := _unfinished(cells)):
+        return f"All {len(cells)} cells are finished."
+    names = [
+        f"p = {power_name(cell['power'])} with seed {cell['seed']}"
+        + (f" (failed with exit status {cell['exit_status']})" if cell["state"] == "failed" else "")
+        for cell in missing
+    ]
+    return f"Not finished, {len(missing)} of {len(cells)} cells: {'; '.join(names)}."
+
+
+def _how_to_read(summary: Mapping[str, Any], *, uncorrected: str) -> str:
+    """The section on statistics; P-values are not corrected for the number of `uncorrected`."""
+    notes = _NOTES.format(other=uncorrected) + (_STEPS_NOTE if summary["reach"] is not None else "")
+    notes += _ERRORS_NOTE if summary["metric"].endswith(RATIOS) else ""
+    return f"## How to read it\n\n{notes}"
+
+
+def _how_it_was_made(summary: Mapping[str, Any], cell: str) -> str:
+    """The section on commands, hardware and versions."""
+    about = summary["environment"]
+    hardware = ", ".join(f"{name} {value}" for name, value in about["hardware"].items() if name in HARDWARE)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return "\n\n".join(
+        [
+            "## How it was made",
+            f"```\n{summary['commands'][0]}\n```",
+            "Each cell is one command with its own p, seed and folder, `--dry_run` prints them all; the first:",
+            f"```\n{cell}\n```",
+            f"- seeds: {', '.join(map(str, summary['seeds']))}\n- hardware: {hardware}\n- versions: {versions}\n"
+            f"- summary of {about['date']}",
+        ]
+    )
+
+
+# ---- tables
+
+
+def _table(part: Part) -> str:
+    columns = ["p", "seeds", *(f"{quantity.title}{ARROWS[quantity.direction]}" for quantity, _ in part.found)]
     rows = []
-    for power, values in found[0][0].values.items():
-        cells = [table_cell(quantity, power, differences.get(power)) for quantity, differences in found]
+    for power, values in part.found[0][0].values.items():
+        cells = [_table_cell(quantity, power, differences.get(power)) for quantity, differences in part.found]
         rows.append(dict(zip(columns, [power_name(power), str(len(values)), *cells], strict=True)))
     return table(rows, columns)
 
 
-def table_cell(quantity: Quantity, power: float, difference: Difference | None) -> str:
+def _table_of_parts(parts: Sequence[Part]) -> str:
+    powers = sorted({float(cell["power"]) for part in parts for cell in part.cells})
+    rows = []
+    for part in parts:
+        for quantity, differences in part.found[: part.decisive]:
+            counts = {len(values) for values in quantity.values.values()}
+            row = {**part.values, "compared": f"{quantity.title}{ARROWS[quantity.direction]}"}
+            row["seeds"] = " to ".join(map(str, sorted({min(counts), max(counts)})))
+            for power in quantity.values:
+                row[f"p = {power_name(power)}"] = _table_cell(quantity, power, differences.get(power))
+            rows.append(row)
+    return table(rows, [*parts[0].values, "compared", "seeds", *(f"p = {power_name(power)}" for power in powers)])
+
+
+def _table_cell(quantity: Quantity, power: float, difference: Difference | None) -> str:
     """Mean, interval and, where it is told apart from p = 0, the verdict."""
     values = quantity.values[power]
     missed = sum((power, seed) in quantity.bounds for seed in values)
@@ -257,14 +240,17 @@ def table_cell(quantity: Quantity, power: float, difference: Difference | None) 
     return f"{text} **{difference.verdict}**" if difference is not None and told else text
 
 
-def missing_cells(outcome: Outcome) -> str:
-    """Which are not finished."""
-    missing = [cell for cell in outcome.cells if not cell.finished]
-    if not missing:
-        return f"All {len(outcome.cells)} cells are finished."
-    names = [
-        f"p = {power_name(cell.power)} with seed {cell.seed}"
-        + (f" (failed with exit status {outcome.failed[cell]})" if cell in outcome.failed else "")
-        for cell in missing
-    ]
-    return f"Not finished, {len(missing)} of {len(outcome.cells)} cells: {'; '.join(names)}."
+def _draw_side_by_side(title: str, parts: Sequence[Part], path: Path) -> None:
+    """What decides as small multiples, a block of rows each; the values of the last varied setting go along a row."""
+    titles = ["\n".join(part.values.values()) for part in parts]
+    along = len({list(part.values.values())[-1] for part in parts})
+    columns = min(along, MOST_COLUMNS)
+    blocks: list[PowerPanel | None] = []
+    for index in range(parts[0].decisive):
+        block = [
+            panel_of(part.found[index][0], title) if part.found else PowerPanel("", {}, {}, title=title)
+            for part, title in zip(parts, titles, strict=True)
+        ]
+        label = max((panel.label for panel in block), key=len)  # tells of hollow dots where one panel has some
+        blocks += [*(replace(panel, label=label) for panel in block), *([None] * (-len(block) % columns))]
+    plot_metrics_by_power(blocks, path, title=f"{title}: {' / '.join(parts[0].values)}", columns=columns)

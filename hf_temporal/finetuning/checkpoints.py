@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .report import write_json

@@ -11,6 +11,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from hf_temporal.data.loading import IGNORED
 
+from .waiting import brief_waiting_when_busy
+
 
 def prompt_of(encoded: dict[str, list[int]]) -> list[int]:
     """The tokens in front of the first target: all that a model may see when it generates."""
@@ -37,20 +39,21 @@ def generate_completions(
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     completions: list[list[int]] = [[]] * len(prompts)
-    for start in tqdm(range(0, len(order), batch_size), "Generating", leave=False):
-        chosen = order[start : start + batch_size]
-        batch: BatchEncoding = tokenizer.pad(
-            {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
-        )
-        tokens = model.generate(
-            **batch.to(model.device),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            **generate_arguments,
-        )
-        for index, row in zip(chosen, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            completions[index] = row
+    with brief_waiting_when_busy():
+        for start in tqdm(range(0, len(order), batch_size), "Generating", leave=False):
+            chosen = order[start : start + batch_size]
+            batch: BatchEncoding = tokenizer.pad(
+                {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
+            )
+            tokens = model.generate(
+                **batch.to(model.device),
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                **generate_arguments,
+            )
+            for index, row in zip(chosen, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                completions[index] = row
     model.train(was_training)
     return completions

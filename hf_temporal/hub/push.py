@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitInfo, run_as_future, upload_folder
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.utils import logging
 
+from hf_temporal._peft import adapter_names
+from hf_temporal._transformers import (
+    init_hub_repository,
+    pushes_in_progress,
+    set_pushes_in_progress,
+    wait_for_pushes,
+)
 from hf_temporal.evaluation import PROFILE_NAME
 from hf_temporal.weighting import WEIGHTING_NAME
 
@@ -107,8 +114,8 @@ class HubMixin(_Trainer):
         self.create_model_card(**kwargs)
         if self.hub_model_id is None:
             with _what_to_run_again(self._repository_name, str(commit_message), str(self.args.output_dir)):
-                self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
-        self._finish_current_push()
+                init_hub_repository(self, token=token, private=private)
+        wait_for_pushes(self)
         self._warn_of_failed_pushes()
         return self._upload(
             Path(str(self.args.output_dir)),
@@ -123,7 +130,7 @@ class HubMixin(_Trainer):
         """Upload a checkpoint in the background, as `hub_strategy` says; where that fails, training goes on."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        pushes = self._pushes
+        pushes = pushes_in_progress(self)
         if not (self.args.hub_always_push or all(push.done() for push in pushes)):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -139,24 +146,17 @@ class HubMixin(_Trainer):
             revision=self.args.hub_revision,
         )
         push.add_done_callback(_warn_of_failure)
-        progress: Any = PushInProgress()
-        progress.jobs = [*pushes, push]
-        self.push_in_progress = progress
-
-    @property
-    def _pushes(self) -> list[Future[CommitInfo]]:
-        """Those during training."""
-        progress: Any = self.push_in_progress
-        return [] if progress is None else progress.jobs
+        set_pushes_in_progress(self, [*pushes, push])
 
     def _warn_of_failed_pushes(self) -> None:
-        failed = [push for push in self._pushes if push.exception() is not None]
+        pushes = pushes_in_progress(self)
+        failed = [push for push in pushes if push.exception() is not None]
         if failed:
             logger.warning(
-                f"{len(failed)} of {len(self._pushes)} pushes during training failed; what they would have sent of "
+                f"{len(failed)} of {len(pushes)} pushes during training failed; what they would have sent of "
                 f"checkpoints is not on the Hub. The last error: {failed[-1].exception()}"
             )
-        self.push_in_progress = None
+        set_pushes_in_progress(self, [])
 
     @property
     def _repository_name(self) -> str:
@@ -186,7 +186,8 @@ class HubMixin(_Trainer):
             copies.make(folder, folder, ["*"])
         copies.make(output_dir, folder, OUTPUT_FILES)
         copies.make(source, folder, MODEL_FILES)
-        for adapter in getattr(self.model, "peft_config", {}):
+        adapters = adapter_names(self.model)
+        for adapter in adapters:
             copies.make(source / adapter, folder / adapter, MODEL_FILES)
         if source != output_dir:
             copies.make(source, folder, [] if (folder / CARD_NAME).exists() else [CARD_NAME])
@@ -194,7 +195,7 @@ class HubMixin(_Trainer):
         if checkpoint_name is not None:
             copies.make_all(source, folder / checkpoint_name)
         upload |= {"repo_id": self.hub_model_id, "folder_path": folder}
-        if not getattr(self.model, "peft_config", {}):
+        if not adapters:
             upload["delete_patterns"] = ADAPTER_FILES  # from_pretrained would put an adapter there on the whole model
         if blocking:
             return _send(staging, str(output_dir), **upload)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
@@ -10,7 +10,26 @@ LAYER_NORMALIZATIONS = ("none", "layer")
 ACTIVATIONS = ("linear", "relu", "gelu")
 
 
-class MemoryModelConfig(PreTrainedConfig):
+if TYPE_CHECKING or hasattr(PreTrainedConfig, "__post_init__"):
+    _Config = PreTrainedConfig
+else:
+
+    class _Config(PreTrainedConfig):
+        """Before transformers 5.4 configurations are no dataclasses: this one sets its annotated fields itself."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            for each in type(self).__mro__:
+                if issubclass(each, _Config):
+                    for name in vars(each).get("__annotations__", {}):
+                        setattr(self, name, kwargs.pop(name, getattr(self, name)))
+            super().__init__(**kwargs)
+            self.__post_init__()
+
+        def __post_init__(self) -> None:
+            """Nothing of its own is checked."""
+
+
+class MemoryModelConfig(_Config):
     """What all families have in common: input → `num_hidden_layers` blocks → head.
 
     A block maps x to act(mix(norm(x))), plus x under `skip_connections`, all of width `hidden_size`.

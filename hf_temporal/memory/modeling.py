@@ -24,6 +24,7 @@ from .configuration import (
 )
 from .initialization import initialize
 from .mixers import FeedForwardMixer, LinearRnnMixer, SelfAttentionMixer, StateSpaceMixer, TanhRnnMixer, TcnMixer
+from .recurrences import linear_recurrence  # noqa: F401  older transformers load what this file imports, no deeper
 
 MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
     LinearRnnConfig.model_type: lambda config, layer: [LinearRnnMixer(config, layer)],

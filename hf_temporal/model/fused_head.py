@@ -1,19 +1,41 @@
-"""Stands in for a model's LM head during one forward call, so that the logits are never made."""
+"""The LM head and its loss in place of the model's LM head, during one forward call: the logits are never made."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_temporal._peft import adapter_terms, is_lora, is_prompt_learner, known_layer
 from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms
+
+
+@dataclasses.dataclass
+class _Call:
+    """One call of the model: what the stand-in is given for it, and what it finds.
+
+    Attributes:
+        root: the module whose output shall hold the loss.
+        labels: `[batch, time]`, aligned with the logits; None to keep the hidden states instead of computing a loss.
+        weights: `[batch, time]`.
+        targets: where in the flattened labels the targets are, where that is known.
+        label_smoothing: ε.
+        loss: Σ wℓ, once the head was called.
+        hidden: what the head was given, where there are no labels.
+    """
+
+    root: nn.Module
+    labels: Tensor | None = None
+    weights: Tensor | None = None
+    targets: Tensor | None = None
+    label_smoothing: float = 0.0
+    loss: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class FusedHead:
@@ -38,11 +60,8 @@ class FusedHead:
         )
         self.softcap = config_number(config, "final_logit_softcapping", None)
         self.base = base
-        self._stand_in = self._forward
-        self._hidden: Tensor | None = None
-        self._task: tuple[Tensor, Tensor, Tensor | None, float] | None = None
-        self._loss: Tensor | None = None
-        self._root: nn.Module | None = None
+        self._stand_in = self._forward  # one object, which compiled graphs recognise
+        self._call: _Call | None = None  # None but during a call of the model
 
     @property
     def vocabulary(self) -> int:
@@ -51,12 +70,12 @@ class FusedHead:
 
     def is_known(self) -> bool:
         """Whether the head, in the state that it is in now, is one of those that can be replayed."""
-        return _known_layer(self.head) is not None
+        return known_layer(self.head, _is_plain_linear) is not None
 
     @contextlib.contextmanager
     def computing(
         self, model: nn.Module, labels: Tensor, weights: Tensor, *, targets: Tensor | None, label_smoothing: float
-    ) -> Iterator[None]:
+    ) -> Iterator[Callable[[Mapping[str, Any]], Tensor]]:
         """While inside, one call of the model (the unwrapped root, or what wraps it) returns `{"loss": Σ wℓ}`.
 
         Args:
@@ -64,26 +83,30 @@ class FusedHead:
             labels: `[batch, time]`, aligned with the logits, −100 where there is no target.
             weights: `[batch, time]`.
             targets: where in the flattened labels the targets are, where that is known.
+            label_smoothing: ε.
+
+        Yields:
+            A function from the outputs to Σ wℓ in float32: FSDP2 rounds what a module returns to its `output_dtype`.
         """
-        self._task, self._root = (labels, weights, targets, label_smoothing), model
-        hook = model.register_forward_hook(self._hand_over, prepend=True)
+        call = _Call(model, labels, weights, targets, label_smoothing)
+
+        def loss_of(outputs: Mapping[str, Any]) -> Tensor:
+            return call.loss if call.loss is not None and isinstance(model, FSDPModule) else outputs["loss"]
+
+        hook = model.register_forward_hook(self._return_loss, prepend=True)
         try:
-            with self._swapped():
-                yield
+            with self._standing_in(call):
+                yield loss_of
         finally:
             hook.remove()
-            self._task = self._loss = self._root = None
-
-    def loss_of(self, outputs: Mapping[str, Any]) -> Tensor:
-        """Σ wℓ of the call, in float32: FSDP2 rounds what a module returns to its `output_dtype`."""
-        return self._loss if self._loss is not None and isinstance(self._root, FSDPModule) else outputs["loss"]
 
     @torch.no_grad()
     def replay(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The logits as the stand-in sees them, in float32, to be compared with the model's own."""
-        with self._swapped():
+        call = _Call(model)
+        with self._standing_in(call):
             model(**inputs)
-        hidden, self._hidden = self._hidden, None
+        hidden = call.hidden
         if hidden is None:
             raise RuntimeError("the model's forward does not call its output embeddings")
         terms, bias = self._terms(hidden.reshape(-1, hidden.shape[-1]))
@@ -94,61 +117,58 @@ class FusedHead:
         return logits.view(*hidden.shape[:-1], -1)
 
     @contextlib.contextmanager
-    def _swapped(self) -> Iterator[None]:
-        self.head.forward = self._stand_in
+    def _standing_in(self, call: _Call) -> Iterator[None]:
+        self._call, self.head.forward = call, self._stand_in
         try:
             yield
         finally:
             del self.head.forward
+            self._call = None
 
     def _forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        self._meet(hidden)
+        self._compute(hidden)
         return torch.empty(*hidden.shape[:-1], self.vocabulary, dtype=hidden.dtype, device="meta")
 
     @torch.compiler.disable
-    def _meet(self, hidden: Tensor) -> None:
-        if self._task is None:
-            self._hidden = hidden
+    def _compute(self, hidden: Tensor) -> None:
+        call = self._call
+        assert call is not None
+        if call.labels is None or call.weights is None:
+            call.hidden = hidden
             return
-        labels, weights, targets, label_smoothing = self._task
-        assert self._root is not None
-        hidden = answer_logits(self._root, hidden, labels.shape[1])
+        hidden = answer_logits(call.root, hidden, call.labels.shape[1])
         terms, bias = self._terms(hidden.reshape(-1, hidden.shape[-1]))
-        self._loss = weighted_linear_cross_entropy_terms(
+        call.loss = weighted_linear_cross_entropy_terms(
             terms,
-            labels.reshape(-1),
-            weights.reshape(-1),
-            positions=targets,
+            call.labels.reshape(-1),
+            call.weights.reshape(-1),
+            positions=call.targets,
             bias=bias,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
-            label_smoothing=label_smoothing,
+            label_smoothing=call.label_smoothing,
         )
 
-    def _hand_over(self, module: nn.Module, _: Any, output: Any) -> dict[str, Any]:
-        if self._loss is None:
+    def _return_loss(self, module: nn.Module, _: Any, output: Any) -> dict[str, Any]:
+        loss = None if self._call is None else self._call.loss
+        if loss is None:
             raise RuntimeError(f"{type(module).__name__} did not call its LM head; set temporal_fused_head='off'.")
-        lost = torch.is_grad_enabled() and not self._loss.requires_grad
+        lost = torch.is_grad_enabled() and not loss.requires_grad
         if lost and any(each.requires_grad for each in module.parameters()):
             raise RuntimeError(
                 f"the LM head of {type(module).__name__} ran without gradients, as inside a reentrant checkpoint; "
                 "accepted: gradient_checkpointing_kwargs={'use_reentrant': False}, or temporal_fused_head='off'."
             )
         auxiliary = output.get("aux_loss") if isinstance(output, Mapping) else None
-        return {"loss": self._loss} | ({} if auxiliary is None else {"aux_loss": auxiliary})
+        return {"loss": loss} | ({} if auxiliary is None else {"aux_loss": auxiliary})
 
     def _terms(self, hidden: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        layer = _known_layer(self.head)
+        layer = known_layer(self.head, _is_plain_linear)
         if layer is None:
             raise TypeError(f"a {type(self.head).__name__} is not a linear layer, or one with a plain LoRA adapter")
-        linear: Any = layer.base_layer if isinstance(layer, LoraLinear) else layer
-        terms = [(hidden, linear.weight)]
-        if isinstance(layer, LoraLinear):
-            for name in _applied_adapters(layer):
-                down: Any = layer.lora_A[name]
-                up: Any = layer.lora_B[name]
-                low = down(layer.lora_dropout[name](hidden.to(down.weight.dtype)))
-                terms.append((low * layer.scaling[name], up.weight))
+        adapted = is_lora(layer)
+        linear: Any = layer.base_layer if adapted else layer
+        terms = [(hidden, linear.weight), *(adapter_terms(layer, hidden) if adapted else [])]
         bias = linear.bias
         if (final := getattr(self.base, "final_logits_bias", None)) is not None:
             bias = final.flatten() if bias is None else bias + final.flatten()
@@ -169,36 +189,6 @@ def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:
         f"labels have length {length} and logits {logits.shape[1]}; accepted: equal lengths. "
         f"Does the collator cut the labels of {type(model).__name__}?"
     )
-
-
-def is_prompt_learner(model: nn.Module) -> bool:
-    """Whether PEFT puts virtual tokens in front of the input."""
-    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-
-
-def _known_layer(head: Any) -> Any:
-    """The `nn.Linear` or LoRA layer that a head amounts to, None where it is another kind or in another state."""
-    if isinstance(head, ModulesToSaveWrapper):
-        if head.disable_adapters or not head.active_adapters:
-            head = head.original_module
-        else:
-            head = head.modules_to_save[head.active_adapters[0]]
-    if _is_plain_linear(head):
-        return head
-    if type(head).forward is LoraLinear.forward and _is_plain_linear(head.base_layer):
-        if head.merged != head.disable_adapters:
-            return head.base_layer
-        if head.merged:
-            return None
-        plain = all(
-            name not in head.lora_variant and head.lora_B[name].bias is None for name in _applied_adapters(head)
-        )
-        return head if plain else None
-    return None
-
-
-def _applied_adapters(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import EncoderDecoderModel, PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import logging
 
+from hf_temporal._peft import base_model
+from hf_temporal._transformers import shifts_by_class
 from hf_temporal.losses import token_cross_entropy, token_regression_loss
 from hf_temporal.positions import IGNORE_INDEX, shift_left
 from hf_temporal.weighting import REGRESSION_LOSSES
@@ -72,10 +72,8 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
     """
     base = base_model(model)
     sharded = isinstance(model, FSDPModule)
-    loss_type = getattr(base, "loss_type", None)
-    named = LOSS_MAPPING.get(str(loss_type), None if can_run and not sharded else ForCausalLMLoss)
     presumed = ModelLoss(
-        shifts_labels=isinstance(base, PreTrainedModel) and not _is_encoder_decoder(base) and named is ForCausalLMLoss,
+        shifts_labels=shifts_by_class(base, default=sharded or not can_run),
         counts_items=not _is_encoder_decoder(base),
         auxiliary_coefficient=_auxiliary_coefficient(base),
         fused_head="it could not be tried out" if can_run else "its weights are sharded",
@@ -226,11 +224,6 @@ def _exact_stand_in(
     ):
         return "its logits are more than scale, bias and soft cap of what it returns"
     return fused
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model inside a `PeftModel`, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def takes_position_ids(base: Any) -> bool:

@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_temporal._peft import base_model
 from hf_temporal.collator import OWN_KEYS, TARGETS, WEIGHTS, Batch
 from hf_temporal.losses import weighted_cross_entropy, weighted_regression_loss
 from hf_temporal.positions import IGNORE_INDEX, shift_left
 
 from .fused_head import FusedHead, answer_logits
-from .model_loss import ModelLoss, base_model, decoder_inputs, logits_of
+from .model_loss import ModelLoss, decoder_inputs, logits_of
 
 logger = logging.get_logger(__name__)
 
@@ -58,9 +59,10 @@ def weighted_sum(
         targets = None if targets is None else targets - 1
     labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
     if fused_head is not None:
-        with fused_head.computing(root, labels, weights, targets=targets, label_smoothing=label_smoothing):
+        computing = fused_head.computing(root, labels, weights, targets=targets, label_smoothing=label_smoothing)
+        with computing as loss_of:
             outputs = model(**inputs)
-            return fused_head.loss_of(outputs), outputs
+            return loss_of(outputs), outputs
     outputs = model(**inputs)
     logits = answer_logits(root, logits_of(outputs, labels), labels.shape[1])
     total, _ = weighted_cross_entropy(logits, labels, weights, label_smoothing=label_smoothing)

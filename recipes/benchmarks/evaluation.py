@@ -1,11 +1,11 @@
 r"""What the losses by position add to an evaluation: `TemporalWeightTrainer.evaluate` against stock `Trainer`'s.
 
-    python recipes/benchmarks/evaluation.py --output recipes/results/evaluation.json
+    python recipes/benchmarks/evaluation.py --output outputs/evaluation.json
 
 takes two minutes; over 100,000 target tokens, some ten to fifteen:
 
     python recipes/benchmarks/evaluation.py --rows 630 --shares 1 --rounds 1 \
-        --output recipes/results/evaluation_all_targets.json
+        --output outputs/evaluation_all_targets.json
 
 A few seconds, on a toy:
 
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured import environment, spread, table, write
 from step_trainers import MODELS
 from torch import Tensor
 from transformers import (
@@ -49,7 +50,6 @@ from transformers import (
 )
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightMixin
-from hf_temporal.finetuning.tables import environment, spread, table, write
 
 STOCK, OURS = "stock Trainer", "TemporalWeightTrainer"
 COLUMNS = [

@@ -1,10 +1,15 @@
 r"""The LM head and its loss, forward + backward: weighted_linear_cross_entropy against what it replaces.
 
-    python recipes/benchmarks/loss_head.py --output recipes/results/loss_head.json
+    python recipes/benchmarks/loss_head.py --output outputs/loss_head.json
 
 A few seconds, on a toy:
 
     python recipes/benchmarks/loss_head.py --shapes 64,16,500 --repeats 2
+
+The picture of figures that are there, of this script's own file or of a machine's:
+
+    python recipes/benchmarks/loss_head.py --shapes 2048,512,32000 --masked 0.75 \
+        --redraw recipes/results/benchmarks_avx512.json --picture docs/pictures/loss_head.png
 
 The peers, each with the gradients of hidden states [N, H] and head [V, H]:
   three products      logits, gradient of the hidden states, gradient of the head: 6 N V H operations, the floor
@@ -14,7 +19,7 @@ The peers, each with the gradients of hidden states [N, H] and head [V, H]:
   torch …             torch.nn.functional.linear_cross_entropy(reduction="none") under each of its accumulation
                       policies, times the weights
   TRL                 the fused head of trl, its log-probabilities times the weights; where trl is installed
-  ours                hf_temporal.linear_cross_entropy.function.weighted_linear_cross_entropy
+  ours                hf_temporal.weighted_linear_cross_entropy
   ours, …             with a soft cap; with scale and bias; with label smoothing; with an adapter of rank 8 on a frozen
                       head; with a frozen head; with 16 bits as on a CPU without instructions for them
 Liger and Apple's cut cross-entropy need a GPU: loss_head_gpu.py.
@@ -23,8 +28,8 @@ Each peer lives in a process of its own, so that its peak memory is its own. The
 and in a rotating order, so that whatever else the machine does meets them alike: a ratio is the median of the ratios
 within a round. The first run of each is not timed; it gives the memory: the process's peak above what it held with
 the inputs made and the libraries warmed up on a small problem. Gradients count as memory, inputs do not. "beside /
-logits" is what is left without gradients, and for ours in bfloat16 without float32 sums of the head's gradient, where
-they are made, as a share of N × V float32 logits.
+logits" is what is left without gradients, as a share of N × V float32 logits; ours in bfloat16 may sum the head's
+gradient in float32, which is in it.
 """
 
 from __future__ import annotations
@@ -49,22 +54,17 @@ from unittest import mock
 import psutil
 import torch
 from bars import draw_bars
+from measured import environment, read_rows, spread, table, write
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 
-from hf_temporal.finetuning.tables import environment, spread, table, write
-from hf_temporal.linear_cross_entropy import block_head as block_head
-from hf_temporal.linear_cross_entropy import function as fused_head
-from hf_temporal.linear_cross_entropy import head as head_chunk
-from hf_temporal.linear_cross_entropy.function import (
-    weighted_linear_cross_entropy,
-    weighted_linear_cross_entropy_terms,
-)
+from hf_temporal import weighted_linear_cross_entropy
 
 SHAPES = ["2048,512,32000", "1024,1024,128256"]
 PRODUCTS, TARGET_PRODUCTS, STOCK = "three products", "… of the targets", "stock mean"
 EMULATED = "ours, 16 bits emulated"
+OUTPUTS = ("output", "picture", "redraw")
 POLICIES = ("auto", "accurate", "balanced", "compact")
 COLUMNS = [
     "N", "H", "V", "dtype", "masked", "peer", "seconds", "noise", "time / products", "time / products of targets",
@@ -152,6 +152,8 @@ def ours_with_bias(inputs: Inputs) -> None:
 
 def ours_with_adapter(inputs: Inputs) -> None:
     """With an adapter of rank 8 on a frozen head: no gradient of the head's size."""
+    from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms  # not a public name
+
     weights = inputs.weights * (inputs.targets != -100)
     down = torch.full((8, inputs.hidden.shape[1]), 0.1, dtype=inputs.hidden.dtype, requires_grad=True)
     up = torch.full((len(inputs.head), 8), 0.1, dtype=inputs.hidden.dtype, requires_grad=True)
@@ -161,7 +163,7 @@ def ours_with_adapter(inputs: Inputs) -> None:
 
 def ours_emulated(inputs: Inputs) -> None:
     """As on a CPU without instructions for 16 bits."""
-    with mock.patch.object(fused_head, "product_dtype", return_value=torch.float32):
+    with mock.patch.object(torch.cpu, "get_capabilities", return_value={}):
         ours(inputs)
 
 
@@ -277,14 +279,10 @@ def _applies(peer: str, case: dict[str, Any]) -> bool:
 
 
 def _gradients(peer: str, case: dict[str, Any]) -> int:
-    """Bytes of the gradients of hidden states and head, and of the float32 sums that the latter is rounded from."""
+    """Bytes of the gradients of hidden states and head."""
     N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
     head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
-    products = torch.float32 if peer == EMULATED else head_chunk.product_dtype(case["dtype"], "cpu")
-    targets = N - round(case["masked"] * N)
-    summed = H if head and peer.startswith("ours") and itemsize == 2 else 0
-    chunk = block_head.block_chunk_size(V, products.itemsize, "cpu", width=H, positions=targets, summed=summed)
-    return N * H * itemsize + head + (4 * V * summed if targets > 2 * chunk else 0)
+    return N * H * itemsize + head
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -301,27 +299,44 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--picture", type=Path, help="PNG file to draw")
+    parser.add_argument("--redraw", type=Path, help="JSON file to draw the cases of, in place of measuring them")
     settings = parser.parse_args(arguments)
+    if settings.redraw and not settings.picture:
+        parser.error("--redraw without --picture; accepted: both, or neither.")
+    cases = [
+        {**dict(zip("NHV", map(int, shape.split(",")), strict=True)), "dtype": dtype, "masked": masked}
+        for shape in settings.shapes
+        for dtype in settings.dtypes
+        for masked in settings.masked
+    ]
+    if settings.redraw:
+        rows = read_rows(settings.redraw, "loss_head")
+        draw([row for case in cases for row in _best(rows, case, settings.peers)], settings.picture)
+        return {"rows": rows}
     torch.set_num_threads(settings.threads)
     results: dict[str, Any] = {
         "benchmark": "loss_head",
         **environment(),
-        "settings": {name: value for name, value in vars(settings).items() if name not in ("output", "picture")},
+        "settings": {name: value for name, value in vars(settings).items() if name not in OUTPUTS},
         "rows": [],
     }
     print(json.dumps({key: results[key] for key in ("date", "hardware", "versions", "settings")}))
-    for shape in settings.shapes:
-        N, H, V = map(int, shape.split(","))
-        for name in settings.dtypes:
-            for masked in settings.masked:
-                case = {"N": N, "H": H, "V": V, "dtype": getattr(torch, name), "masked": masked, "seed": settings.seed}
-                rows = measure(case, settings.peers, settings.repeats, settings.threads)
-                print(table(rows, COLUMNS), flush=True)
-                results["rows"] += rows
-                write(settings.output, results)
+    for case in cases:
+        inputs = {**case, "dtype": getattr(torch, case["dtype"]), "seed": settings.seed}
+        rows = measure(inputs, settings.peers, settings.repeats, settings.threads)
+        print(table(rows, COLUMNS), flush=True)
+        results["rows"] += rows
+        write(settings.output, results)
     if settings.picture:
         draw(results["rows"], settings.picture)
     return results
+
+
+def _best(rows: Sequence[dict[str, Any]], case: dict[str, Any], peers: Sequence[str]) -> list[dict[str, Any]]:
+    """The row of each peer in a case; where several runs measured it, that of most repeats."""
+    mine = [row for row in rows if all(row[key] == value for key, value in case.items())]
+    best = {row["peer"]: row for row in sorted(mine, key=lambda row: len(row["all_seconds"]))}
+    return [best[peer] for peer in peers if peer in best]
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

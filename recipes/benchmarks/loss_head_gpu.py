@@ -1,6 +1,6 @@
 r"""The LM head and its loss on one GPU, forward + backward: weighted_linear_cross_entropy against what it replaces.
 
-    python recipes/benchmarks/loss_head_gpu.py --output recipes/results/loss_head_gpu.json
+    python recipes/benchmarks/loss_head_gpu.py --output outputs/loss_head_gpu.json
 
 One command, some minutes on an H100: it builds the Triton kernel, checks values and gradients against float64, times
 every peer and the parts of ours, and writes JSON and a picture. A toy without a GPU, in seconds:
@@ -60,9 +60,9 @@ from loss_head_gpu_peers import (
     first_line,
     ours,
 )
+from measured import environment, spread, table, write
 from torch import Tensor
 
-from hf_temporal.finetuning.tables import environment, spread, table, write
 from hf_temporal.linear_cross_entropy import triton_kernel
 
 SHAPES = ["16384,2048,248320", "8192,4096,151936"]

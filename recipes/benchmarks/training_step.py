@@ -1,16 +1,21 @@
 r"""A whole optimizer step in TemporalWeightTrainer, fused head and full logits, against every peer.
 
-    python recipes/benchmarks/training_step.py --output recipes/results/training_step.json
+    python recipes/benchmarks/training_step.py --output outputs/training_step.json
 
 is SmolLM2-135M at 8 × 160 tokens. The whole grid, many hours on a CPU, which the same command continues after a stop:
 
     python recipes/benchmarks/training_step.py --models SmolLM2-135M Qwen3-0.5B T5-base --shapes 8x160 1x4096 \
         --shares 0.05 0.15 1 --dtype float32 bfloat16 --repeats 5 --at_once 3 \
-        --output recipes/results/training_step_grid.json --picture recipes/results/training_step_grid.png
+        --output outputs/training_step_grid.json --picture outputs/training_step_grid.png
 
 A minute, on toys:
 
     python recipes/benchmarks/training_step.py --models toy "toy T5" --shapes 2x32 --repeats 2
+
+The picture of figures that are there, of this script's own file or of a machine's:
+
+    python recipes/benchmarks/training_step.py --redraw recipes/results/benchmarks_avx512.json \
+        --picture docs/pictures/training_step.png
 
 The models have random weights, which the time does not depend on. Qwen3-0.5B is Qwen3-0.6B with 22 of its 28 layers.
 A share of a row's tokens are targets, the last ones; of a seq2seq model's row, whose tokens are the encoder's, the
@@ -55,13 +60,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
+from measured import environment, read_rows, spread, table, write
 from step_picture import plot_steps
 from step_trainers import DTYPES, MODELS, SFT, STOCK, TRAINERS, TUNED, WARMUP, Job, serve, why_not
 
-from hf_temporal.finetuning.report import write_json
-from hf_temporal.finetuning.tables import environment, spread, table
-
 PRELOADED = ["hf_temporal.trainer", "hf_temporal.plots", "hf_temporal.hub.model_card", "datasets", "peft"]
+OUTPUTS = ("output", "picture", "redraw")
 CASE = ("model", "tuned", "dtype", "batch × length", "share")
 COLUMNS = (
     *CASE, "trainer", "seconds", "noise", "time / stock", "MiB", "memory / stock", "waits per step",
@@ -180,7 +184,7 @@ class Results:
         head = {"benchmark": "training_step", **environment()}
         with suppress(PackageNotFoundError):
             head["versions"]["trl"] = version("trl")
-        head["settings"] = {name: value for name, value in vars(settings).items() if name not in ("output", "picture")}
+        head["settings"] = {name: value for name, value in vars(settings).items() if name not in OUTPUTS}
         rows = []
         if path is not None and path.exists():
             rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if "made" in row]
@@ -205,14 +209,19 @@ class Results:
         new = [{**case, **row, "made": self.made(row["trainer"])} for row in rows]
         keys = [[row[key] for key in (*CASE, "trainer")] for row in new]
         self.rows = [row for row in self.rows if [row[key] for key in (*CASE, "trainer")] not in keys] + new
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {**self.head, "rows": self.rows})
+        write(self.path, {**self.head, "rows": self.rows})
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure what is not in the file yet, print the table of all cases, draw the picture."""
-    settings = _parser().parse_args(arguments)
+    parser = _parser()
+    settings = parser.parse_args(arguments)
+    if settings.redraw and not settings.picture:
+        parser.error("--redraw without --picture; accepted: both, or neither.")
+    if settings.redraw:
+        rows = read_rows(settings.redraw, "training_step")
+        plot_steps(rows, settings.picture)
+        return {"rows": rows}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # or TRL's trainers report to the hub that they are used
     torch.set_num_threads(settings.threads)
     results = Results.read(settings.output, settings)
@@ -268,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write, or to go on with")
     parser.add_argument("--picture", type=Path, help="PNG file to draw")
+    parser.add_argument("--redraw", type=Path, help="JSON file to draw the rows of, in place of measuring them")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`TemporalWeightMixin` in front of a trainer of one's own, whose extra term stays as it is.
+"""`TemporalWeightMixin` in front of a trainer of one's own, whose optimizer stays as it is.
 
     python recipes/examples/own_trainer.py
 
@@ -7,32 +7,26 @@ Seconds on a CPU, and nothing to download.
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightMixin
 
-PENALTY = 1e-4
+
+class SlowEmbeddingTrainer(Trainer):
+    """Trains the embeddings at a tenth of the learning rate."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "lr": self.args.learning_rate / 10}]
+        trained: Any = self.model if model is None else model
+        for name, parameter in trained.named_parameters():
+            groups["embed_tokens" in name]["params"].append(parameter)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
+        return self.optimizer
 
 
-class PenalizedTrainer(Trainer):
-    """Adds a penalty on large logits to the model's loss."""
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The model's loss and the penalty."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = loss + PENALTY * outputs.logits.float().logsumexp(-1).square().mean()
-        return (loss, outputs) if return_outputs else loss
-
-
-class WeightedPenalizedTrainer(TemporalWeightMixin, PenalizedTrainer):
-    """The same; the loss of the model is weighted by t^p, and the penalty is not."""
+class WeightedSlowEmbeddingTrainer(TemporalWeightMixin, SlowEmbeddingTrainer):
+    """The same, with the loss weighted by t^p: the mixin computes it, in place of a `compute_loss` behind it."""
 
 
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -50,7 +44,7 @@ args = TemporalTrainingArguments(
     learning_rate=1e-2,
     report_to="none",
 )
-trainer = WeightedPenalizedTrainer(model, args, train_dataset=examples, eval_dataset=examples)
+trainer = WeightedSlowEmbeddingTrainer(model, args, train_dataset=examples, eval_dataset=examples)
 trainer.train()
 metrics = trainer.evaluate()
 print(f"unweighted loss {metrics['eval_loss']:.3f}, of the last targets {metrics['eval_tail_loss']:.3f}")

@@ -9,9 +9,7 @@ import evaluate
 import pytest
 
 import hf_temporal.data
-from hf_temporal.data import rouge as rouge_module
-from hf_temporal.data.cores import own_cores
-from hf_temporal.data.rouge import CharacterTokenizer, f1_scores, needs_characters
+from hf_temporal.data.rouge import CharacterTokenizer, needs_characters
 
 FOLDER = Path(hf_temporal.data.__file__).parent / "metrics" / "rouge"
 
@@ -53,82 +51,6 @@ def test_intervals_hold_the_mean_narrow_with_more_examples_and_repeat(rouge: Any
         assert 0 <= scores["rouge1_low"] < scores["rouge1"] < scores["rouge1_high"] <= 1
     assert many["rouge1_high"] - many["rouge1_low"] < (few["rouge1_high"] - few["rouge1_low"]) / 3
     assert rouge.compute(**texts) == few
-
-
-# ---- many pairs
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few pairs count as many, on three cores."""
-    monkeypatch.setattr(rouge_module, "CHARACTERS_WORTH_PROCESSES", 0)
-    monkeypatch.setenv("HF_TEMPORAL_CORES", "3")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of pairs of each process that is started."""
-    sizes: list[int] = []
-    run = rouge_module._in_another_process
-
-    def counted(share: dict[str, Any]) -> list[list[float]]:
-        sizes.append(len(share["predictions"]))
-        return run(share)
-
-    monkeypatch.setattr(rouge_module, "_in_another_process", counted)
-    return sizes
-
-
-TEXTS: dict[str, Any] = {
-    "predictions": ["reading files", "", "b c\na d", "😀 naïve 用BERT", "a b c", "the cat sat here", "x"],
-    "references": ["reads file", "a b", "a d\nb c", "naive 用 BERT", "a b c d", "the black cat sat", "y"],
-}
-
-
-@pytest.mark.usefixtures("shared")
-@pytest.mark.parametrize("tokenizer", ["default", "char"])
-def test_processes_give_the_same_scores_in_the_same_order(tokenizer: str, started: list[int]) -> None:
-    settings: dict[str, Any] = {"use_stemmer": True, "tokenizer": tokenizer}
-    alone = f1_scores(**TEXTS, **settings, processes=1)
-    assert not started
-    assert len({tuple(row) for row in alone}) > 3  # else their order would not show
-    assert f1_scores(**TEXTS, **settings, processes=3) == alone
-    assert sorted(started) == [2, 2, 3]
-
-
-@pytest.mark.usefixtures("shared")
-def test_the_metric_shares_many_pairs(rouge: Any, monkeypatch: pytest.MonkeyPatch, started: list[int]) -> None:
-    many = rouge.compute(**TEXTS)
-    assert sorted(started) == [2, 2, 3]
-    monkeypatch.setattr(rouge_module, "CHARACTERS_WORTH_PROCESSES", 10_000)
-    assert rouge.compute(**TEXTS) == many
-    assert len(started) == 3
-
-
-@pytest.mark.usefixtures("shared")
-def test_an_error_in_another_process_is_told() -> None:
-    with pytest.raises(RuntimeError, match="ROUGE failed in a process of its own, exit code 1: ValueError: zip"):
-        f1_scores(["a", "b", "c"], ["a"], use_stemmer=True, tokenizer="default", processes=2)
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, 8),
-        ({"LOCAL_WORLD_SIZE": "2"}, 4),
-        ({"LOCAL_WORLD_SIZE": "20"}, 1),
-        ({"HF_TEMPORAL_CORES": "3"}, 3),
-        ({"HF_TEMPORAL_CORES": "3", "LOCAL_WORLD_SIZE": "2"}, 1),
-    ],
-)
-def test_own_cores(environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    for name in ("HF_TEMPORAL_CORES", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert own_cores() == expected
 
 
 # ---- characters

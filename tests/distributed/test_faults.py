@@ -7,6 +7,10 @@ import socket
 import time
 from pathlib import Path
 
+import pytest
+import transformers
+from packaging.version import Version
+
 from tests.finetuning.faulty_runs import Fault, KilledBeforeStep, Run, status_of
 
 BOUND = 60  # seconds within which the other one notices
@@ -27,6 +31,10 @@ def both(run: Run, fault: Fault | None = None) -> list[int]:
     return [status_of(ranks[0], BOUND if fault else 300 - (time.monotonic() - begin)), killed]
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="the Trainer cannot load an optimizer where several processes run on CPUs",
+)
 def test_one_rank_of_two_is_killed(tmp_path: Path) -> None:
     undisturbed, run = Run(tmp_path / "undisturbed"), Run(tmp_path / "run")
     assert both(undisturbed) == [0, 0], undisturbed.log

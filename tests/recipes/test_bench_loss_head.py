@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import loss_head
 import pytest
@@ -63,3 +64,20 @@ def test_peers_with_weights_have_the_same_gradients(masked: float) -> None:
 def test_a_peer_that_dies_is_named() -> None:
     with pytest.raises(RuntimeError, match="'ours' ended early with exit code 1"):
         loss_head.Child("ours", {"no": "case"}, threads=1).run()
+
+
+def test_a_picture_of_the_runs_with_most_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the file of a machine, which lists runs; a case is drawn once, whatever else was measured."""
+    case = {"N": 64, "H": 16, "V": 500, "dtype": "float32"}
+    few, many, other = (
+        {**case, "masked": masked, "peer": "ours", "MiB": 1.0, "all_seconds": seconds}
+        for masked, seconds in ((0.75, [1.0]), (0.75, [1.0, 2.0]), (0.5, [1.0]))
+    )
+    machine = tmp_path / "machine.json"
+    machine.write_text(json.dumps({"loss_head": [{"rows": [few]}, {"rows": [many]}, {"rows": [few, other]}]}))
+    drawn: list[Any] = []
+    monkeypatch.setattr(loss_head, "draw", lambda rows, path: drawn.append((rows, path)))
+    asked = ["--shapes", "64,16,500", "--dtypes", "float32", "--masked", "0.75"]
+    picture = tmp_path / "head.png"
+    loss_head.main([*asked, "--redraw", str(machine), "--picture", str(picture)])
+    assert drawn == [([many], picture)]

@@ -1,4 +1,4 @@
-"""The benchmarks but that of the loss run, at the size of a toy, and write what they print."""
+"""The benchmark of a training step runs at the size of a toy, and writes what it prints."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import memory_models
 import pytest
-import reduction
 import step_picture
 import step_trainers
-import timeline
 import torch
 import training_step
 from step_trainers import Job, build_trainer
@@ -175,41 +172,17 @@ def test_waits(tmp_path: Path) -> None:
     assert sum(waits.at.values()) == 2
 
 
-def test_timeline(run: Run) -> None:
-    results, printed = run(timeline, "--rows", "2", "--length", "300", "--repeats", "3", "--threads", "1")
-    assert len(results["rows"]) == 18
-    for row in results["rows"]:
-        assert row["both [ms]"] > max(row["t [ms]"], row["w [ms]"]) > 0.0
-        assert row["both [ms]"] >= row["fastest [ms]"]
-        assert f"{row['both [ms]']:.3g}" in printed
-
-
-def test_memory_models(run: Run) -> None:
-    results, printed = run(memory_models, "--repeats", "3", "--length", "20", "--batch_size", "2", "--threads", "1")
-    rows = results["rows"]
-    assert [row["family"] for row in rows[::2]] == ["linear_rnn", "tanh_rnn", "tcn", "state_space", "attention"]
-    for reference, ours in zip(rows[::2], rows[1::2], strict=True):
-        assert reference["family"] == ours["family"]
-        assert reference["time / reference"] == 1.0
-        ratios = sorted(a / b for a, b in zip(ours["all_seconds"], reference["all_seconds"], strict=True))
-        assert ours["time / reference"] == ratios[1] > 0.0
-        assert f"{ours['seconds']:.3g}" in printed
-
-
-def test_reduction(run: Run) -> None:
-    """Beside the stock trainer's, a step takes one reduction of four float64, under "batch" one of an int64 too."""
-    results, printed = run(reduction, "--processes", "2", "--repeats", "3", "--gradients", "1000")
-    assert [(row["what"], row["collectives"], row["bytes per rank"]) for row in results["rows"]] == [
-        ("stock Trainer", 1, 8),
-        ("sequence", 2, 8 + 32),
-        ("batch", 3, 8 + 32 + 8),
-        ("tokens", 2, 8 + 32),
-        ("all-reduce of 1,000 gradients", 1, 4000),
-    ]
-    for row in results["rows"]:
-        assert row["processes"] == 2
-        assert row["microseconds"] > 0.0
-        assert f"{row['microseconds']:.3g}" in printed
+def test_a_picture_of_figures_that_are_there(tmp_path: Path) -> None:
+    """Of the file of a machine, which lists the runs of several benchmarks."""
+    picture, machine = tmp_path / "steps.png", tmp_path / "machine.json"
+    machine.write_text(json.dumps({"training_step": [{"rows": [{**ROW, "model": "a", "trainer": "no head"}]}]}))
+    training_step.main(["--redraw", str(machine), "--picture", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    machine.write_text(json.dumps({"loss_head": []}))
+    with pytest.raises(ValueError, match="has no rows of training_step; accepted: a file that this benchmark wrote"):
+        training_step.main(["--redraw", str(machine), "--picture", str(picture)])
+    with pytest.raises(SystemExit):
+        training_step.main(["--redraw", str(machine)])
 
 
 ROW = {"tuned": "lora", "dtype": "float32", "batch × length": "8×160", "share": 0.15, "time / stock": 0.8}
@@ -229,6 +202,6 @@ def test_a_panel_without_rows_is_not_drawn(tmp_path: Path, monkeypatch: pytest.M
     rows = [{**ROW, "model": model, "trainer": "fused head"} for model in ("a", "b", "c")]
     step_picture.plot_steps(rows, tmp_path / "steps.png")
     assert [panel.axison for panel in figures[0].axes] == [True, True, True, False]
-    shown = [panel.xaxis.get_tick_params()["labelbottom"] for panel in figures[0].axes[:3]]
+    shown = [panel.xaxis.get_major_ticks()[0].label1.get_visible() for panel in figures[0].axes[:3]]
     assert shown == [False, True, True]  # the lowest of each column
     assert figures[0].axes[0].get_ylim() == (0.5, -0.5)  # the room of a case, however few of the trainers it has

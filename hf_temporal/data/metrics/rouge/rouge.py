@@ -7,7 +7,6 @@ import evaluate
 import numpy as np
 
 from hf_temporal.data.bootstrap import bootstrap_interval
-from hf_temporal.data.cores import own_cores
 from hf_temporal.data.rouge import ROUGE_TOKENIZERS, ROUGE_TYPES, f1_scores
 
 _DESCRIPTION = "ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (F1), with bootstrapped 95 % intervals over the examples."
@@ -34,7 +33,7 @@ _CITATION = """
 
 
 class Rouge(evaluate.Metric):
-    """ROUGE F1 by the `rouge-score` package, many pairs on all cores."""
+    """ROUGE F1 by the `rouge-score` package."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -56,9 +55,7 @@ class Rouge(evaluate.Metric):
     ) -> dict[str, float]:
         if tokenizer not in ROUGE_TOKENIZERS:
             raise ValueError(f"tokenizer={tokenizer!r}; accepted: {', '.join(ROUGE_TOKENIZERS)}")
-        f1 = np.array(
-            f1_scores(predictions, references, use_stemmer=use_stemmer, tokenizer=tokenizer, processes=own_cores())
-        )
+        f1 = np.array(f1_scores(predictions, references, use_stemmer=use_stemmer, tokenizer=tokenizer))
         low, high = bootstrap_interval(f1)
         result: dict[str, float] = {}
         for column, name in enumerate(ROUGE_TYPES):

@@ -1,0 +1,153 @@
+"""`summary.json`: all that a comparison found, from which its report and its pictures are made."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_temporal.finetuning.tables import environment
+from hf_temporal.hub.privacy import without_tokens
+
+from .cells import Cell, Evaluations, curve
+from .grid import Comparison
+from .quantities import Quantity, compare, quantities
+
+SUMMARY_NAME = "summary.json"
+VERSION = 3
+
+
+def summary_of(comparison: Comparison, command: str, failed: Mapping[Cell, int]) -> dict[str, Any]:
+    """The summary of the cells that are finished, in terms of JSON.
+
+    In it "inf" stands for infinity, and null for NaN and for what the data cannot say:
+
+    - `version` 3, `title`, `metric`, `reach`, `powers`, `seeds`, `commands` (of the comparison and of its first cell),
+      `settings` (the recipe, its configuration and the flags beside it), `environment` (date, system, hardware,
+      versions);
+    - `cells`: of each p and seed `power`, `seed`, `folder`, `state` ("finished", "failed" or "not run") and
+      `exit_status` (of one that failed). Of a finished one `step` and `metrics` of the last evaluation and, for the
+      pictures, `curves` (of the metric and of the loss, by step) and, where the run has them, `bins` (its loss by
+      position) and `memory` with `target_memory`;
+    - `quantities`: of each `title`, `direction` (1: higher is better, −1: lower, 0: neither), `scale` ("difference" or
+      "ratio") and `by_power`: `power`, `values` (by seed), `not_reached` (the seeds whose value is the budget of
+      steps), `mean` (geometric where the scale is that of ratios), `interval` (95 %), and for p ≠ 0 `against_0` with
+      the fields of `hf_temporal.compare.quantities.Difference`.
+
+    Where flags are varied, `combinations` takes the place of these two: of each `values` (of what is varied, by name),
+    `folder`, `cells`, `quantities` and `command` (of its first cell).
+
+    Raises:
+        ValueError: a finished cell has no evaluation with the metric.
+    """
+    arguments, cells = comparison.arguments, comparison.cells()
+    first, of_first = next(iter(cells.items()))
+    parts = [_part(each, failed) for each in comparison.combinations()]
+    summary = {
+        "version": VERSION,
+        "title": comparison.output_dir.name,
+        "metric": arguments.metric,
+        "reach": arguments.reach,
+        "powers": sorted(arguments.powers),
+        "seeds": sorted(arguments.seeds),
+        **({"combinations": parts} if arguments.vary else {name: parts[0][name] for name in ("quantities", "cells")}),
+        "commands": [without_tokens(command), without_tokens(of_first.shown(first))],
+        "settings": comparison.settings(),
+        "environment": environment(),
+    }
+    plain: dict[str, Any] = _plain(summary)
+    return plain
+
+
+def write_summary(summary: Mapping[str, Any], path: Path) -> None:
+    """Write it, what has no further lists or mappings inside in one line."""
+    text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"([\[{])\n([^\[\]{}]*?)\n\s*([\]}])", lambda found: found[1] + _one_line(found[2]) + found[3], text)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read what `write_summary` wrote.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = found["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no summary of a comparison ({error!r}); accepted: a summary.json"
+        ) from None
+    if version != VERSION:
+        raise ValueError(f"{str(path)!r} is a summary of version {version}; accepted: version {VERSION}")
+    return found
+
+
+def _part(comparison: Comparison, failed: Mapping[Cell, int]) -> dict[str, Any]:
+    """Cells and quantities of a comparison in which nothing is varied."""
+    metric, cells = comparison.arguments.metric, list(comparison.cells())
+    runs = {cell: cell.evaluations(metric) for cell in cells if cell.finished}
+    compared = quantities(runs, metric, comparison.arguments.reach) if runs else []
+    return {
+        "values": comparison.values,
+        "folder": comparison.output_dir.name,
+        "quantities": [_quantity(each) for each in compared],
+        "cells": [_cell(cell, runs.get(cell), failed, dict.fromkeys([metric, "loss"])) for cell in cells],
+        "command": without_tokens(comparison.shown(cells[0])),
+    }
+
+
+def _quantity(quantity: Quantity) -> dict[str, Any]:
+    differences = compare(quantity)
+    by_power = [
+        {
+            "power": power,
+            "values": values,
+            "not_reached": [seed for seed in values if (power, seed) in quantity.bounds],
+            "mean": quantity.mean(power),
+            "interval": quantity.interval(power),
+            **({"against_0": asdict(differences[power])} if power in differences else {}),
+        }
+        for power, values in quantity.values.items()
+    ]
+    scale = "ratio" if quantity.is_ratio else "difference"
+    return {"title": quantity.title, "direction": quantity.direction, "scale": scale, "by_power": by_power}
+
+
+def _cell(
+    cell: Cell, evaluations: Evaluations | None, failed: Mapping[Cell, int], names: Mapping[str, Any]
+) -> dict[str, Any]:
+    state: dict[str, Any] = {"power": cell.power, "seed": cell.seed, "folder": cell.name}
+    if evaluations:
+        step = max(evaluations)
+        curves = {name: curve(evaluations, name) for name in names}
+        return state | {
+            "state": "finished",
+            "step": step,
+            "metrics": evaluations[step],
+            "curves": {name: values for name, values in curves.items() if values},
+            **cell.drawn(),
+        }
+    if cell in failed:
+        return state | {"state": "failed", "exit_status": failed[cell]}
+    return state | {"state": "not run"}
+
+
+def _plain(value: Any) -> Any:
+    """The value in terms of JSON, which has no infinity ("inf" stands for it) and no NaN (null)."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.split("\n"))
