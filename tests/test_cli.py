@@ -123,7 +123,8 @@ def test_compare_is_given_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     given: list[list[str]] = []
     module = ModuleType("hf_temporal.compare.main")
 
-    def compare(argv: list[str]) -> int:
+    def compare(argv: list[str], *, program: str) -> int:
+        assert program == "hf-temporal compare"
         given.append(argv)
         return 3
 
@@ -134,9 +135,11 @@ def test_compare_is_given_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     own.touch()
     assert cli.main(["compare", "finetune-causal-lm", "--config", "copying/small_llama", "--powers", "0"]) == 3
     assert cli.main(["compare", str(own), "--config=copying/small_t5"]) == 3
+    assert cli.main(["compare", "--grid", "own.yaml", "--accelerate_config", "ddp_cpu"]) == 3
     assert given == [
         ["recipes/finetune_causal_lm.py", "--config", "recipes/configs/copying/small_llama.yaml", "--powers", "0"],
         [str(own), "--config=recipes/configs/copying/small_t5.yaml"],
+        ["--grid", "own.yaml", "--accelerate_config", "recipes/accelerate/ddp_cpu.yaml"],
     ]
     assert cli.main(["compare", "finetune-causal"]) == 2
 
