@@ -118,7 +118,7 @@ def _suggest(flags: Sequence[str]) -> int:
 def settings_among(flags: Sequence[str]) -> dict[str, str]:
     """What flags and `--config` say about which model it is; flags win."""
     given: dict[str, str] = {}
-    for word, following in zip(flags, [*flags[1:], ""], strict=True):
+    for word, following in zip(flags, [*flags[1:], ""], strict=False):
         name, has_value, value = word.partition("=")
         if name.startswith("--"):
             given[name[2:].replace("-", "_")] = value if has_value else following
@@ -136,7 +136,7 @@ def settings_among(flags: Sequence[str]) -> dict[str, str]:
 
 
 def is_seq2seq(settings: Mapping[str, str]) -> bool:
-    """Whether the model is an encoder–decoder; False where its configuration cannot be read: the recipe reports that."""
+    """Whether the model is an encoder–decoder; False if its configuration cannot be read: the recipe reports it."""
     if "encoder_model_name_or_path" in settings:
         return True
     from transformers import AutoConfig
@@ -154,23 +154,25 @@ def is_seq2seq(settings: Mapping[str, str]) -> bool:
 
 
 def _compare(flags: Sequence[str]) -> int:
-    """`hf_temporal.compare`, the recipe's name and the configuration's as paths."""
+    """`hf_temporal.compare`, the recipe's name and those of configurations as paths."""
     from hf_temporal.compare.main import main as compare
 
+    program = "hf-temporal compare"
     if not flags or _asks_for_help(flags):
-        sys.argv[0] = "hf-temporal compare"
+        sys.argv[0] = program
         return compare(["--help"])
-    command, *rest = flags
-    if not Path(command).is_file():
-        _check_name(command, tuple(RECIPES))
-        command = os.path.relpath(recipes() / RECIPES[command])
-    for place, word in enumerate(rest):
+    words = list(flags)
+    if not words[0].startswith("-") and not Path(words[0]).is_file():
+        _check_name(words[0], tuple(RECIPES))
+        words[0] = os.path.relpath(recipes() / RECIPES[words[0]])
+    path_of = {"--config": config_path, "--accelerate_config": engine_path}
+    for place, word in enumerate(words):
         name, has_value, value = word.partition("=")
-        if name == "--config" and has_value:
-            rest[place] = f"--config={os.path.relpath(config_path(value))}"
-        elif name == "--config" and place + 1 < len(rest):
-            rest[place + 1] = os.path.relpath(config_path(rest[place + 1]))
-    return compare([command, *rest])
+        if name in path_of and has_value:
+            words[place] = f"{name}={os.path.relpath(path_of[name](value))}"
+        elif name in path_of and place + 1 < len(words):
+            words[place + 1] = os.path.relpath(path_of[name](words[place + 1]))
+    return compare(words, program=program)
 
 
 def _asks_for_help(flags: Sequence[str]) -> bool:
