@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeighting, TemporalWeightTrainer
+from hf_temporal.compare.main import read_arguments
 from hf_temporal.finetuning.configuration import parse
-from recipes.compare_powers import read_arguments
 from tests.recipes.test_configs import CAUSAL, SEQ2SEQ
 from tests.test_repository import PROJECT
 

@@ -127,8 +127,11 @@ def _cell(
         step = max(evaluations)
         curves = {name: curve(evaluations, name) for name in names}
         return state | {
-            "state": "finished", "step": step, "metrics": evaluations[step],
-            "curves": {name: values for name, values in curves.items() if values}, **cell.drawn(),
+            "state": "finished",
+            "step": step,
+            "metrics": evaluations[step],
+            "curves": {name: values for name, values in curves.items() if values},
+            **cell.drawn(),
         }
     if cell in failed:
         return state | {"state": "failed", "exit_status": failed[cell]}

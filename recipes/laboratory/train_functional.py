@@ -6,8 +6,9 @@ A linear RNN learns a polynomial memory of a hundred lags, seconds on a CPU:
 
 A look at the whole way in seconds:
 
-    accelerate launch recipes/laboratory/train_functional.py --config recipes/laboratory/configs/linear_functional.yaml \
-        --max_steps 4 --eval_samples 8 --output_dir outputs/linear_functional_look
+    accelerate launch recipes/laboratory/train_functional.py \
+        --config recipes/laboratory/configs/linear_functional.yaml --max_steps 4 --eval_samples 8 \
+        --output_dir outputs/linear_functional_look
 
 Other targets (`--target shift`), families (`--model_type memory_tcn`), nonlinear functionals (`--after 0.5`), series
 of mixed lengths (`--min_length 20`) and what takes the place of t^p (`--control late`) are flags. The same command

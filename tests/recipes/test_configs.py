@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from hf_temporal.compare.main import read_arguments
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.controls import ControlArguments
 from hf_temporal.finetuning.functional import FunctionalArguments
 from hf_temporal.finetuning.models import ModelArguments, Seq2SeqModelArguments
 from hf_temporal.finetuning.tasks import TASK_KINDS
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
-from recipes.compare_powers import read_arguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CAUSAL = (ModelArguments, *TASK_KINDS, ControlArguments, TemporalTrainingArguments)
