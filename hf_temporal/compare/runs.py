@@ -79,25 +79,24 @@ def ending(running: Mapping[Cell, Process]) -> Iterator[None]:
     try:
         yield
     finally:
-        _signal(running, signal.SIGTERM)
+        for process in running.values():
+            _signal(process, signal.SIGTERM)
         deadline = time.monotonic() + GRACE
         for process in running.values():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-        _signal(running, signal.SIGKILL)
         for process in running.values():
+            _signal(process, signal.SIGKILL)
             process.wait()
         for each, handler in handlers.items():
             signal.signal(each, handler)
 
 
-def _signal(running: Mapping[Cell, Process], number: signal.Signals) -> None:
-    for process in running.values():
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:  # it has ended, or has no session of its own yet
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
+def _signal(process: Process, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(number)  # to it alone, as a cell that was only just forked has no session yet
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 class Runs:

@@ -50,7 +50,7 @@ class Server:
     def __init__(self, recipe: Path, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(imports_of(recipe))
+        self._context.set_forkserver_preload([__name__, *imports_of(recipe)])
         before = dict(os.environ)
         os.environ.update(environment)  # for the server, whose libraries read it when they are imported
         try:

@@ -46,10 +46,9 @@ for step in (0, 10, 20, 30):
 """
 LAUNCHED_DIRECTLY = """
 import sys
-from recipes import compare_powers
-from hf_temporal.compare import runs
+from hf_temporal.compare import main, runs
 runs.LAUNCHER = (sys.executable,)
-sys.exit(compare_powers.main(sys.argv[1:]))
+sys.exit(main.main(sys.argv[1:]))
 """
 
 

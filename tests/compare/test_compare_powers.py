@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recipes.compare_powers import main, read_arguments
+from hf_temporal.compare.main import main, read_arguments
 
 from .stub_recipe import starts
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from recipes.compare_powers import main
+from hf_temporal.compare.main import main
+from hf_temporal.compare.report import parts_of
+from hf_temporal.compare.summary import read_summary
 
 from .stub_recipe import starts, summary_of
 
@@ -59,17 +61,17 @@ def test_combinations_have_their_own_comparison_and_one_above_them(
     }
     plain = ["--powers", "0", "1", "--gain=0.1", "--offset=0.2", "--reach", "0.55"]
     assert main([*flags, *plain, "--output_dir", str(alone)]) == 0
-    assert {path.name for path in alone.iterdir()} == {path.name for path in (output_dir / "0.1_0.2").iterdir()}
-    of_combination, of_alone = summary_of(output_dir / "0.1_0.2"), summary_of(alone)
-    for each in (of_combination, of_alone):
-        del each["title"], each["commands"], each["environment"]
-    assert of_combination == of_alone
-    overview = summary_of(output_dir)
+    of_combination = {path.name for path in (output_dir / "0.1_0.2").iterdir()}
+    assert {path.name for path in alone.iterdir()} - of_combination == {"summary.json"}
+    overview, of_alone = summary_of(output_dir), summary_of(alone)
     assert [each["values"] for each in overview["combinations"]] == [
         {"gain": gain, "offset": offset} for gain in ("0.1", "0.0") for offset in ("0", "0.2")
     ]
     assert [each["folder"] for each in overview["combinations"]] == ["0.1_0", "0.1_0.2", "0.0_0", "0.0_0.2"]
-    assert overview["combinations"][1]["quantities"] == of_alone["quantities"][:2]
+    assert all(overview["combinations"][1][name] == of_alone[name] for name in ("quantities", "cells"))
+    reports = [(folder / "summary.md").read_text("utf-8") for folder in (output_dir / "0.1_0.2", alone)]
+    found, of_alone = (report.split("\n\n", 1)[1].split("## How it")[0] for report in reports)
+    assert found == of_alone
     assert overview["settings"]["vary"] == ["gain", "offset"]
     report = (output_dir / "summary.md").read_text("utf-8")
     assert (
@@ -100,11 +102,57 @@ def test_what_is_missing_is_told_by_combination(flags: list[str], tmp_path: Path
     assert "gain 0.1: Not" not in report
     assert main([*grid, "--vary", "gain=0.1,nonsense,0.2"]) == 1
     overview = summary_of(tmp_path / "out")["combinations"]
-    assert [(each["folder"], each["cells"], each["finished"]) for each in overview] == [
-        ("0.1", 4, 4), ("nonsense", 4, 0), ("0.2", 4, 4),
-    ]  # fmt: skip
-    assert overview[1]["failed"] == {f"p{power}_seed{seed}": 2 for power in (0, 1) for seed in (0, 1)}
+    states = {each["folder"]: [cell["state"] for cell in each["cells"]] for each in overview}
+    assert states == {"0.1": ["finished"] * 4, "nonsense": ["failed"] * 4, "0.2": ["finished"] * 4}
+    assert {cell["folder"]: cell["exit_status"] for cell in overview[1]["cells"]} == {
+        f"p{power}_seed{seed}": 2 for power in (0, 1) for seed in (0, 1)
+    }
     assert starts(tmp_path / "out" / "0.1") == {f"p{power}_seed{seed}": 1 for power in (0, 1) for seed in (0, 1)}
     report = (tmp_path / "out" / "summary.md").read_text("utf-8")
     assert "p = 1 with seed 1 (failed with exit status 2)" in report
     assert not (tmp_path / "out" / "nonsense" / "summary.md").exists()
+
+
+def report_and_pictures(folder: Path) -> dict[str, bytes]:
+    found = [path for path in folder.rglob("*") if path.name == "summary.md" or path.suffix == ".png"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.mark.parametrize("more", [(), VARY], ids=["alone", "combinations"])
+def test_report_and_pictures_are_made_again_from_the_summary(
+    flags: list[str], tmp_path: Path, more: tuple[str, ...], capfd: Any
+) -> None:
+    assert main([*flags, *more, "--reach", "0.55"]) == 0
+    printed = capfd.readouterr().out
+    made = report_and_pictures(tmp_path / "out")
+    assert len(made) == (4 if not more else 2 + 4 * 4)
+    summary = (tmp_path / "out" / "summary.json").rename(tmp_path / "kept.json")
+    again = tmp_path / "again"
+    assert main(["--redraw", str(summary), "--output_dir", str(again)]) == 0
+    assert report_and_pictures(again) == made
+    findings, told = capfd.readouterr().out.split(f"\n\n{again / 'summary.md'}\n")
+    assert findings in printed
+    assert told == f"Not drawn, as {summary} lacks the data: memory.png\n"
+
+
+def test_the_summary_of_the_shipped_comparisons_is_read(tmp_path: Path) -> None:
+    """All of them; the report over combinations of one."""
+    results = Path(__file__).parents[2] / "recipes" / "results"
+    read = [path for path in sorted(results.glob("*.json")) if '"quantities"' in path.read_text("utf-8")]
+    assert len(read) == 22
+    for path in read:
+        summary = read_summary(path)
+        for part, record in zip(parts_of(summary), summary.get("combinations", [summary]), strict=True):
+            for (quantity, differences), kept in zip(part.found, record["quantities"], strict=True):
+                verdicts = [row["against_0"]["verdict"] for row in kept["by_power"] if "against_0" in row]
+                assert verdicts == [each.verdict for each in differences.values()], quantity.title
+    assert main(["--redraw", str(results / "docstrings_schedule.json"), "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "4" / "metric_by_power.png").is_file()
+
+
+def test_what_is_no_summary_is_not_redrawn(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    for text, message in (("{}", "is no summary of a comparison"), ('{"version": 2}', "accepted: version 3")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            main(["--redraw", str(path), "--output_dir", str(tmp_path)])

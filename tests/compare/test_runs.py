@@ -17,9 +17,9 @@ import pytest
 
 from hf_temporal.compare import runs
 from hf_temporal.compare.cells import Cell
+from hf_temporal.compare.main import main
 from hf_temporal.compare.runs import cell_environment, ending
 from recipes import finetune_causal_lm
-from recipes.compare_powers import main
 from tests.tiny_run import Tiny
 
 from .stub_recipe import LAUNCHED_DIRECTLY, starts, summary_of
