@@ -1,110 +1,116 @@
-"""The laboratory's comparisons: their standing flags, their controls, the gradient norms that they compare."""
+"""The laboratory's comparisons: their files of flags, their controls, the gradient norms that they compare."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import runpy
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import TrainerState
 
 from hf_temporal import TemporalTrainingArguments, target_positions
+from hf_temporal.compare.main import main, read_arguments
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.controls import ControlArguments, controlled
 from hf_temporal.finetuning.run import gradient_norms
-from recipes import compare_powers
-from recipes.laboratory import copying_memory, linear_functional, sensitivity
-from recipes.laboratory import standing as laboratory
 from tests.recipes.test_configs import CAUSAL, FUNCTIONAL
 
-RECIPES = Path(linear_functional.__file__).parent
-TINY: dict[ModuleType, tuple[str, str]] = {
-    linear_functional: ("--length 9 --eval_samples 4", "memory_linear_rnn"),
-    sensitivity: ("--length 9 --eval_samples 4", "memory_tanh_rnn"),
-    copying_memory: ("--blank_length 4 --copy_length 2 --max_eval_samples 4", "memory_tcn"),
+ROOT = Path(__file__).parents[2]
+COMPARISONS = {path.stem: path for path in sorted((ROOT / "recipes" / "laboratory" / "comparisons").glob("*.yaml"))}
+TINY = {
+    "linear_functional": ("--length 9 --eval_samples 4", "memory_linear_rnn"),
+    "sensitivity": ("--length 9 --eval_samples 4", "memory_tanh_rnn"),
+    "copying_memory": ("--blank_length 4 --copy_length 2 --max_eval_samples 4", "memory_tcn"),
 }
 
 
-@pytest.mark.parametrize("recipe", TINY, ids=lambda recipe: recipe.__name__.rpartition(".")[2])
-def test_a_comparison_of_the_laboratory_from_one_command(
-    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = Path(str(recipe.__file__))
-    sizes, model_type = TINY[recipe]
+def commands_in(text: str) -> list[list[str]]:
+    """The flags of each command that reads a grid."""
+    text = re.sub(r"\\\\\n#? *", "", text)
+    return [shlex.split(found) for found in re.findall(r"python recipes/compare_powers\.py (--grid [^\n]*)", text)]
+
+
+def test_every_comparison_is_tried() -> None:
+    assert TINY.keys() == COMPARISONS.keys()
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_of_the_laboratory_from_one_command(name: str, tmp_path: Path) -> None:
+    sizes, model_type = TINY[name]
     flags = [
         *sizes.split(),
         *("--config_overrides", "hidden_size=4", "--max_steps", "2", "--eval_steps", "1", "--logging_steps", "1"),
         *("--powers", "0", "2", "--seeds", "0", "--vary", f"model_type={model_type}", "--output_dir", str(tmp_path)),
     ]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(path), *flags])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(path), run_name="__main__")
-    assert ended.value.code == 0
-    standing = recipe.STANDING
-    summary = json.loads((tmp_path / model_type / "summary.json").read_text("utf-8"))
-    assert summary["metric"] == standing["metric"]
-    assert "gradient norm" in [each["title"] for each in summary["quantities"]]
+    assert main(["--grid", str(COMPARISONS[name]), *flags]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert summary["metric"] == yaml.safe_load(COMPARISONS[name].read_text("utf-8"))["metric"]
+    (combination,) = summary["combinations"]
+    assert combination["values"] == {"model_type": model_type}
+    assert "gradient norm" in [each["title"] for each in combination["quantities"]]
     assert (tmp_path / "metric_by_power.png").is_file()
+    assert (tmp_path / model_type / "memory.png").is_file() == (name != "copying_memory")
 
 
-@pytest.mark.parametrize("recipe", TINY, ids=lambda recipe: recipe.__name__.rpartition(".")[2])
-def test_flags_stand_unless_others_are_given(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(RECIPES.parent)
-    read: list[compare_powers.Comparison] = []
-
-    def keep(argv: list[str]) -> int:
-        read.append(compare_powers.read_arguments(argv))
-        return 0
-
-    monkeypatch.setattr(laboratory.compare_powers, "main", keep)
-    standing = recipe.STANDING
-    for argv in ([], ["--seeds", "7", "--max_steps=3"]):
-        monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
-        assert laboratory.compare("train_functional.py", standing, description=None) == 0
-    usual, other = read
-    assert usual.recipe == Path("recipes/laboratory/train_functional.py")
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_flags_stand_unless_others_are_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    grid = ["--grid", str(COMPARISONS[name])]
+    usual, other = (read_arguments([*grid, *argv]) for argv in ([], ["--seeds", "7", "--max_steps=3"]))
+    assert usual.recipe.as_posix() in ("recipes/laboratory/train_functional.py", "recipes/finetune_causal_lm.py")
     assert usual.arguments.seeds == [0, 1, 2]
     assert other.arguments.seeds == [7]
     assert [flag for flag in other.overrides if "max_steps" in flag] == ["--max_steps=3"]
     assert usual.arguments.powers == other.arguments.powers
     assert usual.arguments.varied == other.arguments.varied != {}
+    assert read_arguments([str(ROOT / "recipes" / "finetune_seq2seq.py"), *grid]).recipe.stem == "finetune_seq2seq"
 
 
 def test_the_commands_of_the_laboratory_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every combination that they ask for, with the sizes of the paper's author."""
-    monkeypatch.chdir(RECIPES.parent)
+    """Every combination that they and docs/results.md ask for, with the sizes of the paper's author."""
+    monkeypatch.chdir(ROOT)
     kinds = {"train_functional.py": FUNCTIONAL, "finetune_causal_lm.py": CAUSAL}
-    seen = 0
+    seen = []
+    for path in (*COMPARISONS.values(), ROOT / "docs" / "results.md"):
+        seen.append(0)
+        for flags in commands_in(path.read_text("utf-8")):
+            for each in read_arguments(flags).combinations():
+                config, recipe = each.arguments.config, each.recipe.name
+                if each.values.get("control"):
+                    continue
+                model_args, *_ = parse(kinds[recipe], ["--config", str(config), *each.overrides])
+                model_args.config_values()
+                seen[-1] += 1
+    assert dict(zip([*COMPARISONS, "results"], seen, strict=True)) == {
+        "copying_memory": 5 + 2 + 4,
+        "linear_functional": 10 + 6 + 10,
+        "sensitivity": 4,
+        "results": (5 + 4 + 2) + (10 + 3) + 3 + 2 + 4,
+    }
 
-    def check(argv: list[str]) -> int:
-        nonlocal seen
-        for each in compare_powers.read_arguments(argv).combinations():
-            config = each.arguments.config
-            model_args, *_ = parse(kinds[each.recipe.name], ["--config", str(config), *each.overrides])
-            model_args.config_values()
-            seen += 1
-        return 0
 
-    monkeypatch.setattr(laboratory.compare_powers, "main", check)
-    for recipe in TINY:
-        path = Path(str(recipe.__file__))
-        text = path.read_text("utf-8").split('"""')[1].replace("\\\n", " ")
-        for command in re.findall(rf"python recipes/{path.name}(.*)", text):
-            monkeypatch.setattr(sys, "argv", [str(path), *shlex.split(command)])
-            with pytest.raises(SystemExit) as ended:
-                runpy.run_path(str(path), run_name="__main__")
-            assert ended.value.code == 0
-    assert seen == (10 + 6 + 10) + (5 + 2 + 4) + 4
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("power: [0, 1]\n", "'power' is no flag of a comparison; accepted: 'powers', the nearest, or a flag of the"),
+        ("- powers\n", "is no mapping"),
+        ("flags: 3\n", "is no mapping, or its flags are none"),
+    ],
+)
+def test_what_is_no_grid_is_told(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_arguments(["--grid", str(path)])
+    with pytest.raises(ValueError, match=r"grid='nowhere.yaml' is no file"):
+        read_arguments(["--grid", "nowhere.yaml"])
 
 
 # ---- controls
