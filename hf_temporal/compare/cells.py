@@ -61,7 +61,7 @@ class Cell:
     def drawn(self) -> dict[str, Any]:
         """What the pictures of the last evaluation need, as far as the run measured it."""
         last: dict[str, Any] = dict(load_evaluations(self.folder)[-1])
-        found = {name: last[name] for name in ("memory", "target_memory") if name in last}
+        found: dict[str, Any] = {name: last[name] for name in ("memory", "target_memory") if name in last}
         if profiles := evaluation_profiles(self.folder):
             found["bins"] = [{name: each[name] for name in ("from", "to", "loss")} for each in profiles[-1]["bins"]]
         return found

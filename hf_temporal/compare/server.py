@@ -48,7 +48,8 @@ class Server:
     """Forks the cells of a recipe, all with the same environment; it ends with this process, the cells do not."""
 
     def __init__(self, recipe: Path, environment: Mapping[str, str]) -> None:
-        self._environment = dict(environment)
+        # by this one a recipe knows that it was launched, and takes its share of the cores
+        self._environment = {"ACCELERATE_MIXED_PRECISION": "no", **environment}
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__, *imports_of(recipe)])
         before = dict(os.environ)

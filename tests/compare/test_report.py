@@ -70,8 +70,8 @@ def test_combinations_have_their_own_comparison_and_one_above_them(
     assert [each["folder"] for each in overview["combinations"]] == ["0.1_0", "0.1_0.2", "0.0_0", "0.0_0.2"]
     assert all(overview["combinations"][1][name] == of_alone[name] for name in ("quantities", "cells"))
     reports = [(folder / "summary.md").read_text("utf-8") for folder in (output_dir / "0.1_0.2", alone)]
-    found, of_alone = (report.split("\n\n", 1)[1].split("## How it")[0] for report in reports)
-    assert found == of_alone
+    found, expected = (report.split("\n\n", 1)[1].split("## How it")[0] for report in reports)
+    assert found == expected
     assert overview["settings"]["vary"] == ["gain", "offset"]
     report = (output_dir / "summary.md").read_text("utf-8")
     assert (
