@@ -136,7 +136,8 @@ def _without_damaged(newest_first: list[Path], training_args: TrainingArguments)
 
 def _training_settings(training_args: TrainingArguments) -> dict[str, Any]:
     examples = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    settings = {name: getattr(training_args, name, None) for name in TRAINING_SETTINGS}
+    settings = {"train_sampling_strategy": "random"}  # of transformers before 5.2, which has no other
+    settings |= {name: getattr(training_args, name) for name in TRAINING_SETTINGS if hasattr(training_args, name)}
     return settings | {"examples_per_step": examples * training_args.world_size}
 
 
