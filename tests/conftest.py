@@ -28,5 +28,6 @@ settings.load_profile("hf_temporal")  # --hypothesis-profile overrides it
 @pytest.fixture(scope="module")
 def sixteen_bits_are_native() -> Iterator[None]:
     """Else the head would round on some processors and multiply in float32 on others."""
-    with mock.patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": True, "avx512_fp16": True}):
+    native = {"avx512_bf16": True, "avx512_fp16": True}
+    with mock.patch.object(torch.cpu, "get_capabilities", create=True, return_value=native):
         yield

@@ -111,7 +111,7 @@ def test_safe_lines_are_not_taken_for_unsafe() -> None:
 @pytest.mark.parametrize("folder", ["hf_temporal", "recipes"])
 def test_no_code_from_elsewhere_is_run(folder: str) -> None:
     files = [*(ROOT / folder).rglob("*.py")]
-    assert len(files) > 20
+    assert len(files) > 10
     assert {str(path): lines for path in files if (lines := unsafe_lines(path.read_text(encoding="utf-8")))} == {}
 
 

@@ -1,7 +1,6 @@
 """Comparisons of several p over several seeds: the grid, its runs, the statistics, the report."""
 
-from importlib.util import find_spec
+from hf_temporal.installed import require
 
-for _module, _extra in {"scipy": "memory", "matplotlib": "plots"}.items():
-    if find_spec(_module) is None:
-        raise ModuleNotFoundError(f"A comparison needs {_module}: pip install 'hf-temporal[{_extra}]'")
+require("memory")
+require("plots")

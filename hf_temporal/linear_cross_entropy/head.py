@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,9 +112,15 @@ class Head(ABC):
         """
 
 
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What the processor can do, by torch's names; nothing where torch is too old to tell, as 2.6 is."""
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    return get_capabilities() if get_capabilities is not None else {}
+
+
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The dtype for products of operands of `dtype`: float32 for 16 bits that the processor would have to emulate."""
     if device_type != "cpu" or dtype not in NATIVE:
         return dtype
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     return dtype if any(capabilities.get(name) for name in NATIVE[dtype]) else torch.float32

@@ -33,6 +33,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK, WARPS = 16384, 32
 SMALLEST_CHUNK, USUAL_CHUNK, LARGEST_CHUNK, ROUNDING = 128, 2048, 4096, 128
 SHARE_OF_FREE_MEMORY = 4
+# Where it does not, as in torch 2.6, the operands are converted, which takes time and memory of its own.
+ADDS_16_BITS_TO_32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 @cache
@@ -131,6 +133,8 @@ def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0
     """
     if a.dtype == accumulator.dtype:
         torch.addmm(accumulator, a, b, beta=beta, out=accumulator)
+    elif accumulator.dtype == torch.float32 and not ADDS_16_BITS_TO_32:
+        torch.addmm(accumulator, a.float(), b.float(), beta=beta, out=accumulator)
     elif accumulator.dtype == torch.float32:
         torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, beta=beta, out=accumulator)
     else:

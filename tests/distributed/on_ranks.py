@@ -104,7 +104,7 @@ def main(folder: Path, processes: int, machines: int, groups: Sequence[str]) -> 
 
 if __name__ == "__main__":
     # Else the head would multiply in float32, and full logits in bfloat16, on processors without bfloat16.
-    with mock.patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": True}):
+    with mock.patch.object(torch.cpu, "get_capabilities", create=True, return_value={"avx512_bf16": True}):
         main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     sys.stdout.flush()
     # The device mesh keeps gloo's threads: one that drops a tensor while the interpreter ends aborts the process.

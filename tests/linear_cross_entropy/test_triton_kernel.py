@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -273,7 +275,16 @@ def test_a_16_bit_product_is_added_in_place(monkeypatch: pytest.MonkeyPatch) -> 
         assert out is first
         return out.copy_(beta * first + torch.mm(a.to(out_dtype), b.to(out_dtype)))
 
+    monkeypatch.setattr(triton_kernel, "ADDS_16_BITS_TO_32", True)
     monkeypatch.setattr(torch, "addmm", addmm)
+    a, b, accumulator = torch.randn(3, 7).bfloat16(), torch.randn(3, 5).bfloat16(), torch.randn(7, 5)
+    expected = accumulator + a.float().T @ b.float()
+    add_product_(accumulator, a.T, b)
+    torch.testing.assert_close(accumulator, expected)
+
+
+def test_a_16_bit_product_is_not_rounded_where_torch_cannot_add_it_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernel, "ADDS_16_BITS_TO_32", False)
     a, b, accumulator = torch.randn(3, 7).bfloat16(), torch.randn(3, 5).bfloat16(), torch.randn(7, 5)
     expected = accumulator + a.float().T @ b.float()
     add_product_(accumulator, a.T, b)
@@ -388,6 +399,9 @@ def test_matrices_of_another_dtype_than_their_products(chunk_size: int, monkeypa
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton's compiler")
+@pytest.mark.skipif(
+    HAS_TRITON and Version(version("triton")) < Version("3.3"), reason="older releases take other attributes"
+)
 @pytest.mark.usefixtures("whole_blocks")
 @pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
 def test_it_compiles_for_an_h100_with_loads_of_16_bytes(
