@@ -32,7 +32,8 @@ RECIPES = {"finetune-causal-lm": "finetune_causal_lm.py", "finetune-seq2seq": "f
 COMMANDS = (*RECIPES, "suggest", "compare")
 # Flags of a recipe that are options of `accelerate launch`, too: the recipe's. The rest names a script, not ours.
 NOT_OF_THE_LAUNCHER = ("debug", "gradient_accumulation_steps", "help", "config_file", "module", "no_python")
-KIND_SETTINGS = ("model_name_or_path", "model_revision", "model_type", "encoder_model_name_or_path")
+OF_SEQ2SEQ = ("encoder_model_name_or_path", "predict_with_generate", "generation_max_length", "generation_num_beams")
+KIND_SETTINGS = ("model_name_or_path", "model_revision", "model_type", *OF_SEQ2SEQ)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,7 +138,7 @@ def settings_among(flags: Sequence[str]) -> dict[str, str]:
 
 def is_seq2seq(settings: Mapping[str, str]) -> bool:
     """Whether the model is an encoder–decoder; False if its configuration cannot be read: the recipe reports it."""
-    if "encoder_model_name_or_path" in settings:
+    if not settings.keys().isdisjoint(OF_SEQ2SEQ):  # flags that the recipe for decoder-only models does not have
         return True
     from transformers import AutoConfig
 

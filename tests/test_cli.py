@@ -104,6 +104,7 @@ def test_names_that_are_mistyped(argv: list[str], message: str, capsys: pytest.C
         (["--model_name_or_path", "nowhere"], "finetune-causal-lm"),
         (["--encoder_model_name_or_path", "a", "--decoder_model_name_or_path", "b"], "finetune-seq2seq"),
         (["--config", "copying/small_t5"], "finetune-seq2seq"),
+        (["--config", "summarization/t5_small_docstrings"], "finetune-seq2seq"),
     ],
 )
 def test_suggest_finds_the_recipe_of_a_model(

@@ -14,12 +14,15 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
 
 from hf_temporal import __version__
 from hf_temporal.evaluation import evaluation_profiles
 from hf_temporal.weighting import TemporalWeighting
 
 from .privacy import CARD_NAME, hub_id, last_component, public_card, without_private
+
+logger = logging.get_logger(__name__)
 
 PICTURE_NAME = "loss_by_position.png"
 TAGS = ("hf-temporal", "arxiv:2307.11462")
@@ -173,11 +176,17 @@ def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> No
 
 
 def draw_loss_by_position(folder: str | os.PathLike[str]) -> str | None:
-    """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile."""
-    from hf_temporal.plots import plot_loss_by_position  # matplotlib takes its time
+    """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile.
 
+    Where matplotlib is not installed there is a warning and no picture: the card of a finished training is not lost.
+    """
     profiles = evaluation_profiles(folder)
     if not profiles:
+        return None
+    try:
+        from hf_temporal.plots import plot_loss_by_position  # matplotlib takes its time
+    except ModuleNotFoundError as error:
+        logger.warning(f"The model card gets no picture. {error}")
         return None
     plot_loss_by_position(profiles, Path(folder) / PICTURE_NAME)
     return PICTURE_NAME

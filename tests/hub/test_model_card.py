@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_temporal
-from hf_temporal.hub.model_card import HEADING, TrainingRun, add_temporal_section, public_card, temporal_section
+from hf_temporal.evaluation import PROFILE_NAME, save_profile
+from hf_temporal.hub.model_card import (
+    HEADING,
+    TrainingRun,
+    add_temporal_section,
+    draw_loss_by_position,
+    public_card,
+    temporal_section,
+)
 from hf_temporal.weighting import TemporalWeighting
 
 RUN = TrainingRun(
@@ -304,3 +314,16 @@ def test_home_stays_out_whatever_is_in_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert 'run "path/to/x.json"' in text
     results = ModelCard.load(tmp_path / "README.md").data.eval_results
     assert {result.dataset_type for result in results or []} == {"t.csv"}
+
+
+def test_a_card_without_matplotlib_has_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bins = [{"from": 0.0, "to": 1.0, "loss": 1.0, "accuracy": None, "count": 1}]
+    save_profile(tmp_path / PROFILE_NAME, split="eval", step=0, bins=bins)
+    monkeypatch.delitem(sys.modules, "hf_temporal.plots", raising=False)
+    for module in ("matplotlib", "matplotlib.axes", "matplotlib.figure", "matplotlib.ticker"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(logging.getLogger("hf_temporal.hub.model_card"), "propagate", True)
+    assert draw_loss_by_position(tmp_path) is None
+    assert "pip install 'hf-temporal[plots]'" in caplog.text
