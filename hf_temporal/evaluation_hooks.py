@@ -80,7 +80,6 @@ class EvaluationByPosition(_Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        """The trainer's own step, whose logits are observed."""
         batch = dict(inputs) if POSITIONS in inputs else self._new_timeline().add(inputs)
         timeline = {key: batch.pop(key).to(self.args.device) for key in TIMELINE_KEYS if key in batch}
         if self._losses is None or POSITIONS not in timeline or self.get_cp_size() > 1 or self._problem_with(batch):

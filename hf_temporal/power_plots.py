@@ -260,7 +260,6 @@ def _mean_curve(runs: Sequence[Mapping[int, float]]) -> Curve:
 
 
 def _power_colors(powers: Iterable[float]) -> dict[float, Any]:
-    """A colour for each p, in ascending order."""
     powers = sorted(powers)
     others = [power for power in powers if power != 0]
     shades = {power: 0.85 * rank / max(1, len(others) - 1) for rank, power in enumerate(others)}

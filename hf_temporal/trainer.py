@@ -101,7 +101,6 @@ class TemporalWeightMixin(EvaluationByPosition):
 
     @property
     def temporal_power(self) -> float:
-        """The power in force at `state.global_step`."""
         power = self.weighting.power
         if not isinstance(self.args, _TemporalFields):
             return power
@@ -137,7 +136,6 @@ class TemporalWeightMixin(EvaluationByPosition):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, whose batches carry t."""
         timeline = self._new_timeline()
         if self._eval_timeline != timeline:
             forget_eval_dataloaders(self)  # they make the times of before
@@ -146,7 +144,6 @@ class TemporalWeightMixin(EvaluationByPosition):
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, whose batches carry t."""
         with self._making_timelines():
             return super().get_test_dataloader(*args, **kwargs)
 
@@ -366,7 +363,6 @@ class TemporalWeightMixin(EvaluationByPosition):
     # ---- what is saved
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves `temporal_weighting.json` beside the model."""
         if self.args.should_save:
             self.weighting.save_pretrained(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, _internal_call)

@@ -86,7 +86,6 @@ class TemporalWeighting:
             raise TypeError(f"weight_fn={self.weight_fn!r} is not callable; accepted: a function (t, T) -> w.")
 
     def at(self, power: float) -> TemporalWeighting:
-        """The same weighting at another power."""
         return self if power == self.power else dataclasses.replace(self, power=power)
 
     def weights(

@@ -22,12 +22,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
         return f"p{power_name(self.power)}_seed{self.seed}"
 
     @property
     def folder(self) -> Path:
-        """The `output_dir` of the run."""
         return self.output_dir / self.name
 
     @property
@@ -37,7 +35,6 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
         return (self.folder / RESULTS_NAME).is_file()
 
     def evaluations(self, metric: str) -> Evaluations:

@@ -78,7 +78,6 @@ class CompareArguments:
 
     @property
     def varied(self) -> dict[str, list[str]]:
-        """The values of `vary` by name."""
         return {flag_name(name): values.split(",") for name, _, values in (each.partition("=") for each in self.vary)}
 
     def _check_vary(self) -> None:
@@ -114,7 +113,6 @@ class Comparison:
 
     @property
     def output_dir(self) -> Path:
-        """Of all cells."""
         return Path(self.arguments.output_dir)
 
     def combinations(self) -> list[Comparison]:
@@ -156,7 +154,6 @@ class Comparison:
         ]
 
     def shown(self, cell: Cell) -> str:
-        """The whole command, for a shell."""
         return shlex.join(["accelerate", "launch", *self.command(cell)])
 
     def settings(self) -> dict[str, Any]:

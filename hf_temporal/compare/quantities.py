@@ -67,11 +67,9 @@ class Quantity:
         return cls(record["title"], record["direction"], values, bounds, budget, record["scale"] == "ratio")
 
     def mean(self, power: float) -> float:
-        """Over the seeds of this p."""
         return self._back(fmean(self._scaled(power).values()))
 
     def interval(self, power: float) -> tuple[float, float] | None:
-        """The mean's, see `mean_interval`."""
         found = mean_interval(list(self._scaled(power).values()))
         return found and (self._back(found[0]), self._back(found[1]))
 

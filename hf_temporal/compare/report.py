@@ -68,7 +68,6 @@ class Part:
 
     @property
     def name(self) -> str:
-        """The combination in words."""
         return ", ".join(f"{name} {value}" for name, value in self.values.items())
 
 
@@ -151,7 +150,6 @@ def _conclusions_of_part(part: Part) -> str:
 
 
 def _conclusion(differences: Mapping[float, Difference]) -> str:
-    """The p sorted by verdict."""
     by_verdict: dict[str, list[str]] = {}
     for power, difference in sorted(differences.items(), key=lambda item: (item[1].verdict in UNTOLD, item[0])):
         by_verdict.setdefault(difference.verdict, []).append(power_name(power))
@@ -182,7 +180,6 @@ def _how_to_read(summary: Mapping[str, Any], *, uncorrected: str) -> str:
 
 
 def _how_it_was_made(summary: Mapping[str, Any], cell: str) -> str:
-    """The section on commands, hardware and versions."""
     about = summary["environment"]
     hardware = ", ".join(f"{name} {value}" for name, value in about["hardware"].items() if name in HARDWARE)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())

@@ -39,7 +39,6 @@ class Forked:
         return status
 
     def send_signal(self, number: int) -> None:
-        """To the process alone."""
         if self.poll() is None:
             os.kill(self.pid, number)
 

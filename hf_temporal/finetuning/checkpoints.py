@@ -99,7 +99,6 @@ class Checksums(TrainerCallback):
     """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Once all else is written."""
         del control
         if args.should_save:
             checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

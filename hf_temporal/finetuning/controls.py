@@ -109,12 +109,10 @@ def _power(ratio: Tensor, power: float) -> Tensor:
 
 
 def _document(t: Tensor) -> Tensor:
-    """The index of each time's document."""
     return torch.cat([t.new_zeros(1), (t.diff() <= 0).to(t.dtype)]).cumsum(0).long()
 
 
 def _mean_1(weights: Tensor, document: Tensor) -> Tensor:
-    """Divided by their mean over the document."""
     size = int(document.max()) + 1 if len(document) else 0
     sums, counts = (
         weights.new_zeros(size).index_add_(0, document, values) for values in (weights, torch.ones_like(weights))

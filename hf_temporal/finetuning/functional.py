@@ -48,7 +48,6 @@ class FunctionalArguments:
 
     @property
     def functional(self) -> Functional:
-        """What is learned."""
         return Functional(self.target, before=self.before, after=self.after)
 
 
@@ -120,7 +119,6 @@ class LearnedFunctional(Task):
         )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig) -> dict[str, Any]:  # noqa: ARG002
-        """Data sets that make their series when they are asked for."""
         arguments = self.arguments
         return {
             split: FunctionalDataset(

@@ -155,7 +155,6 @@ class Card:
     run: TrainingRun
 
     def save(self, folder: Path) -> None:
-        """Write `README.md`."""
         data = ModelCardData(
             library_name=self.library,
             pipeline_tag=self.pipeline_tag,

@@ -130,7 +130,6 @@ class EvaluationLog(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Ask for an evaluation after the last step."""
         if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.EPOCH:
             control.should_evaluate = True
         return control
@@ -138,7 +137,6 @@ class EvaluationLog(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **arguments: Any
     ) -> TrainerControl:
-        """Write the evaluation down."""
         if state.is_world_process_zero:
             record = self.scores.record if self.scores else {}
             metrics = {**arguments["metrics"], **gradient_norms(state)}
@@ -193,7 +191,6 @@ class CardMixin:
     card: Card | None = None
 
     def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Write README.md into `output_dir`."""
         if self.card is None:
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         elif self.is_world_process_zero():

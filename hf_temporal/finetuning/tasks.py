@@ -107,7 +107,6 @@ class Task(ABC):
         """The examples by split, as the model of this configuration takes them."""
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores | None:  # noqa: ARG002
-        """What compares answers with references; None where the losses are all there is."""
         return None
 
 
@@ -131,7 +130,6 @@ class Summarization(Task):
         self.answer_length = arguments.max_target_length
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
-        """Prompt and summary in one row, or in two."""
         settings = {"tokenizer": tokenizer, "arguments": self.arguments}
         if not config.is_encoder_decoder:
             return tokenize(self.data, summarization.encode_for_causal_lm, settings, self.data_args, config)
@@ -143,7 +141,6 @@ class Summarization(Task):
         return tokenize(self.data, summarization.encode_for_seq2seq_lm, settings, self.data_args, config)
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:  # noqa: ARG002
-        """ROUGE."""
         return SummaryScores(tokenizer, self.arguments.rouge_tokenizer)
 
 
@@ -180,7 +177,6 @@ class Copying(Task):
             self.data = TaskData(examples, name, hashlib.sha256(known.encode()).hexdigest())
 
     def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:
-        """One token for each digit."""
         return None if self.generates or tokenizer_name else digit_tokenizer()
 
     def example_digits(self) -> str:
@@ -189,7 +185,6 @@ class Copying(Task):
         return "".join(map(str, DigitCopies(self.arguments, size=1, **how)[0]["input_ids"]))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
-        """Data sets that make their examples when they are asked for."""
         encoded: dict[str, Any] = {}
         for split, examples in self.data.splits.items():
             how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
@@ -210,7 +205,6 @@ class Copying(Task):
         return encoded
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:
-        """Recall, by position too."""
         return CopyScores(tokenizer, self.arguments, generated=config.is_encoder_decoder)
 
 
@@ -229,7 +223,6 @@ class LanguageModeling(Task):
         self.data = load_texts(data_args, text_column)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
-        """Rows of at most `block_size` tokens."""
         if config.is_encoder_decoder:
             raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
         settings = {"tokenizer": tokenizer, "arguments": self.arguments}

@@ -65,7 +65,6 @@ class BlockHead(Head):
         return min(self.vocabulary, max(SMALLEST_BLOCK, rows))
 
     def chunk_size(self, positions: int) -> int:
-        """See `block_chunk_size`."""
         matrix = self.terms[0].matrix
         return block_chunk_size(
             *(len(matrix), self.stored.itemsize, matrix.device.type),
@@ -83,7 +82,6 @@ class BlockHead(Head):
     def losses(
         self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """See `Head.losses`."""
         targets = _Targets(y)
         swept = None if self.is_shifted else self._first_sweep(xs, targets)
         if swept is None:
@@ -243,7 +241,6 @@ class BlockHead(Head):
         return part if z is part else part.copy_(z)
 
     def _blocks(self) -> list[slice]:
-        """The rows of W, cut into blocks."""
         return [
             slice(start, min(start + self.block, self.vocabulary)) for start in range(0, self.vocabulary, self.block)
         ]

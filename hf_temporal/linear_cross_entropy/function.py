@@ -244,7 +244,6 @@ def _head(options: _Options, bias: Tensor | None, needs_bias: bool, flat: Sequen
 
 
 def _largest(w: Tensor) -> Tensor:
-    """The largest |w|, or 1."""
     peak = w.abs().amax() if len(w) else w.new_zeros(())
     return torch.where(peak > 0, peak, 1)
 

@@ -63,7 +63,6 @@ class Head(ABC):
 
     @property
     def vocabulary(self) -> int:
-        """V, the number of logits."""
         return len(self.terms[0].matrix)
 
     @property

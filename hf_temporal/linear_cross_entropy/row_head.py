@@ -34,13 +34,11 @@ class RowHead(Head):
         return triton_kernel.row_chunk_size(len(matrix), self.stored.itemsize, matrix.device, width=matrix.shape[1])
 
     def reserve(self, positions: int) -> None:
-        """Memory for [positions, row_length] logits."""
         self.logits = self.terms[0].matrix.new_empty(positions, self.row_length, dtype=self.stored)
 
     def losses(
         self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """See `Head.losses`."""
         z = self.logits[: len(y), : self.vocabulary]
         for i, (term, x) in enumerate(zip(self.terms, xs, strict=True)):
             matrix = term.matrix.to(term.dtype).t()

@@ -65,7 +65,6 @@ class FusedHead:
 
     @property
     def vocabulary(self) -> int:
-        """The number of logits."""
         return self.head.weight.shape[0]
 
     def is_known(self) -> bool:
