@@ -14,8 +14,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_temporal.positions import IGNORE_INDEX
+
 from . import HELD_OUT_SEED, SPLITS
-from .loading import IGNORED
 
 FORMS = ("digits", "text")
 BLANK, CUE = 0, 9  # digits that are not copied: the filling, and the signal to repeat
@@ -111,7 +112,7 @@ class DigitCopies(CopyingDataset):
         digits = rng.integers(BLANK + 1, CUE, L).tolist()
         x = digits + [BLANK] * (T - 1) + [CUE] * (L + 1)
         y = [BLANK] * (T + L) + digits
-        return (x, y) if self.is_encoder_decoder else ([*x, END], [IGNORED, *y])
+        return (x, y) if self.is_encoder_decoder else ([*x, END], [IGNORE_INDEX, *y])
 
 
 def digit_tokenizer() -> PreTrainedTokenizerFast:
@@ -187,7 +188,9 @@ class TextCopies(CopyingDataset):
         distractor = self._stream.take(range(first, first + T), mode="wrap").tolist()
         prompt = [*self._before, *passage, *self._between, *distractor, *self._after]
         answer = [*self._answer_around[0], *passage, *self._answer_around[1]]
-        return (prompt, answer) if self.is_encoder_decoder else (prompt + answer, [IGNORED] * len(prompt) + answer)
+        return (
+            (prompt, answer) if self.is_encoder_decoder else (prompt + answer, [IGNORE_INDEX] * len(prompt) + answer)
+        )
 
 
 def tokenize_texts(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:

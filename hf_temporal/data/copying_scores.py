@@ -8,9 +8,10 @@ import numpy as np
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from hf_temporal.positions import IGNORE_INDEX
+
 from .bootstrap import bootstrap_interval
 from .copying import CopyingArguments
-from .loading import IGNORED
 
 NO_ANSWER = -1
 
@@ -52,8 +53,8 @@ class CopyScores:
         rows, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
         if self.generated:
             return self.score(rows[:, 1:], labels)
-        first = (labels != IGNORED).argmax(axis=1) - 1
-        count = (labels != IGNORED).sum(axis=1)
+        first = (labels != IGNORE_INDEX).argmax(axis=1) - 1
+        count = (labels != IGNORE_INDEX).sum(axis=1)
         answers = [row[start : start + length] for row, start, length in zip(rows, first, count, strict=True)]
         return self._score(answers, labels)
 
@@ -96,7 +97,7 @@ class CopyScores:
 
         Raises ValueError where there are not as many of these as the task has.
         """
-        targets = [int(token) for token in labels if token != IGNORED]
+        targets = [int(token) for token in labels if token != IGNORE_INDEX]
         wanted = {place: token for place, token in enumerate(targets) if token not in self._special}
         if len(wanted) != self.arguments.answer_length:
             raise ValueError(

@@ -9,9 +9,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_temporal.positions import IGNORE_INDEX
+
 from .loading import (
     EMBEDDED_DATA,
-    IGNORED,
     DataArguments,
     TaskData,
     check_column,
@@ -73,7 +74,7 @@ def _columns(examples: Dataset, text_column: str | None) -> dict[str, str]:
     )
 
 
-def encode_for_causal_lm(
+def encode_texts(
     batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, arguments: LanguageModelingArguments
 ) -> dict[str, list[list[int]]]:
     """Rows of at most `arguments.block_size` tokens, with their labels.
@@ -109,7 +110,7 @@ def _without_end(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     given = _without_end(prompt, tokenizer)
     target = [*tokenizer(completion, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
-    return given + target, [IGNORED] * len(given) + target
+    return given + target, [IGNORE_INDEX] * len(given) + target
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -145,6 +146,6 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) ->
         end = len(target) - target[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in target else None
         learned = target[:end]
         tokens += given + target
-        labels += [IGNORED] * len(given) + learned + [IGNORED] * (len(target) - len(learned))
+        labels += [IGNORE_INDEX] * len(given) + learned + [IGNORE_INDEX] * (len(target) - len(learned))
         before = answered
     return tokens, labels

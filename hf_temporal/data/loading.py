@@ -18,7 +18,6 @@ from .docstrings import docstring_files
 
 logger = logging.get_logger(__name__)
 
-IGNORED = -100  # label of a position that is no target
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 EMBEDDED_DATA = "docstrings of the installed Python packages"
 

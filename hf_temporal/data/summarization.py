@@ -19,9 +19,10 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_temporal.positions import IGNORE_INDEX
+
 from .loading import (
     EMBEDDED_DATA,
-    IGNORED,
     DataArguments,
     TaskData,
     check_column,
@@ -108,7 +109,7 @@ def encode_for_causal_lm(
     return {
         "input_ids": [prompt + summary for prompt, summary in rows],
         "attention_mask": [[1] * (len(prompt) + len(summary)) for prompt, summary in rows],
-        "labels": [[IGNORED] * len(prompt) + summary for prompt, summary in rows],
+        "labels": [[IGNORE_INDEX] * len(prompt) + summary for prompt, summary in rows],
     }
 
 

@@ -9,14 +9,14 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from hf_temporal.data.loading import IGNORED
+from hf_temporal.positions import IGNORE_INDEX
 
 from .waiting import brief_waiting_when_busy
 
 
 def prompt_of(encoded: dict[str, list[int]]) -> list[int]:
     """The tokens in front of the first target: all that a model may see when it generates."""
-    targets = [position for position, label in enumerate(encoded["labels"]) if label != IGNORED]
+    targets = [position for position, label in enumerate(encoded["labels"]) if label != IGNORE_INDEX]
     return encoded["input_ids"][: targets[0]]
 
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
-from hf_temporal.data.loading import IGNORED
 from hf_temporal.data.small_t5 import small_t5_config, tokenizer_folder
+from hf_temporal.positions import IGNORE_INDEX
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 
 from .adapters import add_adapter, check_mergeable
@@ -122,7 +122,9 @@ def prepare_causal_lm(parsed: Sequence[Any]) -> FineTuning:
         tokenizer=tokenizer,
         splits=splits,
         data_collator=(
-            DataCollatorWithFlattening() if packs else DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+            DataCollatorWithFlattening()
+            if packs
+            else DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
         ),
         compute_metrics=None if task.generates else scores,
         answers=Answers(scores, task.answer_length, num_beams) if task.generates and scores is not None else None,
@@ -164,7 +166,7 @@ def prepare_seq2seq(parsed: Sequence[Any]) -> FineTuning:
         model=model,
         tokenizer=tokenizer,
         splits=splits,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORE_INDEX),
         compute_metrics=scores,
         answers=None,
         arguments=arguments,

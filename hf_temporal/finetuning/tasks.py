@@ -17,9 +17,10 @@ from hf_temporal.data import language_modeling, summarization
 from hf_temporal.data.copying import CopyingArguments, DigitCopies, TextCopies, digit_tokenizer, tokenize_texts
 from hf_temporal.data.copying_scores import CopyScores
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
-from hf_temporal.data.loading import IGNORED, DataArguments, TaskData
+from hf_temporal.data.loading import DataArguments, TaskData
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
 from hf_temporal.installed import require
+from hf_temporal.positions import IGNORE_INDEX
 
 logger = logging.get_logger(__name__)
 
@@ -226,7 +227,7 @@ class LanguageModeling(Task):
         if config.is_encoder_decoder:
             raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
         settings = {"tokenizer": tokenizer, "arguments": self.arguments}
-        return tokenize(self.data, language_modeling.encode_for_causal_lm, settings, self.data_args, config)
+        return tokenize(self.data, language_modeling.encode_texts, settings, self.data_args, config)
 
 
 TASK_KINDS = (TaskArguments, DataArguments, SummarizationArguments, CopyingArguments, LanguageModelingArguments)
@@ -301,7 +302,8 @@ def _can_be_learned(batch: dict[str, list[list[int]]], limits: dict[str, int | N
         for rows in zip(*(batch[name] for name in limits), strict=True)
     ]
     return [
-        fit and any(label != IGNORED for label in labels) for fit, labels in zip(fits, batch["labels"], strict=True)
+        fit and any(label != IGNORE_INDEX for label in labels)
+        for fit, labels in zip(fits, batch["labels"], strict=True)
     ]
 
 

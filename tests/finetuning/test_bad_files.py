@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 
 from hf_temporal.data import language_modeling, summarization
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
-from hf_temporal.data.loading import IGNORED, DataArguments
+from hf_temporal.data.loading import DataArguments
 from hf_temporal.data.summarization import SummarizationArguments, load_pairs
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS as KINDS
+from hf_temporal.positions import IGNORE_INDEX
 from hf_temporal.training_args import _TemporalFields
 from tests.tiny_summarization import tiny_tokenizer
 
@@ -201,7 +202,7 @@ def test_files_give_examples_or_a_reason(
             learnable(summarization.encode_for_causal_lm(pairs, tokenizer, columns))
         with saying(f"train_file='{path}'", "column=", "the train", "the data have the columns", "messages"):
             texts = load_texts(DataArguments(train_file=str(path)), text_column).splits["train"][:]
-            learnable(language_modeling.encode_for_causal_lm(texts, tokenizer, LanguageModelingArguments()))
+            learnable(language_modeling.encode_texts(texts, tokenizer, LanguageModelingArguments()))
 
 
 @contextlib.contextmanager
@@ -217,7 +218,7 @@ def saying(*reasons: str) -> Iterator[None]:
 def learnable(encoded: dict[str, list[list[int]]]) -> None:
     for ids, mask, labels in zip(*encoded.values(), strict=True):
         assert len(ids) == len(mask) == len(labels)
-        assert all(label in (IGNORED, token) for label, token in zip(labels, ids, strict=True))
+        assert all(label in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
@@ -247,7 +248,7 @@ def test_texts_that_are_none(tmp_path: Path, row: dict[str, Any], message: str) 
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
-        language_modeling.encode_for_causal_lm(
+        language_modeling.encode_texts(
             load_texts(DataArguments(train_file=str(path))).splits["train"][:], tiny_tokenizer(),
             LanguageModelingArguments(),
         )  # fmt: skip
