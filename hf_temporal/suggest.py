@@ -77,7 +77,6 @@ class PowerReport:
 
     @property
     def usual(self) -> PowerEffect:
-        """Of p = 0."""
         return next(effect for effect in self.effects if effect.power == 0)
 
     def table(self) -> str:
@@ -131,7 +130,6 @@ class PowerReport:
         return lines
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "Where the loss is, and where $t^p$ looks") -> None:
-        """Write the picture as a PNG; folders are made."""
         require("plots")
         from .power_plots import plot_power_report  # matplotlib takes its time
 
@@ -200,7 +198,6 @@ class _Tokens(TokenLosses):
         self._columns.append((positions[target], documents[target], losses[target], own[target]))
 
     def report(self, weightings: Sequence[TemporalWeighting]) -> PowerReport:
-        """Of all that was added, for the weightings in ascending order of p."""
         positions, documents, losses, own = (torch.cat(column).cpu() for column in zip(*self._columns, strict=True))
         if not len(positions):
             raise ValueError("dataset: no target token in what was looked at; accepted: labels other than -100.")

@@ -203,7 +203,6 @@ class HubMixin(_Trainer):
 
 
 def _send(staging: tempfile.TemporaryDirectory[str], output_dir: str, **upload: Any) -> CommitInfo:
-    """Upload a folder, and remove it."""
     with staging, _what_to_run_again(upload["repo_id"], upload["commit_message"], output_dir):
         return upload_folder(**upload)
 

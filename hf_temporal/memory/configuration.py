@@ -8,6 +8,17 @@ from transformers import PreTrainedConfig
 
 LAYER_NORMALIZATIONS = ("none", "layer")
 ACTIVATIONS = ("linear", "relu", "gelu")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "normalization": LAYER_NORMALIZATIONS,
+    "hidden_act": ACTIVATIONS,
+    "skip_connections": (True, False),
+    "use_bias": (True, False),
+}
+POSITIVE = ("recurrent_scale", "smallest_step", "largest_step")
+COUNTS = (
+    "vocab_size", "input_size", "output_size", "hidden_size", "num_hidden_layers", "kernel_size", "state_size",
+    "num_attention_heads", "intermediate_size",
+)  # fmt: skip
 
 
 if TYPE_CHECKING or hasattr(PreTrainedConfig, "__post_init__"):
@@ -59,28 +70,22 @@ class MemoryModelConfig(_Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.vocab_size is not None:
-            self._check_count("vocab_size")
-        for name in ("input_size", "output_size", "hidden_size", "num_hidden_layers"):
-            self._check_count(name)
-        self._check_choice("normalization", LAYER_NORMALIZATIONS)
-        for name in ("skip_connections", "use_bias"):
-            self._check_choice(name, (True, False))
+        for name, value in vars(self).items():
+            if name in COUNTS and not _is_count(value) and (name, value) != ("vocab_size", None):
+                raise ValueError(f"{name}={value!r}; accepted: a whole number of at least 1.")
+            if name in POSITIVE and not _is_positive(value):
+                raise ValueError(f"{name}={value!r}; accepted: a positive number.")
+            # 1 equals True, and is refused
+            if name in CHOICES and (type(value), value) not in [(type(each), each) for each in CHOICES[name]]:
+                raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, CHOICES[name]))}.")
 
-    def _check_count(self, name: str) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name}={value!r}; accepted: a whole number of at least 1.")
 
-    def _check_positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value!r}; accepted: a positive number.")
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
 
-    def _check_choice(self, name: str, accepted: tuple[Any, ...]) -> None:
-        value = getattr(self, name)
-        if not any(value is each or (value == each and isinstance(value, str)) for each in accepted):
-            raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}.")
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 class LinearRnnConfig(MemoryModelConfig):
@@ -100,11 +105,6 @@ class LinearRnnConfig(MemoryModelConfig):
     hidden_act: str = "linear"
     recurrent_scale: float = 0.95
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self._check_choice("hidden_act", ACTIVATIONS)
-        self._check_positive("recurrent_scale")
-
 
 class TanhRnnConfig(MemoryModelConfig):
     """A tanh RNN, h_t = tanh(W h_{t−1} + U x_t + b).
@@ -116,10 +116,6 @@ class TanhRnnConfig(MemoryModelConfig):
     model_type = "memory_tanh_rnn"
 
     recurrent_scale: float = 0.95
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self._check_positive("recurrent_scale")
 
 
 class TcnConfig(MemoryModelConfig):
@@ -140,11 +136,6 @@ class TcnConfig(MemoryModelConfig):
     skip_connections: bool = True
     hidden_act: str = "relu"
     kernel_size: int = 4
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self._check_choice("hidden_act", ACTIVATIONS)
-        self._check_count("kernel_size")
 
 
 class StateSpaceConfig(MemoryModelConfig):
@@ -172,10 +163,6 @@ class StateSpaceConfig(MemoryModelConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self._check_choice("hidden_act", ACTIVATIONS)
-        self._check_count("state_size")
-        self._check_positive("smallest_step")
-        self._check_positive("largest_step")
         if self.smallest_step > self.largest_step:
             raise ValueError(
                 f"smallest_step={self.smallest_step!r}; accepted: at most largest_step={self.largest_step!r}."
@@ -204,9 +191,6 @@ class AttentionConfig(MemoryModelConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self._check_choice("hidden_act", ACTIVATIONS)
-        self._check_count("num_attention_heads")
-        self._check_count("intermediate_size")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads!r}; accepted: a divisor of hidden_size="

@@ -224,5 +224,4 @@ def _duration(inputs: Tensor) -> int:
 
 
 def _bend(values: Tensor, strength: float) -> Tensor:
-    """φ_α(z) = (1 − α)·z + α·tanh(z)."""
     return values if strength == 0 else torch.lerp(values, values.tanh(), strength)

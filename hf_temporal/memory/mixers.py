@@ -41,7 +41,6 @@ class LinearRnnMixer(RnnMixer):
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, width]` to the same."""
         return self.activation(linear_recurrence(self.input(x), self.recurrent))
 
 
@@ -49,7 +48,6 @@ class TanhRnnMixer(RnnMixer):
     """h_t = tanh(W h_{t−1} + u_t)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, width]` to the same."""
         return tanh_recurrence(self.input(x), self.recurrent)
 
 
@@ -67,7 +65,6 @@ class CausalConvolution(nn.Module):
         self.padding = (kernel_size - 1) * dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, width]` to the same."""
         images = F.pad(x, (0, 0, self.padding, 0)).transpose(1, 2)[:, :, None]
         weight, bias = self.convolution.weight[:, :, None], self.convolution.bias
         return F.conv2d(images, weight, bias, dilation=(1, self.dilation))[:, :, 0].transpose(1, 2)
@@ -84,7 +81,6 @@ class TcnMixer(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, width]` to the same."""
         for convolution in self.convolutions:
             x = self.activation(convolution(x))
         return x
@@ -125,7 +121,6 @@ class StateSpaceMixer(nn.Module):
         return product.flatten(1)[:, :length]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, width]` to the same."""
         dtype = torch.promote_types(torch.float32, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
@@ -150,7 +145,6 @@ class SelfAttentionMixer(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, width]` to the same."""
         query, key, value = self.input(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.output(attended.transpose(1, 2).flatten(2))
@@ -166,5 +160,4 @@ class FeedForwardMixer(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, width]` to the same."""
         return self.output(self.activation(self.input(x)))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_temporal.memory.functionals import Functional
+from hf_temporal.memory.modeling import MemoryModelForRegression
 from hf_temporal.memory.models import FAMILIES, LinearRnnConfig, LinearRnnForRegression
 from hf_temporal.memory.probe import constant_input_memory, gradient_memory, impulse_memory, memory_distance
 
 
-def linear_model(**settings: Any) -> LinearRnnForRegression:
+def linear_model(**settings: Any) -> MemoryModelForRegression:
     torch.manual_seed(0)
     model = LinearRnnForRegression(
         LinearRnnConfig(**{"hidden_size": 5, "input_size": 2, "output_size": 3, **settings})
