@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_section_says_everything() -> None:
         str(RUN.data_hash),
         "| seed | 7 |",
         "one abacus",
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
         f"transformers {transformers.__version__}",
         f"hf_temporal {hf_temporal.__version__}",
         "arXiv:2307.11462",
