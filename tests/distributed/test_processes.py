@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import cases
 from tests.distributed.cases import EvaluationCase, TrainingCase, bins
@@ -67,6 +68,7 @@ def failure(check: Callable[..., None], *arguments: Any) -> list[str]:
     return []
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on CPUs")
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     check(2, tmp_path, "QUICK", "EVALUATIONS")
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_section_says_everything() -> None:
         str(RUN.data_hash),
         "| seed | 7 |",
         "one abacus",
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
         f"transformers {transformers.__version__}",
         f"hf_temporal {hf_temporal.__version__}",
         "arXiv:2307.11462",

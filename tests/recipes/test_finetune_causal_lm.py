@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_card_says_what_was_done(finished: Path, tiny: Tiny) -> None:
         sha256,
         "accelerate launch recipes/finetune_causal_lm.py",
         "--max_steps 4",
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
         "arXiv:2307.11462",
         "loss_by_position.png",
         f"| eval_loss | {before['metrics']['eval_loss']:.3f} | {after['metrics']['eval_loss']:.3f} |",
@@ -331,7 +332,7 @@ ALONE = "world_size=1, and 2 processes were launched: each would train alone"
 
 @pytest.mark.skipif(
     Version(accelerate.__version__) < Version("1.13"),
-    reason="accelerate itself refuses it, and leaves its environment",
+    reason="accelerate refuses it, and leaves its environment",
 )
 def test_one_of_two_processes_that_is_alone_is_refused(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
