@@ -32,8 +32,9 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--config")
     config, flags = reader.parse_known_args(argv)
+    summary = description and description.partition("\n\n")[0]  # argparse makes one paragraph of it all
     parser = HfArgumentParser(
-        kinds, description=description, usage="%(prog)s [--config FILE.yaml] [--name value ...]", allow_abbrev=False
+        kinds, description=summary, usage="%(prog)s [--config FILE.yaml] [--name value ...]", allow_abbrev=False
     )
     parser.add_argument(
         "--config", help="YAML file of the arguments below, or the name of one that is shipped; flags override it."

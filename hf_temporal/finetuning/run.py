@@ -56,9 +56,16 @@ def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task
 
     `arguments` are the dataclasses that, beside the training's, make a run the same one.
 
-    Raises ValueError where a split is missing that `do_train`, `do_eval` or `do_predict` needs, and where the launched
-    processes know nothing of each other.
+    Raises:
+        ValueError: nothing is to be done; a split is missing that `do_train`, `do_eval` or `do_predict` needs; the
+            launched processes know nothing of each other.
     """
+    looks = any(getattr(each, name, None) for each in arguments for name in ("suggest_power", "search_power"))
+    if not (looks or training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise ValueError(
+            "do_train=False, do_eval=False and do_predict=False leave nothing to do; accepted: --do_train, --do_eval "
+            "or --do_predict, or --suggest_power for a look at the data"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if training_args.world_size != launched:
         raise ValueError(

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -126,4 +128,6 @@ def test_no_trace_is_left_and_copies_saves_and_reloads_agree(name: str, adapter:
         reloaded = tiny_model(name).from_pretrained(tmp_path / "saved")
     else:
         reloaded = PeftModel.from_pretrained(tiny_model(name), tmp_path / "saved")
-    torch.testing.assert_close(logits_of(reloaded, name), expected, rtol=1e-4, atol=1e-4)
+    # before 5.20 a gated T5 that is loaded again is off by 5e-5 in float32, and by nothing in float64
+    bound = 1e-4 if Version(transformers.__version__) < Version("5.20") else None
+    torch.testing.assert_close(logits_of(reloaded, name), expected, rtol=bound, atol=bound)

@@ -284,6 +284,13 @@ def test_adapter_modules_that_match_nothing_are_named(tiny: Tiny, tmp_path: Path
         main(flags)
 
 
+def test_a_run_without_anything_to_do_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    flags = [flag for flag in tiny.flags(tmp_path) if flag not in ("--do_train", "--do_eval")]
+    with pytest.raises(ValueError, match="leave nothing to do; accepted: --do_train"):
+        main(flags)
+    main([*flags, "--suggest_power"])
+
+
 def test_missing_split_is_named(tiny: Tiny, tmp_path: Path) -> None:
     flags = tiny.flags(tmp_path / "run")
     position = flags.index("--validation_file")
