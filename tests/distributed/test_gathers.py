@@ -66,7 +66,7 @@ def sent_in_a_step(kind: str, folder: Path) -> list[int]:
     }
     last_step = LastStep()
     common: dict[str, Any] = {
-        "model": LlamaForCausalLM(LlamaConfig(vocab_size=97, num_attention_heads=2, **sizes)),
+        "model": LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)),
         "args": TrainingArguments(
             str(folder), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
             logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, ddp_backend="gloo",
