@@ -267,9 +267,8 @@ class TemporalWeightMixin(EvaluationByPosition):
     def _weigh(self, batches: list[Any], device: torch.device) -> WeightedStep:
         """The optimizer step that these batches make, with its weights."""
         across_ranks = self.args.average_tokens_across_devices and self.args.world_size > 1
-        timeline = self._new_timeline()
         step = weigh_batches(
-            [dict(batch) if POSITIONS in batch else timeline.add(batch) for batch in batches],
+            [dict(batch) if POSITIONS in batch else self._new_timeline().add(batch) for batch in batches],
             self.weighting.at(self.temporal_power),
             gather=self.accelerator.gather if across_ranks else None,
             device=device,
