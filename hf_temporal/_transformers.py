@@ -75,19 +75,16 @@ def split_between_ranks(context: Callable[[], Any], buffer: Tensor) -> Callable[
     )
 
 
-def undo_division(trainer: Any, num_items_in_batch: Tensor | int | None) -> float:
-    """What a loss is multiplied by so that `training_step` leaves it as `loss_is_scaled_for_ga` says.
+def divides_by_accumulation_steps(trainer: Any, num_items_in_batch: Tensor | int | None) -> bool:
+    """Whether `training_step` divides the loss by the number of accumulated micro-batches.
 
-    From 5.19 on that attribute is asked and this is 1. Before, the trainer divides by the accumulated micro-batches
-    whenever the model takes no keyword arguments for its loss, or there is no number of items.
+    `loss_is_scaled_for_ga` says so from 5.19 on, unless it is None; before there was no such attribute.
     """
-    if _KNOWS_SCALED_LOSSES:
-        return 1.0
-    divides = not trainer.model_accepts_loss_kwargs or num_items_in_batch is None
-    if divides == (not trainer.loss_is_scaled_for_ga):
-        return 1.0
-    steps = float(trainer.current_gradient_accumulation_steps)
-    return steps if divides else 1 / steps
+    scaled = trainer.loss_is_scaled_for_ga if _KNOWS_SCALED_LOSSES else None
+    if scaled is not None:
+        return not scaled
+    counts_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return not counts_items and trainer.compute_loss_func is None
 
 
 def init_hub_repository(trainer: Trainer, *, token: str | None, private: bool | None) -> None:
@@ -97,7 +94,7 @@ def init_hub_repository(trainer: Trainer, *, token: str | None, private: bool | 
     elif "private" in inspect.signature(trainer.init_hf_repo).parameters:
         trainer.init_hf_repo(token=token, private=private)
     else:
-        with _attribute(trainer.args, "hub_private_repo", private):
+        with attribute(trainer.args, "hub_private_repo", private):
             trainer.init_hf_repo(token=token)
 
 
@@ -125,7 +122,8 @@ def forget_eval_dataloaders(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Any:
+def attribute(owner: Any, name: str, value: Any) -> Any:
+    """While it is open, an attribute has another value."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -33,9 +33,8 @@ DOCUMENTS = "temporal_document_ids"
 LOSS_WEIGHTS = "loss_weights"
 KEPT_COLUMNS = (LOSS_WEIGHTS, "document_ids")
 TARGETS = "temporal_targets"
-TIMELINE_KEYS = (POSITIONS, DOCUMENTS, TARGETS, *KEPT_COLUMNS)
-WEIGHTS = "temporal_weights"
-OWN_KEYS = (*TIMELINE_KEYS, WEIGHTS)
+TIMES = (POSITIONS, DOCUMENTS, TARGETS)
+OWN_KEYS = (*TIMES, *KEPT_COLUMNS)
 
 PADDING_COLLATORS = (
     DataCollatorForSeq2Seq,
@@ -235,6 +234,12 @@ class TimelineCollator:
                 f"{', '.join(kind.__name__ for kind in (*PADDING_COLLATORS, DataCollatorWithFlattening))}."
             )
         return self.timeline.add(batch, pads_left=self._pads_left)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a trainer asks of its data collator, asked of the inner one."""
+        if name.startswith("__") or name in ("collator", "timeline"):  # as while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
 
     @property
     def _pads_left(self) -> bool:

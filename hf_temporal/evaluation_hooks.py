@@ -6,39 +6,24 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from hf_temporal.model.fused_head import answer_logits
-from hf_temporal.model.model_loss import ModelLoss, logits_of
+from hf_temporal.model.model_loss import logits_of
 from hf_temporal.model.weighted_loss import missing_decoder_inputs
 
-from .collator import DOCUMENTS, LOSS_WEIGHTS, POSITIONS, TIMELINE_KEYS, Timeline
+from .collator import DOCUMENTS, LOSS_WEIGHTS, OWN_KEYS, POSITIONS
 from .evaluation import PROFILE_NAME, PositionProfile, TokenLosses, save_profile
-from .weighting import TemporalWeighting
-
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
+from .timeline_hooks import TimelineHooks
 
 
-class EvaluationByPosition(_Trainer):
+class EvaluationByPosition(TimelineHooks):
     """Put in front of a `Trainer`, observes the logits of its evaluation; `TemporalWeightMixin` says what of."""
 
     _losses: TokenLosses | None = None
-    if TYPE_CHECKING:
-
-        @property
-        def weighting(self) -> TemporalWeighting: ...
-        @property
-        def _root(self) -> Any: ...
-        def _new_timeline(self) -> Timeline: ...
-        def _read_model_loss(self) -> ModelLoss: ...
-        def _problem_with(self, batch: Mapping[str, Any]) -> str: ...
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, plus the weighted loss, that of both ends and the profile by position."""
@@ -80,8 +65,10 @@ class EvaluationByPosition(_Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
+        if not isinstance(inputs, Mapping):
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         batch = dict(inputs) if POSITIONS in inputs else self._new_timeline().add(inputs)
-        timeline = {key: batch.pop(key).to(self.args.device) for key in TIMELINE_KEYS if key in batch}
+        timeline = {key: batch.pop(key).to(self.args.device) for key in OWN_KEYS if key in batch}
         if self._losses is None or POSITIONS not in timeline or self.get_cp_size() > 1 or self._problem_with(batch):
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         calls: deque[Any] = deque(maxlen=1)

@@ -1,4 +1,4 @@
-"""The weights of one optimizer step: its micro-batches with their times become batches with weights, and D."""
+"""The weights of one optimizer step: its micro-batches with their times become weights of their labels, and D."""
 
 from __future__ import annotations
 
@@ -8,10 +8,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .collator import DOCUMENTS, LOSS_WEIGHTS, POSITIONS, TARGETS, WEIGHTS, Batch
+from .collator import DOCUMENTS, LOSS_WEIGHTS, POSITIONS, TARGETS, Batch
 from .weighting import TemporalWeighting, wide_dtype
 
 LARGEST_POWER_WITHOUT_ZEROS = 16.0
+
+
+@dataclass
+class WeightedLabels:
+    """The labels of a micro-batch and their weights, by which a forward call with these labels is recognised.
+
+    Attributes:
+        labels: as they stand in the batch.
+        weights: of the shape of their first two dimensions, float32 (float64 for float64 weights of one's own).
+        denominator: D of this micro-batch alone; 1 where there is no target. 0-dim float32.
+        targets: where in the flattened labels the targets are, where that is known.
+        version: how often the labels had been changed in place when they were weighted.
+        is_split: whether ranks have split both in place, and the weights belong to `shift_labels`, if any.
+    """
+
+    labels: Tensor
+    weights: Tensor
+    denominator: Tensor
+    targets: Tensor | None
+    version: int
+    is_split: bool = False
+
+    def belong_to(self, labels: Tensor) -> bool:
+        """Whether these are the labels, unchanged, or a copy of them as on another device."""
+        if labels is self.labels:
+            return self.is_split or labels._version == self.version
+        return (
+            labels.shape == self.labels.shape
+            and self.labels._version == self.version
+            and torch.equal(labels.to(self.labels), self.labels)
+        )
 
 
 @dataclass(frozen=True)
@@ -19,16 +50,23 @@ class WeightedStep:
     """What belongs to one optimizer step.
 
     Attributes:
-        batches: its micro-batches, with `temporal_weights` in place of their times.
+        batches: its micro-batches, without their times.
+        weighted: the weights of their labels.
         denominator: D of the loss Σ wℓ / D, over all of them and all ranks; 1 where there is no target. 0-dim float32.
         power: p in force.
         effective_sample_size: (Σw)²/Σw² as a share of the target tokens; 0-dim float32.
     """
 
     batches: list[Batch]
+    weighted: list[WeightedLabels]
     denominator: Tensor
     power: float
     effective_sample_size: Tensor
+
+    def find(self, labels: Tensor) -> WeightedLabels | None:
+        """The weights of these labels: those of the very tensor if it is among them, else of one that is equal."""
+        same = [each for each in self.weighted if each.labels is labels]
+        return next((each for each in same or self.weighted if each.belong_to(labels)), None)
 
 
 def weigh_batches(
@@ -38,7 +76,7 @@ def weigh_batches(
     gather: Callable[[Tensor], Tensor] | None,
     device: torch.device,
 ) -> WeightedStep:
-    """Put `temporal_weights` in place of the times of the micro-batches of one optimizer step.
+    """Make weights of the times of the micro-batches of one optimizer step.
 
     Args:
         batches: as `Timeline.add` returns them; they are changed.
@@ -54,6 +92,7 @@ def weigh_batches(
             reference = weighting.reference_time_of(gather(reference))
     has_zeros = weighting.weight_fn is not None or abs(weighting.power) > LARGEST_POWER_WITHOUT_ZEROS
     sums = torch.zeros(4, dtype=wide_dtype(device), device=device)
+    weighted = []
     for batch in batches:
         positions, own = batch.pop(POSITIONS).to(device), batch.pop(LOSS_WEIGHTS, None)
         documents = batch.pop(DOCUMENTS, None)
@@ -64,11 +103,24 @@ def weigh_batches(
         terms = weighting.denominator_terms(weights, positions, has_loss_weights=own is not None)
         wide = weights.to(sums.dtype)
         sums += torch.stack([terms.sum(), wide.sum(), wide.square().sum(), (positions > 0).sum()])
-        batch[WEIGHTS] = weights
-        if has_zeros:
-            batch.pop(TARGETS, None)  # the list would keep positions of weight 0, which need no logits
+        targets = batch.pop(TARGETS, None)
+        batch.pop("document_ids", None)
+        labels = batch["labels"]
+        weighted.append(
+            WeightedLabels(
+                labels,
+                weights,
+                _not_zero(terms.sum().float()),
+                None if has_zeros else targets,  # the list would keep positions of weight 0, which need no logits
+                labels._version,
+            )
+        )
     if gather is not None:
         sums = gather(sums).view(-1, len(sums)).sum(0)
     denominator, total, squares, count = sums.float()
     share = total**2 / (squares * count).clamp(min=torch.finfo(torch.float32).tiny)
-    return WeightedStep(batches, denominator.where(denominator > 0, 1.0), weighting.power, share)
+    return WeightedStep(batches, weighted, _not_zero(denominator), weighting.power, share)
+
+
+def _not_zero(denominator: Tensor) -> Tensor:
+    return denominator.where(denominator > 0, 1.0)

@@ -2,55 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_temporal.hub.push import HubMixin
-from hf_temporal.model.model_loss import (
-    ModelLoss,
-    read_model_loss,
-    read_on_batch,
-    regression_problem,
-    takes_position_ids,
-)
-from hf_temporal.model.weighted_loss import chosen_fused_head, missing_decoder_inputs, weighted_sum
+from hf_temporal.model.weighted_loss import Share, WeightedForward, chosen_fused_head, missing_decoder_inputs
 
-from ._peft import base_model, is_prompt_learner
-from ._transformers import forget_eval_dataloaders, keep_columns, split_between_ranks, undo_division
+from ._transformers import (
+    attribute,
+    divides_by_accumulation_steps,
+    split_between_ranks,
+)
 from .collator import (
-    KEPT_COLUMNS,
     LOSS_WEIGHTS,
     OWN_KEYS,
     POSITIONS,
-    WEIGHTS,
+    TIMES,
     Batch,
-    Timeline,
-    TimelineCollator,
     has_time,
 )
 from .evaluation_hooks import EvaluationByPosition
 from .positions import IGNORE_INDEX, shift_left
-from .schedules import power_at
 from .step_weights import WeightedStep, weigh_batches
 from .training_args import _TemporalFields
-from .unsupported import check_arguments, check_engine
+from .unsupported import LossCheck, check_arguments, check_engine, check_loss_func, check_order
 from .weighting import TemporalWeighting
 
 
 class TemporalWeightMixin(EvaluationByPosition):
     """Put in front of a `Trainer` subclass, weights each target token's loss by t^p.
 
-    The training loss is Σ_i w_i ℓ_i / D over the accumulated batch of all ranks, with w and D from
-    `TemporalWeighting`; everything else of the trainer stays as it is. With p = 0 it is the trainer's own loss.
+    It changes one thing: inside the trainer's own `compute_loss`, in training, a call of the model with `labels`
+    returns Σ_i w_i ℓ_i / D as the model's loss in place of its mean, with w from `TemporalWeighting` and D over the
+    accumulated batch of all ranks. What the trainer adds to that loss, measures or logs stays. Where its code does not
+    pass `num_items_in_batch` on to the model, D is that of the micro-batch, as the model's mean would be. With p = 0 a
+    trainer that has a `compute_loss`, `training_step` or batches of its own is left as it is.
 
     Args:
         weighting: overrides the `temporal_*` fields of the arguments (`TemporalTrainingArguments`); where there are
@@ -61,14 +54,17 @@ class TemporalWeightMixin(EvaluationByPosition):
     `eval_head_loss`, `eval_tail_loss`, `eval_last_token_loss` and the file `loss_by_position.json` in `output_dir`.
 
     Raises:
-        ValueError: `compute_loss_func`, `nn.DataParallel`, a fused Liger cross-entropy, DeepSpeed's sequence
-            parallelism; with p ≠ 0, labels without a time dimension or a model whose own loss is not the cross-entropy
-            of its logits.
+        TypeError: the mixin stands behind its trainer.
+        ValueError: `nn.DataParallel`, a fused Liger cross-entropy, DeepSpeed's sequence parallelism; with p ≠ 0,
+            `compute_loss_func`, labels without a time dimension, a model whose own loss is not the cross-entropy of
+            its logits or, at the first step, a trainer whose loss does not come from the model's own.
 
     Source: Wang & Yan, arXiv 2307.11462.
     """
 
-    loss_is_scaled_for_ga: bool | None = True
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_order(cls, TemporalWeightMixin)
 
     def __init__(self, *args: Any, weighting: TemporalWeighting | None = None, **kwargs: Any) -> None:
         if weighting is not None and not isinstance(weighting, TemporalWeighting):
@@ -76,42 +72,17 @@ class TemporalWeightMixin(EvaluationByPosition):
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         check_arguments({**given, **given.get("kwargs", {})})
         self._given_weighting = weighting
-        self._model_loss: ModelLoss | None = None
-        self._model_read: tuple[nn.Module, bool] | None = None
-        self._problem: str | None = None
-        self._eval_timeline: Timeline | None = None
         self._step: WeightedStep | None = None
         self._sample_sizes: list[Tensor] = []
         self._is_collecting = False
+        self._is_weighted = False
         super().__init__(*args, **kwargs)
         check_engine(self)
+        if not self._is_trivial({}):
+            check_loss_func(self)
+        self.add_callback(LossCheck(self._check_weighted))
         if isinstance(self.args, _TemporalFields):
             self.args.validate_schedule(self.weighting.power)
-
-    # ---- p and w
-
-    @property
-    def weighting(self) -> TemporalWeighting:
-        """The weighting at its final power: the argument, else the arguments' fields, else `TemporalWeighting()`."""
-        if self._given_weighting is not None:
-            return self._given_weighting
-        if isinstance(self.args, _TemporalFields):
-            return self.args.temporal_weighting()
-        return TemporalWeighting()
-
-    @property
-    def temporal_power(self) -> float:
-        power = self.weighting.power
-        if not isinstance(self.args, _TemporalFields):
-            return power
-        return power_at(
-            self.state.global_step,
-            self.state.max_steps,
-            schedule=self.args.temporal_power_schedule,
-            start=self.args.temporal_power_start,
-            end=power,
-            warmup_ratio=self.args.temporal_power_warmup_ratio,
-        )
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -124,145 +95,53 @@ class TemporalWeightMixin(EvaluationByPosition):
                 "it; accepted: one of the two."
             )
 
-    # ---- t, made by the data loaders
-
-    def get_train_dataloader(self) -> Any:
-        """The trainer's own, whose batches carry t."""
-        self._sample_sizes.clear()  # of a run that was cut short, as by a batch size that did not fit
-        config: Any = self.args.accelerator_config
-        dispatches = config.dispatch_batches or isinstance(self.train_dataset, IterableDataset)
-        whole = not dispatches and self.get_cp_size() == self.get_tp_size() == 1
-        with self._making_timelines(lists_targets=whole):
-            return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        timeline = self._new_timeline()
-        if self._eval_timeline != timeline:
-            forget_eval_dataloaders(self)  # they make the times of before
-            self._eval_timeline = timeline
-        with self._making_timelines():
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        with self._making_timelines():
-            return super().get_test_dataloader(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _making_timelines(self, *, lists_targets: bool = False) -> Iterator[None]:
-        collator = self.data_collator
-        timeline = dataclasses.replace(self._new_timeline(), lists_targets=lists_targets)
-        self.data_collator = TimelineCollator(collator, timeline)
-        try:
-            yield
-        finally:
-            self.data_collator = collator
-
-    def _new_timeline(self) -> Timeline:
-        """How times are made for the model as it is now."""
-        base, loss = base_model(self._root), self._read_model_loss()
-        config = getattr(base, "config", None)
-        return Timeline(
-            origin=self.weighting.origin,
-            shifts_labels=loss.shifts_labels,
-            encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
-            takes_position_ids=loss.shifts_labels and takes_position_ids(base),
-            takes_packed_rows=not is_prompt_learner(self._root),
-            ranks_per_row=self.get_cp_size(),
-            vocabulary=loss.vocabulary,
-            pad_token_id=getattr(config, "pad_token_id", None),
-        )
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        keep_columns(self, KEPT_COLUMNS)
-
-    # ---- the model's own loss
-
-    @property
-    def _root(self) -> Any:
-        """The model inside any wrapper of accelerate's, a `PeftModel` included."""
-        return self.accelerator.unwrap_model(self.model) if self.is_fsdp_enabled else self.model
-
-    def _read_model_loss(self) -> ModelLoss:
-        key = (self._root, self._can_run)
-        if self._model_loss is None or self._model_read != key:
-            self._model_loss, self._model_read = read_model_loss(self._root, can_run=self._can_run), key
-            self._problem = None
-        return self._model_loss
-
-    @property
-    def _can_run(self) -> bool:
-        """Whether the model can be tried out on a few tokens, under FSDP2 by all ranks at once.
-
-        Before FSDP2 shards a model, the weights may be on the first rank alone; FSDP1 and DeepSpeed gather theirs in
-        the wrapper's forward only.
-        """
-        if self.is_fsdp_enabled:
-            return isinstance(self._root, FSDPModule)
-        return not self.is_deepspeed_enabled
-
-    def _check_power_is_0(self, batch: Mapping[str, Any], problem: str) -> None:
-        """Raise a `ValueError` where weights are asked for that this batch has no place for."""
-        trivial = self.weighting.power == 0 and self.weighting.weight_fn is None and self.temporal_power == 0
-        if trivial and batch.get(LOSS_WEIGHTS) is None:
-            return
-        raise ValueError(
-            f"{type(base_model(self._root)).__name__} with {problem}: there is no loss per time to weight. Accepted: "
-            f"power=0 without {LOSS_WEIGHTS} (the usual loss), or labels of shape [batch, time] and logits of shape "
-            "[batch, time, vocabulary]."
-        )
-
-    def _problem_with(self, batch: Mapping[str, Any]) -> str:
-        """Why there is no loss per time to weight, else empty; where need be a model's loss is read on this batch."""
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor):
-            return "no labels" if labels is None else f"labels of type {type(labels).__name__}"
-        if not has_time(labels):
-            return f"labels of shape {tuple(labels.shape)}"
-        loss = self._read_model_loss()
-        if loss.is_read and not labels.is_floating_point():
-            return loss.unsupported
-        if self._problem is None:
-            inputs = self._prepare_inputs({key: value for key, value in batch.items() if key not in OWN_KEYS})
-            if labels.is_floating_point():
-                self._problem = regression_problem(self._root, inputs) if self._can_run else ""
-            else:
-                self._model_loss = read_on_batch(self._root, loss, inputs)
-                self._problem = self._model_loss.unsupported
-        return self._problem
-
     # ---- training
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """The trainer's own, which under DeepSpeed would round the weights to the model's bf16 or fp16."""
-        kept = {key: inputs[key].to(self.args.device) for key in (WEIGHTS, LOSS_WEIGHTS) if key in inputs}
-        prepared = super()._prepare_inputs(inputs)
-        return {**prepared, **kept} if kept else prepared
+    def get_train_dataloader(self) -> Any:
+        self._sample_sizes.clear()  # of a run that was cut short, as by a batch size that did not fit
+        return super().get_train_dataloader()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of an optimizer step with their weights, and D in place of the number of items."""
-        self._is_collecting = True
+        """The micro-batches of an optimizer step, and D in place of the number of items."""
+        self._step, self._is_collecting = None, True
+        collected: list[tuple[Tensor, int]] = []
         try:
-            batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, num_items_in_batch = super().get_batch_samples(
+                _recorded(epoch_iterator, collected), num_batches, device
+            )
         finally:
             self._is_collecting = False
-        if not batches:
-            return batches, num_items_in_batch
-        problem = self._problem_with(batches[0])
-        self.loss_is_scaled_for_ga = None if problem else True
-        if problem:
+        if not batches or self._is_left_alone(batches[0]):
+            return [_without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
+        if problem := self._problem_with(batches[0]):
             self._check_power_is_0(batches[0], problem)
-            return batches, num_items_in_batch
-        step = self._weigh(batches, device)
-        return step.batches, step.denominator
+            return [_without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
+        check_loss_func(self)
+        batches = [batch if _is_unchanged(batch, collected) else _without(batch, TIMES) for batch in batches]
+        step = self._step = self._weigh(batches, device)
+        self._sample_sizes.append(step.effective_sample_size)
+        if not self._has_own("_get_num_items_in_batch"):
+            return step.batches, step.denominator
+        if self.weighting.normalization != "sequence" or LOSS_WEIGHTS in batches[0]:
+            raise ValueError(
+                f"{type(self).__name__} counts the items of a batch itself (_get_num_items_in_batch), beside "
+                f"normalization={self.weighting.normalization!r} or {LOSS_WEIGHTS}, which need a D of their own. "
+                "Accepted: normalization='sequence' without it, or the trainer's own count."
+            )
+        return step.batches, num_items_in_batch
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """The trainer's own count; left out, with its gathering over all ranks, where D takes its place."""
-        if self._is_collecting and batch_samples and not self._problem_with(batch_samples[0]):
-            return None
-        return super()._get_num_items_in_batch(batch_samples, device)
+        is_needed = (
+            not self._is_collecting
+            or not batch_samples
+            or self._has_own("_get_num_items_in_batch")
+            or self._is_left_alone(batch_samples[0])
+            or self._problem_with(batch_samples[0])
+        )
+        return super()._get_num_items_in_batch(batch_samples, device) if is_needed else None
 
     def _weigh(self, batches: list[Any], device: torch.device) -> WeightedStep:
         """The optimizer step that these batches make, with its weights."""
@@ -273,24 +152,24 @@ class TemporalWeightMixin(EvaluationByPosition):
             gather=self.accelerator.gather if across_ranks else None,
             device=device,
         )
-        step = dataclasses.replace(step, denominator=step.denominator / (self.get_tp_size() * self.get_cp_size()))
-        self._step = step
-        self._sample_sizes.append(step.effective_sample_size)
-        return step
+        return dataclasses.replace(step, denominator=step.denominator / (self.get_tp_size() * self.get_cp_size()))
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Batch) -> tuple[Any, Batch]:
         """The trainer's own, which splits rows between ranks, with the weights split as the labels are.
 
         Where the model shifts its labels they have to be shifted before that, and the weights with them.
         """
-        if self.get_cp_size() == 1 or WEIGHTS not in inputs:
+        found = None
+        if self._step is not None and self.get_cp_size() > 1:
+            found = self._step.find(inputs["labels"])
+        if found is None:
             return super()._prepare_context_parallel_inputs(model, inputs)
-        labels = inputs["labels"]
-        if self._read_model_loss().shifts_labels and not labels.is_floating_point():
-            shifted = shift_left(labels, IGNORE_INDEX)
-            inputs = {**inputs, WEIGHTS: shift_left(inputs[WEIGHTS], 0.0), "shift_labels": shifted}
+        if self._read_model_loss().shifts_labels and not found.labels.is_floating_point():
+            found.weights = shift_left(found.weights, 0.0)
+            inputs = {**inputs, "shift_labels": shift_left(found.labels, IGNORE_INDEX)}
+        found.is_split = True
         context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
-        return split_between_ranks(context, inputs[WEIGHTS]), inputs
+        return split_between_ranks(context, found.weights), inputs
 
     def compute_loss(
         self,
@@ -299,57 +178,107 @@ class TemporalWeightMixin(EvaluationByPosition):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Σ wℓ / D of a micro-batch in training, the trainer's own loss in evaluation.
+        """The trainer's own, in training with Σ wℓ / D as the loss of the model that it calls.
 
         `num_items_in_batch` is D as `get_batch_samples` returns it; a batch that did not come from there is weighted
         by itself. With `return_outputs` the model's outputs are complete, logits included.
         """
-        problem = self._problem_with(inputs) if model.training else ""
+        weighs = model.training and not self._is_left_alone(inputs)
+        problem = self._problem_with(inputs) if weighs else ""
         if problem:
             self._check_power_is_0(inputs, problem)
-        if problem or not model.training:
-            inputs = {key: value for key, value in inputs.items() if key not in OWN_KEYS}
-            if self.label_smoother is not None and has_time(inputs.get("labels")):
-                # the trainer's label smoother takes the labels out, without which the decoder would have no inputs
-                inputs |= missing_decoder_inputs(self._root, inputs, inputs["labels"])
-            elif not (model.training or self._read_model_loss().counts_items):
-                num_items_in_batch = None
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
-        given_items = num_items_in_batch
-        self.loss_is_scaled_for_ga = WEIGHTS in inputs and num_items_in_batch is not None
-        if WEIGHTS not in inputs or num_items_in_batch is None:
+        if problem or not weighs:
+            return self._unweighted_loss(model, inputs, return_outputs, num_items_in_batch)
+        check_loss_func(self)
+        steps = [] if self._step is None else [self._step]
+        if not any(step.find(inputs["labels"]) for step in steps):
             if self.get_cp_size() > 1:
                 raise ValueError(
                     f"a batch that did not come from get_batch_samples, split between {self.get_cp_size()} ranks "
                     "(cp_size): its weights need the whole rows. Accepted: trainer.train()."
                 )
-            step = self._weigh([inputs], self.args.device)
-            (inputs,), num_items_in_batch = step.batches, step.denominator
-        copies = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
-        # The weights are divided instead of the loss: gradients that are made in the forward pass are then final.
-        weights = inputs[WEIGHTS] * (copies / num_items_in_batch)
+            steps.append(self._weigh([inputs], self.args.device))
         own = self._read_model_loss()
         mode = self.args.temporal_fused_head if isinstance(self.args, _TemporalFields) else "auto"
-        needs_logits = return_outputs or own.needs_labels or inputs["labels"].is_floating_point()
-        loss, outputs = weighted_sum(
-            model,
+        sees_logits = return_outputs or (mode == "auto" and self._has_own("compute_loss", behind=True))
+        needs_logits = sees_logits or own.needs_labels or inputs["labels"].is_floating_point()
+        forward = WeightedForward(
             self._root,
             own,
-            {**inputs, WEIGHTS: weights},
-            is_shifted=self.get_cp_size() > 1 and "shift_labels" in inputs,
+            functools.partial(self._share_of, steps, num_items_in_batch),
+            self._note_weighted,
             fused_head=None if needs_logits else chosen_fused_head(self._root, own, mode),
             label_smoothing=self.args.label_smoothing_factor if self.label_smoother is not None else 0.0,
             regression_loss=self.weighting.regression_loss,
         )
-        coefficient = own.auxiliary_coefficient
-        if coefficient and isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
-            steps = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
-            loss = loss + coefficient * outputs["aux_loss"].to(loss.device) / steps
-        if (factor := undo_division(self, given_items)) != 1:
-            loss = loss * factor
-        return (loss, outputs) if return_outputs else loss
+        with forward.around(model), attribute(self, "label_smoother", None):
+            return super().compute_loss(
+                model,
+                _without(inputs, OWN_KEYS),
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+            )
+
+    def _unweighted_loss(self, model: nn.Module, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
+        """The trainer's own loss, in evaluation of encoder–decoders put right."""
+        inputs = _without(inputs, OWN_KEYS)
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        if self.label_smoother is not None and labels is not None and has_time(labels):
+            # the trainer's label smoother takes the labels out, without which the decoder would have no inputs
+            inputs |= missing_decoder_inputs(self._root, inputs, labels)
+        elif not (model.training or self._read_model_loss().counts_items):
+            num_items_in_batch = None
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    def _share_of(self, steps: list[WeightedStep], num_items_in_batch: Any, call: Batch) -> Share:
+        """What a forward call of the model adds to the loss, so that it is right after the trainer has scaled it.
+
+        Args:
+            steps: those whose labels are known, the optimizer step in progress first.
+            num_items_in_batch: what `compute_loss` was given.
+            call: the keyword arguments of the call.
+        """
+        items = call.get("num_items_in_batch")
+        known = [(step, found) for step in steps if (found := step.find(call["labels"])) is not None]
+        if not known:
+            alone = self._weigh([_without(call, ("num_items_in_batch",))], self.args.device)
+            known = [(alone, alone.weighted[0])]
+        step, found = known[0]
+        coefficient = self._read_model_loss().auxiliary_coefficient
+        micro_batches = self.current_gradient_accumulation_steps if step is self._step else 1
+        copies = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        if items is not None:  # the trainer then multiplies by the copies
+            return Share(found, 1 / items, coefficient / (micro_batches * copies))
+        if step is not self._step:
+            return Share(found, copies / step.denominator, coefficient)
+        if self.model_accepts_loss_kwargs:  # the trainer's code asks for the mean of this micro-batch
+            return Share(found, 1 / found.denominator, coefficient)
+        divided = micro_batches if divides_by_accumulation_steps(self, num_items_in_batch) else 1
+        return Share(found, copies * divided / step.denominator, coefficient * divided / micro_batches)
+
+    def _note_weighted(self, _: Tensor) -> None:
+        self._is_weighted = True
+
+    def _check_weighted(self) -> None:
+        """Look, after the backward passes of a step, whether what was minimised is the weighted loss.
+
+        Raises:
+            ValueError: it is not, and p ≠ 0.
+        """
+        step, is_weighted, self._is_weighted = self._step, self._is_weighted, False
+        if step is None or is_weighted:
+            return
+        self._step = None
+        self._sample_sizes.clear()
+        if not self._is_trivial({}):
+            raise ValueError(
+                f"the loss of {type(self).__name__} does not come from the model's own: its compute_loss (or "
+                "training_step) calls the model without labels, or leaves the loss that the model returns. Accepted: "
+                "loss, outputs = super().compute_loss(model, inputs, return_outputs=True), to which terms may be "
+                "added; or power=0."
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds `temporal_power` and `effective_sample_size` to the logs of the training loss."""
@@ -373,3 +302,23 @@ class TemporalWeightTrainer(TemporalWeightMixin, HubMixin, Trainer):
 
 class TemporalWeightSeq2SeqTrainer(TemporalWeightMixin, HubMixin, Seq2SeqTrainer):
     """A drop-in for `Seq2SeqTrainer` that weights each target token's loss by t^p, see `TemporalWeightMixin`."""
+
+
+def _recorded(batches: Iterator[Any], collected: list[tuple[Tensor, int]]) -> Iterator[Any]:
+    """The batches as they come, their labels listed, with how often those were changed in place so far."""
+    for batch in batches:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor):
+            collected.append((labels, labels._version))
+        yield batch
+
+
+def _is_unchanged(batch: Any, collected: list[tuple[Tensor, int]]) -> bool:
+    """Whether a batch has the labels that it was collected with, to which its times belong."""
+    return any(batch["labels"] is labels and labels._version == version for labels, version in collected)
+
+
+def _without(batch: Any, keys: Collection[str]) -> Any:
+    if not isinstance(batch, Mapping) or not any(key in batch for key in keys):
+        return batch
+    return {key: value for key, value in batch.items() if key not in keys}

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
     """Look at the arguments that a trainer is made with.
 
     Raises:
-        ValueError: `compute_loss_func`, or a cross-entropy of Liger's.
+        ValueError: a cross-entropy of Liger's.
     """
-    if given.get("compute_loss_func") is not None:
-        raise ValueError(
-            "compute_loss_func cannot be combined with a position-weighted loss: it never sees the positions. "
-            "Accepted instead: TemporalWeighting(weight_fn=...) for a shape of your own, or a loss_weights column."
-        )
     args = given.get("args")
     if not getattr(args, "use_liger_kernel", False):
         return
@@ -29,6 +24,46 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "weights. Accepted: liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}; "
             "the fused head here takes its place."
         )
+
+
+def check_loss_func(trainer: Trainer) -> None:
+    """Look for a `compute_loss_func`, which may be set at any time.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "compute_loss_func cannot be combined with a position-weighted loss: it never sees the positions. "
+            "Accepted instead: TemporalWeighting(weight_fn=...) for a shape of your own, a loss_weights column, or "
+            "power=0 without one."
+        )
+
+
+def check_order(kind: type, mixin: type) -> None:
+    """Look at the bases of a trainer that the mixin is one of.
+
+    Raises:
+        TypeError: the mixin stands behind transformers' trainer, whose methods then hide its own.
+    """
+    order = kind.__mro__
+    if Trainer in order and order.index(Trainer) < order.index(mixin):
+        names = ", ".join(base.__name__ for base in kind.__bases__)
+        raise TypeError(
+            f"class {kind.__name__}({names}): {mixin.__name__} behind the trainer changes nothing. Accepted: "
+            f"class {kind.__name__}({mixin.__name__}, ...), the mixin first."
+        )
+
+
+class LossCheck(TrainerCallback):
+    """Calls `check` once the gradients of an optimizer step are there."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Before the model changes."""
+        self._check()
 
 
 def check_engine(trainer: Trainer) -> None:

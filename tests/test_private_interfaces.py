@@ -100,24 +100,26 @@ class PlainLoss(nn.Module):
 
 
 @pytest.mark.parametrize("model", ["plain", "llama"])
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("scaled", [True, False, None])
 @pytest.mark.parametrize("items", [None, torch.tensor(8)])
-def test_losses_are_divided_as_loss_is_scaled_for_ga_says(
-    model: str, scaled: bool, items: Tensor | None, tmp_path: Path
+def test_losses_are_divided_as_the_trainer_divides_them(
+    model: str, scaled: bool | None, items: Tensor | None, tmp_path: Path
 ) -> None:
+    divided: list[bool] = []
+
     class Own(Trainer):
         loss_is_scaled_for_ga = scaled
 
         def compute_loss(self, model: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
-            loss = 6.0 + 0.0 * next(model.parameters()).sum()
-            return loss * _transformers.undo_division(self, num_items_in_batch)
+            divided.append(_transformers.divides_by_accumulation_steps(self, num_items_in_batch))
+            return 6.0 + 0.0 * next(model.parameters()).sum()
 
     args = TrainingArguments(str(tmp_path), gradient_accumulation_steps=3, use_cpu=True, report_to="none")
     owner: Any = Own(PlainLoss() if model == "plain" else tiny_model(model), args, train_dataset=ROWS)
     owner.current_gradient_accumulation_steps = 3
     owner.create_optimizer()
     loss = owner.training_step(owner.model, PadCollator()(ROWS), items)
-    assert float(loss) == pytest.approx(6.0 if scaled else 2.0), "Trainer.training_step"
+    assert float(loss) == pytest.approx(2.0 if divided[0] else 6.0), "Trainer.training_step"
 
 
 def test_get_batch_samples_counts_items_by_get_num_items_in_batch(tmp_path: Path) -> None:

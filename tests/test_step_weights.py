@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeighting, TemporalWeightTrainer
-from hf_temporal.collator import POSITIONS, TARGETS, WEIGHTS
+from hf_temporal.collator import POSITIONS, TARGETS
 from hf_temporal.step_weights import weigh_batches
 from tests.tiny_models import tiny_model
 
@@ -21,7 +21,10 @@ POSITIONS_OF_TWO = ([[0, 1, 2, 3]], [[1, 2, 0, 0]])
 
 
 def batches() -> list[dict[str, Tensor]]:
-    return [{POSITIONS: torch.tensor(rows), TARGETS: torch.arange(2)} for rows in POSITIONS_OF_TWO]
+    return [
+        {"labels": torch.tensor(rows) - 1, POSITIONS: torch.tensor(rows), TARGETS: torch.arange(2)}
+        for rows in POSITIONS_OF_TWO
+    ]
 
 
 @pytest.mark.parametrize(
@@ -33,12 +36,12 @@ def test_a_step_by_hand(normalization: str, denominator: float, weights: list[fl
     weighting = TemporalWeighting(power=1.0, normalization=normalization)
     step = weigh_batches(batches(), weighting, gather=None, device=CPU)
     scale = 3.0 if normalization == "batch" else 1.0  # under "batch" up to one factor common to the step
-    assert (step.batches[0][WEIGHTS] * scale).tolist() == [[0.0, *weights]]
+    assert (step.weighted[0].weights * scale).tolist() == [[0.0, *weights]]
     assert step.denominator.item() * scale == pytest.approx(denominator)
     assert step.power == 1.0
-    w = [*step.batches[0][WEIGHTS][0, 1:].tolist(), *step.batches[1][WEIGHTS][0, :2].tolist()]
+    w = [*step.weighted[0].weights[0, 1:].tolist(), *step.weighted[1].weights[0, :2].tolist()]
     assert step.effective_sample_size.item() == pytest.approx(sum(w) ** 2 / sum(x * x for x in w) / 5)
-    assert all(POSITIONS not in batch for batch in step.batches)
+    assert all(batch.keys() == {"labels"} for batch in step.batches)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,7 @@ def test_a_step_by_hand(normalization: str, denominator: float, weights: list[fl
 )
 def test_targets_are_listed_where_no_weight_is_zero(weighting: TemporalWeighting, kept: bool) -> None:
     step = weigh_batches(batches(), weighting, gather=None, device=CPU)
-    assert [TARGETS in batch for batch in step.batches] == [kept, kept]
+    assert [each.targets is not None for each in step.weighted] == [kept, kept]
 
 
 @pytest.mark.parametrize("power", [2.0, 0.0])

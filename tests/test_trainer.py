@@ -120,11 +120,11 @@ def test_compute_loss_called_by_hand_weighs_the_batch_by_itself(tmp_path: Path) 
     loss, outputs = one.compute_loss(one.model, dict(batch), return_outputs=True)  # type: ignore[arg-type]
     assert outputs["logits"].shape == (*batch["labels"].shape, 97)
     step = one._weigh([batch], torch.device("cpu"))
-    (ready,), denominator = step.batches, step.denominator
+    (ready,), denominator = step.weighted, step.denominator
     assert denominator == (batch["labels"][:, 1:] != -100).sum()
     log_p = outputs["logits"].double().log_softmax(-1)[:, :-1]
     nll = -log_p.gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
-    weights = ready["temporal_weights"][:, 1:].double()
+    weights = ready.weights[:, 1:].double()
     torch.testing.assert_close(loss.double(), (weights * nll).sum() / denominator, rtol=1e-6, atol=0)
 
 

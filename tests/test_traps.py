@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeighting, TemporalWeightTrainer
-from hf_temporal.collator import LOSS_WEIGHTS, WEIGHTS, TimelineCollator
+from hf_temporal.collator import LOSS_WEIGHTS, TimelineCollator
 from hf_temporal.model.model_loss import read_model_loss
 from tests.test_collator import CAUSAL, tokenizer
 from tests.tiny_models import PadCollator, causal_examples, tiny_model
@@ -59,16 +59,23 @@ def test_negative_power_after_a_long_prompt(normalization: str, document_ids: Te
 
 
 def test_deepspeed_does_not_round_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It brings each float of a batch to the model's dtype."""
+    """It brings each float of a batch to the model's dtype, so none of ours may stand there."""
     trainer = TemporalWeightTrainer(tiny_model("llama"), TrainingArguments(str(tmp_path), use_cpu=True))
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
     monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin)
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
-    weights = torch.rand(2, 5)
-    batch = trainer._prepare_inputs({"features": weights, WEIGHTS: weights, LOSS_WEIGHTS: weights})
-    assert batch["features"].dtype == torch.bfloat16
-    assert torch.equal(batch[WEIGHTS], weights)
-    assert torch.equal(batch[LOSS_WEIGHTS], weights)
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.ones(2, 5, dtype=torch.long)}
+    batch |= {"features": torch.rand(2, 5), LOSS_WEIGHTS: torch.rand(2, 5)}
+    (collected,), _ = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    prepared = trainer._prepare_inputs(collected)
+    assert prepared["features"].dtype == torch.bfloat16
+    assert prepared.keys() == {"input_ids", "labels", "features"}
+    assert trainer._step is not None
+    found = trainer._step.find(prepared["labels"])
+    assert found is not None
+    torch.testing.assert_close(
+        found.weights[:, 1:].sum(), (batch[LOSS_WEIGHTS][:, 1:] * torch.tensor([0.4, 0.8, 1.2, 1.6])).sum()
+    )
 
 
 def test_sharded_weights_keep_the_auxiliary_loss() -> None:

@@ -1,16 +1,20 @@
-"""Σ wℓ of a batch, in place of the model's own mean: through the fused head, or from the logits."""
+"""Σ wℓ / D as a model's own loss: computed around its forward call, by the fused head or from the logits."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_temporal._peft import base_model
-from hf_temporal.collator import OWN_KEYS, TARGETS, WEIGHTS, Batch
+from hf_temporal.collator import Batch
 from hf_temporal.losses import weighted_cross_entropy, weighted_regression_loss
 from hf_temporal.positions import IGNORE_INDEX, shift_left
+from hf_temporal.step_weights import WeightedLabels
 
 from .fused_head import FusedHead, answer_logits
 from .model_loss import ModelLoss, decoder_inputs, logits_of
@@ -20,53 +24,147 @@ logger = logging.get_logger(__name__)
 SMALLEST_VOCABULARY_TO_FUSE = 1024
 
 
-def weighted_sum(
-    model: nn.Module,
-    root: nn.Module,
-    own: ModelLoss,
-    inputs: Batch,
-    *,
-    is_shifted: bool,
-    fused_head: FusedHead | None,
-    label_smoothing: float,
-    regression_loss: str,
-) -> tuple[Tensor, Any]:
-    """Σ_i w_i ℓ_i over the target tokens of a batch, and the model's outputs.
+@dataclass(frozen=True)
+class Share:
+    """What one forward call adds to the loss of its optimizer step.
+
+    Attributes:
+        weighted: the weights of its labels.
+        scale: 1 / D, with what the trainer will multiply or divide the model's loss by undone.
+        auxiliary_scale: the same for a mixture-of-experts auxiliary loss, its coefficient included.
+    """
+
+    weighted: WeightedLabels
+    scale: Tensor | float
+    auxiliary_scale: float
+
+
+class WeightedForward:
+    """While it is `around` a model, each forward call with `labels` returns Σ_i w_i ℓ_i / D as the model's loss.
+
+    Calls without labels stay as they are, and so do all other outputs of a call; where the fused head is in use there
+    are no logits.
 
     Args:
-        model: what is called, `root` or what wraps it.
         root: the model inside any wrapper of accelerate's, a `PeftModel` included.
         own: how the model makes its own loss of logits and labels.
-        inputs: a batch with `labels` and `temporal_weights`.
-        is_shifted: whether the weights are shifted already and belong to its `shift_labels`, as where rows are split
-            between ranks.
-        fused_head: None to compute the loss from the logits, which are then among the outputs.
+        share_of: of a call's keyword arguments.
+        on_backward: called once the gradient of such a loss is asked for.
+        fused_head: None to compute the loss from the logits.
         label_smoothing: ε.
         regression_loss: the error of float labels.
     """
-    labels, weights, shifted = inputs["labels"], inputs[WEIGHTS], inputs.get("shift_labels")
-    targets = inputs.get(TARGETS)
-    inputs = {key: value for key, value in inputs.items() if key not in (*OWN_KEYS, "labels", "shift_labels")}
-    if labels.is_floating_point():
-        outputs = model(**inputs, labels=labels)
-        total, _ = weighted_regression_loss(logits_of(outputs, labels), labels, weights, kind=regression_loss)
-        return total, outputs
-    inputs |= {"labels": labels} if own.needs_labels else missing_decoder_inputs(root, inputs, labels)
-    if is_shifted and shifted is not None:
-        labels = shifted
-    elif own.shifts_labels:
-        labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
-        targets = None if targets is None else targets - 1
-    labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
-    if fused_head is not None:
-        computing = fused_head.computing(root, labels, weights, targets=targets, label_smoothing=label_smoothing)
-        with computing as loss_of:
-            outputs = model(**inputs)
-            return loss_of(outputs), outputs
-    outputs = model(**inputs)
-    logits = answer_logits(root, logits_of(outputs, labels), labels.shape[1])
-    total, _ = weighted_cross_entropy(logits, labels, weights, label_smoothing=label_smoothing)
-    return total, outputs
+
+    def __init__(
+        self,
+        root: nn.Module,
+        own: ModelLoss,
+        share_of: Callable[[Batch], Share],
+        on_backward: Callable[[Tensor], None],
+        *,
+        fused_head: FusedHead | None,
+        label_smoothing: float,
+        regression_loss: str,
+    ) -> None:
+        self._root, self._own, self._share_of, self._on_backward = root, own, share_of, on_backward
+        self._fused_head = fused_head
+        self._label_smoothing, self._regression_loss = label_smoothing, regression_loss
+        self._call: _Call | None = None
+        self._fused = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def around(self, model: nn.Module) -> Iterator[None]:
+        """`model` is what the trainer calls: the root, or what wraps it."""
+        hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+        try:
+            yield
+        finally:
+            self._fused.close()
+            for hook in hooks:
+                hook.remove()
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Batch) -> tuple[tuple[Any, ...], Batch] | None:
+        labels = kwargs.get("labels")
+        if not isinstance(labels, Tensor):
+            return None
+        share = self._share_of(kwargs)
+        weights, targets = share.weighted.weights * share.scale, share.weighted.targets
+        shifted = kwargs.get("shift_labels")
+        inputs = {
+            key: value for key, value in kwargs.items() if key not in ("labels", "shift_labels", "num_items_in_batch")
+        }
+        if labels.is_floating_point():
+            self._call = _Call(labels, weights, share.auxiliary_scale, has_own_loss=True)
+            return args, {**inputs, "labels": labels}
+        inputs |= {"labels": labels} if self._own.needs_labels else missing_decoder_inputs(self._root, inputs, labels)
+        if share.weighted.is_split and shifted is not None:
+            labels = shifted
+        elif self._own.shifts_labels:
+            labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
+            targets = None if targets is None else targets - 1
+        # The weights are divided instead of the loss: gradients that are made in the forward pass are then final.
+        labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
+        self._call = _Call(labels, weights, share.auxiliary_scale, has_own_loss=self._own.needs_labels)
+        if self._fused_head is not None:
+            self._call.loss_of = self._fused.enter_context(
+                self._fused_head.computing(
+                    self._root, labels, weights, targets=targets, label_smoothing=self._label_smoothing
+                )
+            )
+        return args, inputs
+
+    def _after(self, _: nn.Module, __: Any, outputs: Any) -> Any:
+        call, self._call = self._call, None
+        if call is None:
+            return None
+        self._fused.close()
+        loss = call.loss_of(outputs) if call.loss_of is not None else self._from_logits(call, outputs)
+        auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+        if auxiliary is not None and call.auxiliary_scale:
+            loss = loss + call.auxiliary_scale * auxiliary.to(loss.device)
+        if loss.requires_grad:
+            loss.register_hook(self._on_backward)
+        if call.loss_of is not None:
+            return OutputsWithoutLogits({**outputs, "loss": loss})
+        if not isinstance(outputs, Mapping):
+            return (loss, *outputs[1:]) if call.has_own_loss else (loss, *outputs)
+        others: dict[str, Any] = {key: value for key, value in outputs.items() if key != "loss"}
+        return dict(loss=loss, **others) if type(outputs) is dict else type(outputs)(loss=loss, **others)  # type: ignore[call-arg]
+
+    def _from_logits(self, call: _Call, outputs: Any) -> Tensor:
+        logits = logits_of(outputs, call.labels)
+        if call.labels.is_floating_point():
+            total, _ = weighted_regression_loss(logits, call.labels, call.weights, kind=self._regression_loss)
+            return total
+        logits = answer_logits(self._root, logits, call.labels.shape[1])
+        total, _ = weighted_cross_entropy(logits, call.labels, call.weights, label_smoothing=self._label_smoothing)
+        return total
+
+
+@dataclass
+class _Call:
+    """One forward call: `labels` aligned with the logits, and how its loss is read where the head was fused."""
+
+    labels: Tensor
+    weights: Tensor
+    auxiliary_scale: float
+    has_own_loss: bool
+    loss_of: Callable[[Mapping[str, Any]], Tensor] | None = None
+
+
+class OutputsWithoutLogits(dict[str, Any]):
+    """A model's outputs where the fused head took the place of the logits."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(
+            f"the model's outputs have no {name}: the fused head leaves {', '.join(self)} alone. "
+            "Accepted: temporal_fused_head='off' for a trainer that looks at the logits."
+        )
 
 
 def missing_decoder_inputs(root: nn.Module, inputs: Batch, labels: Tensor) -> Batch:

@@ -1,0 +1,212 @@
+"""The hooks of a `Trainer` by which its batches get their times, which need to know how its model makes its loss."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+
+from hf_temporal.model.model_loss import (
+    ModelLoss,
+    read_model_loss,
+    read_on_batch,
+    regression_problem,
+    takes_position_ids,
+)
+
+from ._peft import base_model, is_prompt_learner
+from ._transformers import forget_eval_dataloaders, keep_columns
+from .collator import KEPT_COLUMNS, LOSS_WEIGHTS, OWN_KEYS, Timeline, TimelineCollator, has_time
+from .schedules import power_at
+from .training_args import _TemporalFields
+from .weighting import TemporalWeighting
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class TimelineHooks(_Trainer):
+    """Put in front of a `Trainer`, gives the batches of its data loaders their times, as its model needs them."""
+
+    _given_weighting: TemporalWeighting | None = None
+    _model_loss: ModelLoss | None = None
+    _model_read: tuple[nn.Module, bool, int] | None = None
+    _problem: str | None = None
+    _eval_timeline: Timeline | None = None
+
+    # ---- p and w
+
+    @property
+    def weighting(self) -> TemporalWeighting:
+        """The weighting at its final power: the argument, else the arguments' fields, else `TemporalWeighting()`."""
+        if self._given_weighting is not None:
+            return self._given_weighting
+        if isinstance(self.args, _TemporalFields):
+            return self.args.temporal_weighting()
+        return TemporalWeighting()
+
+    @property
+    def temporal_power(self) -> float:
+        power = self.weighting.power
+        if not isinstance(self.args, _TemporalFields):
+            return power
+        return power_at(
+            self.state.global_step,
+            self.state.max_steps,
+            schedule=self.args.temporal_power_schedule,
+            start=self.args.temporal_power_start,
+            end=power,
+            warmup_ratio=self.args.temporal_power_warmup_ratio,
+        )
+
+    # ---- t, made by the data loaders
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's own, whose batches carry t."""
+        config: Any = self.args.accelerator_config
+        dispatches = config.dispatch_batches or isinstance(self.train_dataset, IterableDataset)
+        whole = not dispatches and self.get_cp_size() == self.get_tp_size() == 1
+        with self._making_timelines(lists_targets=whole):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        timeline = self._new_timeline()
+        if self._eval_timeline != timeline:
+            forget_eval_dataloaders(self)  # they make the times of before
+            self._eval_timeline = timeline
+        with self._making_timelines():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._making_timelines():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _making_timelines(self, *, lists_targets: bool = False) -> Iterator[None]:
+        collator = self.data_collator
+        timeline = dataclasses.replace(self._new_timeline(), lists_targets=lists_targets)
+        self.data_collator = TimelineCollator(collator, timeline)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def _new_timeline(self) -> Timeline:
+        """How times are made for the model as it is now."""
+        base, loss = base_model(self._root), self._read_model_loss()
+        config = getattr(base, "config", None)
+        return Timeline(
+            origin=self.weighting.origin,
+            shifts_labels=loss.shifts_labels,
+            encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+            takes_position_ids=loss.shifts_labels and takes_position_ids(base) and not self._is_left_alone({}),
+            takes_packed_rows=not is_prompt_learner(self._root),
+            ranks_per_row=self.get_cp_size(),
+            vocabulary=loss.vocabulary,
+            pad_token_id=getattr(config, "pad_token_id", None),
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        keep_columns(self, KEPT_COLUMNS)
+
+    # ---- the model's own loss
+
+    @property
+    def _root(self) -> Any:
+        """The model inside any wrapper of accelerate's, a `PeftModel` included."""
+        return self.accelerator.unwrap_model(self.model) if self.is_fsdp_enabled else self.model
+
+    def _read_model_loss(self) -> ModelLoss:
+        key = (self._root, self._can_run, _embedding_rows(self._root))
+        if self._model_loss is None or self._model_read != key:
+            self._model_loss, self._model_read = read_model_loss(self._root, can_run=self._can_run), key
+            self._problem = None
+        return self._model_loss
+
+    @property
+    def _can_run(self) -> bool:
+        """Whether the model can be tried out on a few tokens, under FSDP2 by all ranks at once.
+
+        Before FSDP2 shards a model, the weights may be on the first rank alone; FSDP1 and DeepSpeed gather theirs in
+        the wrapper's forward only.
+        """
+        if self.is_fsdp_enabled:
+            return isinstance(self._root, FSDPModule)
+        return not self.is_deepspeed_enabled
+
+    def _is_trivial(self, batch: Any) -> bool:
+        """Whether all weights are 1, throughout training."""
+        weighting = self.weighting
+        has_own = isinstance(batch, Mapping) and batch.get(LOSS_WEIGHTS) is not None
+        return weighting.power == 0 and weighting.weight_fn is None and self.temporal_power == 0 and not has_own
+
+    def _check_power_is_0(self, batch: Any, problem: str) -> None:
+        """Raise a `ValueError` where weights are asked for that this batch has no place for."""
+        if self._is_trivial(batch):
+            return
+        raise ValueError(
+            f"{type(base_model(self._root)).__name__} with {problem}: there is no loss per time to weight. Accepted: "
+            f"power=0 without {LOSS_WEIGHTS} (the usual loss), or labels of shape [batch, time] and logits of shape "
+            "[batch, time, vocabulary]."
+        )
+
+    def _problem_with(self, batch: Any) -> str:
+        """Why there is no loss per time to weight, else empty; where need be a model's loss is read on this batch."""
+        if not isinstance(batch, Mapping):
+            return f"batches of type {type(batch).__name__}"
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            return "no labels" if labels is None else f"labels of type {type(labels).__name__}"
+        if not has_time(labels):
+            return f"labels of shape {tuple(labels.shape)}"
+        loss = self._read_model_loss()
+        if loss.is_read and not labels.is_floating_point():
+            return loss.unsupported
+        if self._problem is None:
+            inputs = self._prepare_inputs({key: value for key, value in batch.items() if key not in OWN_KEYS})
+            if labels.is_floating_point():
+                self._problem = regression_problem(self._root, inputs) if self._can_run else ""
+            else:
+                self._model_loss = read_on_batch(self._root, loss, inputs)
+                self._problem = self._model_loss.unsupported
+        return self._problem
+
+    # ---- what is left alone
+
+    def _has_own(self, *names: str, behind: bool = False) -> bool:
+        """Whether one of these methods is defined by a class that is neither transformers' trainer nor ours.
+
+        Args:
+            names: of methods.
+            behind: leaves out classes in front of the mixin.
+        """
+        kinds = type(self).__mro__
+        return any(
+            name in vars(kind)
+            for kind in kinds[kinds.index(TimelineHooks) if behind else 0 :]
+            if kind not in (Trainer, Seq2SeqTrainer) and kind.__module__.partition(".")[0] != __package__
+            for name in names
+        )
+
+    def _is_left_alone(self, batch: Any) -> bool:
+        """Whether p is 0 throughout and the trainer has a loss of its own, which then is left as it is."""
+        return self._is_trivial(batch) and (
+            self.compute_loss_func is not None
+            or self._has_own("compute_loss", "training_step", "get_batch_samples", "_get_num_items_in_batch")
+        )
+
+
+def _embedding_rows(root: nn.Module) -> int:
+    """How many tokens the model embeds, which `resize_token_embeddings` changes; 0 where it embeds none."""
+    base = base_model(root)
+    embeddings = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    return getattr(embeddings, "num_embeddings", 0)
