@@ -241,6 +241,10 @@ class TimelineCollator:
             raise AttributeError(name)
         return getattr(self.collator, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in ("collator", "timeline")
+        object.__setattr__(self if own else self.collator, name, value)
+
     @property
     def _pads_left(self) -> bool:
         return getattr(getattr(self.collator, "tokenizer", None), "padding_side", "right") == "left"

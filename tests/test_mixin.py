@@ -1,0 +1,389 @@
+"""The mixin in front of trainers that have code of their own: their loss at p = 0, weighted or refused otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+
+from hf_temporal import TemporalWeighting, TemporalWeightMixin, TemporalWeightTrainer
+from tests.tiny_models import PadCollator, causal_examples, tiny_model
+
+ROWS = causal_examples(8)
+POWERS = [0.0, 2.0]
+
+
+def settings(folder: Path, **kwargs: Any) -> TrainingArguments:
+    return TrainingArguments(
+        str(folder),
+        **{
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "optim": "sgd",
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "train_sampling_strategy": "sequential",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **kwargs,
+        },
+    )
+
+
+def weighted(kind: type[Trainer]) -> Any:
+    return type(f"Weighted{kind.__name__}", (TemporalWeightMixin, kind), {})
+
+
+def run(kind: Any, folder: Path, *, power: float | None = None, **kwargs: Any) -> list[dict[str, float]]:
+    """The logs of two steps; without a power, of the trainer as it is."""
+    if power is not None:
+        kwargs["weighting"] = TemporalWeighting(power)
+    kwargs = {"model": tiny_model("llama"), "train_dataset": ROWS, "data_collator": PadCollator(), **kwargs}
+    args = settings(folder, **kwargs.pop("args", {}))
+    trainer = kind(args=args, **kwargs)
+    trainer.train()
+    return [logs for logs in trainer.state.log_history if "loss" in logs]
+
+
+def numbers(logs: list[dict[str, float]]) -> list[float]:
+    return [entry[key] for entry in logs for key in ("loss", "grad_norm")]
+
+
+def reference(power: float, *, rows: list[dict[str, Any]] = ROWS[:4], labels_of: Callable[[Any], Any] = list) -> float:
+    """Σ wℓ / D of the first step, in float64, one document at a time."""
+    model: Any = tiny_model("llama").double().eval()
+    total, count = 0.0, 0
+    for row in rows:
+        labels = torch.tensor(labels_of(row["labels"]))[1:]
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        keep = labels != -100
+        losses = F.cross_entropy(logits[keep], labels[keep], reduction="none")
+        weights = torch.arange(1, len(losses) + 1, dtype=torch.float64) ** power
+        total += float((weights * losses).sum() * len(losses) / weights.sum())
+        count += len(losses)
+    return total / count
+
+
+# ---- a loss around the model's own
+
+
+class Regularised(Trainer):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        assert outputs.logits.shape[:2] == inputs["input_ids"].shape
+        loss = loss + self.extra(model) / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    @staticmethod
+    def extra(model: Any) -> Any:
+        return 0.01 * sum(parameter.double().square().sum() for parameter in model.parameters())
+
+
+class FromTheOutputs(Trainer):
+    """As most people write it who do not call super()."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class SecondForward(Trainer):
+    """Half of the loss from each of two forward calls, and a call without labels between them."""
+
+    def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None, **_: Any) -> Any:  # type: ignore[override]
+        first = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+        unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
+        assert model(**unlabelled).get("loss") is None
+        second = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return (first + second) / 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("kind", [Regularised, FromTheOutputs, SecondForward])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_loss_around_the_models_own(kind: Any, power: float, smoothing: float, tmp_path: Path) -> None:
+    args = {"label_smoothing_factor": smoothing}
+    if smoothing and kind is FromTheOutputs:
+        pytest.skip("does not smooth its labels")
+    plain, ours = (run(weighted(each), tmp_path, power=power, args=args) for each in (Trainer, kind))
+    extra = Regularised.extra(tiny_model("llama")).item() if kind is Regularised else 0.0
+    assert ours[0]["loss"] - extra == pytest.approx(plain[0]["loss"], rel=1e-6)
+    if not smoothing:
+        assert ours[0]["loss"] - extra == pytest.approx(reference(power), rel=1e-6)
+    if power == 0:
+        assert numbers(ours) == pytest.approx(numbers(run(kind, tmp_path, args=args)), rel=1e-6)
+    else:
+        assert ours[0]["temporal_power"] == power
+
+
+class MeanOfMicroBatches(Trainer):
+    """As it was written before there was `num_items_in_batch`."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:  # type: ignore[override]
+        return super().compute_loss(model, inputs, return_outputs=return_outputs)
+
+
+@pytest.mark.parametrize("power", POWERS)
+def test_a_mean_over_micro_batches_stays_one(power: float, tmp_path: Path) -> None:
+    ours = run(weighted(MeanOfMicroBatches), tmp_path, power=power)
+    means = [reference(power, rows=ROWS[start : start + 2]) for start in (0, 2)]
+    assert ours[0]["loss"] == pytest.approx(sum(means) / 2, rel=1e-6)
+
+
+# ---- a loss that does not come from the model's own
+
+
+class Focal(Trainer):
+    """From the logits of a call without labels."""
+
+    with_labels = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs["labels"][:, 1:].flatten()
+        outputs = model(**{key: value for key, value in inputs.items() if key != "labels" or self.with_labels})
+        losses = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels, reduction="none", ignore_index=-100)
+        loss = ((1 - (-losses).exp()) ** 2 * losses).sum() / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+class FocalWithLabels(Focal):
+    with_labels = True
+
+
+class OwnTrainingStep(Trainer):
+    def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        model.train()
+        assert inputs.keys() <= {"input_ids", "labels", "attention_mask", "position_ids"}
+        loss = model(**inputs).loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnLossFunction(Trainer):
+    """Set after `__init__`, as LLaMA-Factory does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.compute_loss_func = lambda outputs, _, num_items_in_batch: (
+            outputs.logits.square().sum() / num_items_in_batch
+        )
+
+
+def from_logits_in_front(trainer: type[TemporalWeightTrainer]) -> Any:
+    class InFront(trainer):  # type: ignore[valid-type, misc]
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **kwargs: Any) -> Any:
+            _, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            return outputs.logits.square().mean()
+
+    return InFront
+
+
+@pytest.mark.parametrize("kind", [Focal, FocalWithLabels, OwnTrainingStep, OwnLossFunction])
+def test_an_own_loss_is_kept_at_0_and_refused_elsewhere(kind: Any, tmp_path: Path) -> None:
+    ours = run(weighted(kind), tmp_path, power=0.0)
+    assert numbers(ours) == pytest.approx(numbers(run(kind, tmp_path)), rel=1e-6)
+    assert "temporal_power" not in ours[0]
+    message = "compute_loss_func cannot" if kind is OwnLossFunction else "does not come from the model's own"
+    with pytest.raises(ValueError, match=message):
+        run(weighted(kind), tmp_path, power=2.0)
+
+
+@pytest.mark.parametrize("in_front", [from_logits_in_front, lambda kind: type("A", (OwnTrainingStep, kind), {})])
+def test_a_class_in_front_that_leaves_the_loss(in_front: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not come from the model's own"):
+        run(in_front(TemporalWeightTrainer), tmp_path, power=2.0)
+
+
+def test_a_loss_function_that_is_given(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"compute_loss_func": lambda outputs, *_, **__: outputs.logits.square().mean()}
+    ours = run(TemporalWeightTrainer, tmp_path, power=0.0, **own)
+    assert numbers(ours) == pytest.approx(numbers(run(Trainer, tmp_path, **own)), rel=1e-6)
+
+
+# ---- batches and counts of one's own
+
+
+class Masking(Trainer):
+    """Every second target is no target, in the labels themselves or in a copy."""
+
+    in_place = True
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            if not self.in_place:
+                batch["labels"] = batch["labels"].clone()
+            batch["labels"][:, ::2] = -100
+        return batches, self._get_num_items_in_batch(batches, device)
+
+
+class MaskingCopies(Masking):
+    in_place = False
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("kind", [Masking, MaskingCopies])
+def test_labels_changed_in_own_batch_samples(kind: Any, power: float, tmp_path: Path) -> None:
+    def masked(labels: list[int]) -> list[int]:
+        return [-100 if i % 2 == 0 else label for i, label in enumerate(labels)]
+
+    ours = run(weighted(kind), tmp_path, power=power)
+    assert ours[0]["loss"] == pytest.approx(reference(power, labels_of=masked), rel=1e-6)
+
+
+class MaskingInLoss(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs["labels"][:, ::2] = -100
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_labels_changed_in_own_compute_loss_are_weighted_anew(tmp_path: Path) -> None:
+    """The items stay those that were counted before."""
+    ours = run(weighted(MaskingInLoss), tmp_path, power=2.0)
+    kept = [[label if i % 2 else -100 for i, label in enumerate(row["labels"])] for row in ROWS[:4]]
+    count = sum(sum(label != -100 for label in row["labels"][1:]) for row in ROWS[:4])
+    share = sum(sum(label != -100 for label in labels[1:]) for labels in kept) / count
+    masked = reference(2.0, labels_of=lambda labels: [x if i % 2 else -100 for i, x in enumerate(labels)])
+    assert ours[0]["loss"] == pytest.approx(masked * share, rel=1e-6)
+
+
+class TwiceTheItems(Trainer):
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        return None if items is None else 2 * items
+
+
+class TwiceInFront(TemporalWeightTrainer):
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        return 2 * super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("kind", [weighted(TwiceTheItems), TwiceInFront])
+def test_an_own_count_of_items(kind: Any, power: float, tmp_path: Path) -> None:
+    assert run(kind, tmp_path, power=power)[0]["loss"] == pytest.approx(reference(power) / 2, rel=1e-6)
+
+
+def test_an_own_count_beside_another_normalization(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"counts the items of a batch itself.*normalization='batch'"):
+        run(weighted(TwiceTheItems), tmp_path, weighting=TemporalWeighting(2.0, normalization="batch"))
+
+
+class Lists(Trainer):
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return super()._prepare_inputs(PadCollator()(inputs) if isinstance(inputs, list) else inputs)
+
+
+class WithoutTensors(Trainer):
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return super()._prepare_inputs(PadCollator()(inputs["rows"]) if "rows" in inputs else inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "collate"), [(Lists, lambda rows: rows), (WithoutTensors, lambda rows: {"rows": rows})]
+)
+def test_batches_that_hold_no_tensors(kind: Any, collate: Any, tmp_path: Path) -> None:
+    ours = run(weighted(kind), tmp_path, power=0.0, data_collator=collate)
+    assert numbers(ours) == pytest.approx(numbers(run(kind, tmp_path, data_collator=collate)), rel=1e-6)
+    with pytest.raises(ValueError, match="there is no loss per time to weight"):
+        run(weighted(kind), tmp_path, power=2.0, data_collator=collate)
+
+
+class Counting(PadCollator):
+    tokens_seen = 0
+
+
+class ReadsItsCollator(Trainer):
+    def get_train_dataloader(self) -> Any:
+        collator: Any = self.data_collator
+        assert collator.tokens_seen == 0
+        collator.tokens_seen = 1
+        return super().get_train_dataloader()
+
+
+def test_a_trainer_that_asks_its_collator(tmp_path: Path) -> None:
+    collator = Counting()
+    ours = run(weighted(ReadsItsCollator), tmp_path, power=2.0, data_collator=collator)
+    assert ours[0]["loss"] == pytest.approx(reference(2.0), rel=1e-6)
+    assert collator.tokens_seen == 1
+
+
+# ---- the trainer's own scale
+
+
+class Summed(Trainer):
+    loss_is_scaled_for_ga: bool | None = True
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:  # type: ignore[override]
+        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        loss = F.cross_entropy(outputs.logits, inputs["labels"], reduction="sum") / 4
+        return (loss, outputs) if return_outputs else loss
+
+
+class Averaged(Summed):
+    loss_is_scaled_for_ga = False
+
+
+@pytest.mark.parametrize("kind", [Summed, Averaged])
+def test_the_trainers_own_scale_of_a_classifier(kind: Any, tmp_path: Path) -> None:
+    def own() -> dict[str, Any]:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            pad_token_id=0,
+        )  # fmt: skip
+        config.num_labels = 3
+        rows = [{**row, "labels": i % 3} for i, row in enumerate(ROWS)]
+        return {"model": LlamaForSequenceClassification(config), "train_dataset": rows, "data_collator": collate}
+
+    def collate(rows: list[Any]) -> dict[str, Tensor]:
+        batch = PadCollator()([{**row, "labels": [0] * len(row["input_ids"])} for row in rows])
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    ours = run(weighted(kind), tmp_path, power=0.0, **own())
+    assert numbers(ours) == pytest.approx(numbers(run(kind, tmp_path, **own())), rel=1e-6)
+
+
+class SaysItIsScaled(Trainer):
+    loss_is_scaled_for_ga = True
+
+
+class SaysItIsAMean(Trainer):
+    loss_is_scaled_for_ga = False
+
+
+@pytest.mark.parametrize("kind", [SaysItIsScaled, SaysItIsAMean])
+@pytest.mark.parametrize("power", POWERS)
+def test_nothing_of_the_trainers_scale_is_overwritten(kind: Any, power: float, tmp_path: Path) -> None:
+    """The factor of a trainer that divides what is divided already stays its own."""
+    assert weighted(kind).loss_is_scaled_for_ga is kind.loss_is_scaled_for_ga
+    factor = run(kind, tmp_path)[0]["loss"] / reference(0.0)
+    assert run(weighted(kind), tmp_path, power=power)[0]["loss"] == pytest.approx(reference(power) * factor, rel=1e-6)
+
+
+# ---- the order of the bases
+
+
+def test_the_mixin_behind_its_trainer_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"class Slip\(Trainer, TemporalWeightMixin\).*the mixin first"):
+        type("Slip", (Trainer, TemporalWeightMixin), {})
+    assert issubclass(weighted(Trainer), TemporalWeightMixin)
