@@ -30,8 +30,36 @@ def is_prompt_learner(model: nn.Module) -> bool:
 
 
 def base_model(model: nn.Module) -> Any:
-    """The transformers model inside a `PeftModel`, or the model itself."""
-    return model.get_base_model() if is_peft_model(model) else model
+    """The transformers model inside a `PeftModel` or a `PeftMixedModel`, or the model itself."""
+    if is_peft_model(model):
+        return model.get_base_model()
+    peft = sys.modules.get("peft")
+    return model.base_model.model if peft is not None and isinstance(model, peft.PeftMixedModel) else model
+
+
+def described(model: nn.Module) -> str:
+    """The class of a model and the kinds of the adapters on it, for errors."""
+    name = type(base_model(model)).__name__
+    adapters = getattr(model, "peft_config", None) if base_model(model) is not model else None
+    kinds = sorted({str(getattr(each.peft_type, "value", each.peft_type)) for each in (adapters or {}).values()})
+    return f"{name} with {', '.join(kinds)}" if kinds else name
+
+
+def check_merged_head(model: nn.Module) -> None:
+    """Look for an adapter that was added into an LM head which is the embedding, too.
+
+    Raises:
+        ValueError: there is one; the embedding has changed with the head.
+    """
+    base = base_model(model)
+    if base is model or not hasattr(base, "get_output_embeddings"):
+        return
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if getattr(head, "merged", False) and head.get_base_layer().weight is embeddings.weight:
+        raise ValueError(
+            f"the adapter on the LM head of {described(model)} was merged (merge_adapter) into weights that the "
+            "embedding shares, which it has changed as well. Accepted: unmerge_adapter() before training."
+        )
 
 
 def adapter_names(model: Any) -> list[str]:

@@ -144,9 +144,13 @@ class Timeline:
         documents = document_ids_of(batch)
         if documents is None or not documents.any():
             return None
-        if not self.takes_packed_rows:
-            raise ValueError("several documents in a row, which prompt learning does not keep apart; accepted: one.")
         mask = batch.get("attention_mask")
+        if not self.takes_packed_rows and (mask is None or mask.dim() < 4):
+            raise ValueError(
+                "several documents in a row, which this model does not keep apart: prompt tuning, and a model that "
+                "does not read where position_ids start again (ALiBi, a recurrence, a convolution), let one document "
+                "depend on those before it. Accepted: one document per row (no packing)."
+            )
         if mask is not None and mask.dim() == 2:
             raise ValueError(
                 f"attention_mask of shape {tuple(mask.shape)} with several documents in a row: attention would cross "

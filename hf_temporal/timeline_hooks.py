@@ -17,10 +17,9 @@ from hf_temporal.model.model_loss import (
     read_model_loss,
     read_on_batch,
     regression_problem,
-    takes_position_ids,
 )
 
-from ._peft import base_model, is_prompt_learner
+from ._peft import base_model, check_merged_head, described, is_prompt_learner
 from ._transformers import forget_eval_dataloaders, keep_columns
 from .collator import KEPT_COLUMNS, LOSS_WEIGHTS, OWN_KEYS, Timeline, TimelineCollator, has_time
 from .schedules import power_at
@@ -71,6 +70,7 @@ class TimelineHooks(_Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own, whose batches carry t."""
+        check_merged_head(self._root)
         config: Any = self.args.accelerator_config
         dispatches = config.dispatch_batches or isinstance(self.train_dataset, IterableDataset)
         whole = not dispatches and self.get_cp_size() == self.get_tp_size() == 1
@@ -107,8 +107,8 @@ class TimelineHooks(_Trainer):
             origin=self.weighting.origin,
             shifts_labels=loss.shifts_labels,
             encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
-            takes_position_ids=loss.shifts_labels and takes_position_ids(base) and not self._is_left_alone({}),
-            takes_packed_rows=not is_prompt_learner(self._root),
+            takes_position_ids=loss.shifts_labels and loss.needs_position_ids and not self._is_left_alone({}),
+            takes_packed_rows=loss.keeps_documents_apart and not is_prompt_learner(self._root),
             ranks_per_row=self.get_cp_size(),
             vocabulary=loss.vocabulary,
             pad_token_id=getattr(config, "pad_token_id", None),
@@ -154,7 +154,7 @@ class TimelineHooks(_Trainer):
         if self._is_trivial(batch):
             return
         raise ValueError(
-            f"{type(base_model(self._root)).__name__} with {problem}: there is no loss per time to weight. Accepted: "
+            f"{described(self._root)} with {problem}: there is no loss per time to weight. Accepted: "
             f"power=0 without {LOSS_WEIGHTS} (the usual loss), or labels of shape [batch, time] and logits of shape "
             "[batch, time, vocabulary]."
         )

@@ -247,7 +247,9 @@ class TemporalWeightMixin(EvaluationByPosition):
             known = [(alone, alone.weighted[0])]
         step, found = known[0]
         coefficient = self._read_model_loss().auxiliary_coefficient
-        micro_batches = self.current_gradient_accumulation_steps if step is self._step else 1
+        micro_batches = 1
+        if step is self._step:
+            micro_batches = getattr(self, "current_gradient_accumulation_steps", len(step.batches))
         copies = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         if items is not None:  # the trainer then multiplies by the copies
             return Share(found, 1 / items, coefficient / (micro_batches * copies))

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from hf_temporal._peft import adapter_terms, is_lora, is_prompt_learner, known_layer
 from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms
 
+FINAL_BIAS = "final_logits_bias"
+
 
 @dataclasses.dataclass
 class _Call:
@@ -62,6 +64,7 @@ class FusedHead:
         self.base = base
         self._stand_in = self._forward  # one object, which compiled graphs recognise
         self._call: _Call | None = None  # None but during a call of the model
+        self._final_bias: Tensor | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -117,12 +120,19 @@ class FusedHead:
 
     @contextlib.contextmanager
     def _standing_in(self, call: _Call) -> Iterator[None]:
+        buffers = getattr(self.base, "_buffers", {})
+        bias = buffers.get(FINAL_BIAS)
         self._call, self.head.forward = call, self._stand_in
+        self._final_bias = bias
+        if bias is not None:  # Marian, Pegasus and mBART add it to logits that are on the meta device then
+            buffers[FINAL_BIAS] = bias.to("meta")
         try:
             yield
         finally:
             del self.head.forward
             self._call = None
+            if bias is not None:
+                buffers[FINAL_BIAS] = bias
 
     def _forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         self._compute(hidden)
@@ -169,7 +179,7 @@ class FusedHead:
         linear: Any = layer.base_layer if adapted else layer
         terms = [(hidden, linear.weight), *(adapter_terms(layer, hidden) if adapted else [])]
         bias = linear.bias
-        if (final := getattr(self.base, "final_logits_bias", None)) is not None:
+        if (final := self._final_bias) is not None:
             bias = final.flatten() if bias is None else bias + final.flatten()
         return terms, bias
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import EncoderDecoderModel, PreTrainedModel
 from transformers.utils import logging
 
-from hf_temporal._peft import base_model
+from hf_temporal._peft import base_model, is_prompt_learner
 from hf_temporal._transformers import shifts_by_class
 from hf_temporal.losses import token_cross_entropy, token_regression_loss
 from hf_temporal.positions import IGNORE_INDEX, shift_left
@@ -40,6 +41,8 @@ class ModelLoss:
         unsupported: why the model's own loss is not the cross-entropy of its logits; empty where it is.
         vocabulary: the number of logits, None where it is not known.
         needs_labels: whether the model's forward cannot do without labels, or returns other logits then.
+        needs_position_ids: whether left padding changes the logits unless `position_ids` start after it.
+        keeps_documents_apart: whether what stands before it in a packed row leaves a document's logits as they are.
         is_read: False where this is only presumed, from the model's class.
     """
 
@@ -50,6 +53,8 @@ class ModelLoss:
     unsupported: str = ""
     vocabulary: int | None = None
     needs_labels: bool = False
+    needs_position_ids: bool = False
+    keeps_documents_apart: bool = True
     is_read: bool = True
 
 
@@ -57,9 +62,10 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
     """Find out what a model's own loss is by running nine tokens through it, without gradients, in eval mode.
 
     The loss that the model reports is compared with the cross-entropy of its logits, aligned and shifted, with its
-    auxiliary loss, and with `num_items_in_batch` doubled; the head's stand-in with the logits themselves. The state of
-    the random number generators is left as it was. A model that cannot be run on tokens alone is presumed, until
-    `read_on_batch`.
+    auxiliary loss, and with `num_items_in_batch` doubled; the head's stand-in with the logits themselves; and for a
+    causal model the logits with those of the same tokens behind padding, and behind another document. These are at
+    most five forward passes. The state of the random number generators and the buffers are left as they were. A model
+    that cannot be run on tokens alone is presumed, until `read_on_batch`.
 
     Args:
         model: the unwrapped model, a `PeftModel` included.
@@ -76,6 +82,7 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
         shifts_labels=shifts_by_class(base, default=sharded or not can_run),
         counts_items=not _is_encoder_decoder(base),
         auxiliary_coefficient=_auxiliary_coefficient(base),
+        needs_position_ids=_takes_flat_position_ids(base),
         fused_head="it could not be tried out" if can_run else "its weights are sharded",
         is_read=not can_run,
     )
@@ -87,9 +94,13 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
     inputs = {"input_ids": (torch.arange(labels.numel(), device=labels.device) * 3 + 5)[None] % rows}
     if "attention_mask" in parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "use_cache" in parameters:
+        inputs["use_cache"] = False  # as in training; with a cache, packed rows are not told apart
     try:
         with undisturbed(model):
-            found = _probe(model, presumed, inputs, labels)
+            found, logits = _probe(model, presumed, inputs, labels)
+            if logits is not None and found.shifts_labels and not is_prompt_learner(model):
+                found = _probe_rows(model, found, inputs, logits.float())
     except Exception as error:  # a model may raise anything on inputs that are not its own
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if sharded and frame.f_globals["__name__"].startswith("torch.distributed.fsdp"):
@@ -105,7 +116,8 @@ def read_on_batch(model: nn.Module, presumed: ModelLoss, batch: Mapping[str, Any
     inputs = dict(batch)
     labels = inputs.pop("labels")
     with undisturbed(model):
-        return _as_presumed(_probe(model, presumed, inputs, labels), presumed)
+        found, _ = _probe(model, presumed, inputs, labels)
+        return _as_presumed(found, presumed)
 
 
 def _as_presumed(found: ModelLoss, presumed: ModelLoss) -> ModelLoss:
@@ -133,7 +145,10 @@ def regression_problem(model: nn.Module, batch: Mapping[str, Any]) -> str:
     return "an own loss on float labels that is neither their mean squared nor their mean absolute error"
 
 
-def _probe(model: nn.Module, presumed: ModelLoss, inputs: dict[str, Any], labels: Tensor) -> ModelLoss:
+def _probe(
+    model: nn.Module, presumed: ModelLoss, inputs: dict[str, Any], labels: Tensor
+) -> tuple[ModelLoss, Tensor | None]:
+    """What is found, and the logits; without them where the loss is unsupported."""
     base = base_model(model)
     outputs = model(**inputs, labels=labels)
     logits, own, auxiliary = (
@@ -141,12 +156,12 @@ def _probe(model: nn.Module, presumed: ModelLoss, inputs: dict[str, Any], labels
     )
     if logits is None or own is None or logits.dim() != 3:
         what = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
-        return dataclasses.replace(presumed, unsupported=f"{what} for labels of shape {tuple(labels.shape)}")
+        return dataclasses.replace(presumed, unsupported=f"{what} for labels of shape {tuple(labels.shape)}"), None
     try:
         answers = answer_logits(model, logits, labels.shape[1])
     except ValueError:  # as in speech recognition, whose labels are fewer than the frames
         what = f"logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}"
-        return dataclasses.replace(presumed, unsupported=what)
+        return dataclasses.replace(presumed, unsupported=what), None
     extra = presumed.auxiliary_coefficient * auxiliary if isinstance(auxiliary, Tensor) else 0.0
     tolerance = 16 * torch.finfo(own.dtype).eps
 
@@ -159,20 +174,50 @@ def _probe(model: nn.Module, presumed: ModelLoss, inputs: dict[str, Any], labels
         if torch.isclose(own.float(), losses.mean() + extra, rtol=tolerance, atol=tolerance):
             break
     else:
-        return dataclasses.replace(presumed, unsupported="an own loss that is not the cross-entropy of its logits")
+        unsupported = "an own loss that is not the cross-entropy of its logits"
+        return dataclasses.replace(presumed, unsupported=unsupported), None
     counts_items = False
     if _takes_items(base):
         items = torch.tensor(2 * len(losses), device=own.device)
         halved = model(**inputs, labels=labels, num_items_in_batch=items)["loss"]
         counts_items = bool(torch.isclose((halved - extra) * 2, own - extra, rtol=4 * tolerance, atol=tolerance))
-    return dataclasses.replace(
+    fused_head = _exact_stand_in(model, base, inputs, labels, logits)
+    found = dataclasses.replace(
         presumed,
         shifts_labels=shifts,
         counts_items=counts_items,
-        fused_head=_exact_stand_in(model, base, inputs, labels, logits),
+        fused_head=fused_head,
         vocabulary=logits.shape[-1],
-        needs_labels=not _can_do_without_labels(model, base, inputs, labels, logits),
+        needs_labels=isinstance(fused_head, str)
+        and not _can_do_without_labels(model, base, inputs, labels, logits),  # which a stand-in has done already
         is_read=True,
+    )
+    return found, logits
+
+
+def _probe_rows(model: nn.Module, found: ModelLoss, inputs: dict[str, Any], alone: Tensor) -> ModelLoss:
+    """What a causal model makes of tokens that stand behind padding, and behind another document of a packed row."""
+    tokens = inputs["input_ids"]
+    length = tokens.shape[1]
+    before = tokens.flip(-1)[:, :4]
+    others = {key: value for key, value in inputs.items() if key == "use_cache"}
+
+    def is_same(batch: dict[str, Tensor]) -> bool:
+        logits = model(**batch, **others)["logits"][:, -length:].float()
+        tolerance = max(1e-3, 4 * torch.finfo(alone.dtype).eps) * float(alone.abs().max())
+        return torch.allclose(logits, alone, rtol=0, atol=tolerance)
+
+    needs_position_ids = False
+    if found.needs_position_ids and "attention_mask" in inputs:
+        mask = torch.cat([torch.zeros_like(before), inputs["attention_mask"]], dim=1)
+        needs_position_ids = not is_same({"input_ids": torch.cat([before, tokens], dim=1), "attention_mask": mask})
+    positions = torch.cat([torch.arange(count, device=tokens.device) for count in (before.shape[1], length)])[None]
+    packed = {"input_ids": torch.cat([before, tokens], dim=1), "position_ids": positions}
+    parameters = inspect.signature(base_model(model).forward).parameters
+    return dataclasses.replace(
+        found,
+        needs_position_ids=needs_position_ids,
+        keeps_documents_apart="position_ids" in parameters and is_same(packed),
     )
 
 
@@ -217,6 +262,8 @@ def _exact_stand_in(
     try:
         replayed = fused.replay(model, _with_decoder_inputs(base, inputs, labels))
     except (TypeError, RuntimeError, ValueError) as error:
+        if "meta" in str(error):
+            return "its forward computes with what the head returns more than a scale, a soft cap and a bias"
         return str(error)
     tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
     if replayed.shape != logits.shape or not torch.allclose(
@@ -226,18 +273,36 @@ def _exact_stand_in(
     return fused
 
 
-def takes_position_ids(base: Any) -> bool:
-    """Whether a causal model takes `position_ids` that count from 0; RoBERTa's count from its padding index on."""
+def _takes_flat_position_ids(base: Any) -> bool:
+    """Whether a model takes `position_ids` [batch, time] that count from 0.
+
+    RoBERTa's count from its padding index on; models of images and text (M-RoPE) make three for each token.
+    """
     offset = any(
         isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name
         for name, module in base.named_modules()
     )
-    return not offset and "position_ids" in inspect.signature(base.forward).parameters
+    makes_own = any(hasattr(module, "get_rope_index") for module in base.modules())
+    return not offset and not makes_own and "position_ids" in inspect.signature(base.forward).parameters
 
 
 def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
-    """What an encoder-decoder model's own forward makes of `labels` for its decoder where it is given nothing else."""
-    ids = base.prepare_decoder_input_ids_from_labels(labels=labels.long())
+    """What an encoder-decoder model's own forward makes of `labels` for its decoder where it is given nothing else.
+
+    Empty where the model has no function of the usual names for that.
+    """
+    labels, module = labels.long(), sys.modules[type(base).__module__]
+    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        ids = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    elif hasattr(module, "shift_tokens_right"):
+        config = base.config
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config = config.get_text_config()
+        ids = module.shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+    elif hasattr(base, "_shift_right"):
+        ids = base._shift_right(labels)
+    else:
+        return {}
     inputs = {"decoder_input_ids": ids}
     if isinstance(base, EncoderDecoderModel):
         inputs["decoder_attention_mask"] = (ids != base.config.pad_token_id).to(ids.dtype)

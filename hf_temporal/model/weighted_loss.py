@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_temporal._peft import base_model
+from hf_temporal._peft import base_model, described
 from hf_temporal.collator import Batch
 from hf_temporal.losses import weighted_cross_entropy, weighted_regression_loss
 from hf_temporal.positions import IGNORE_INDEX, shift_left
@@ -194,7 +194,7 @@ def chosen_fused_head(root: nn.Module, own: ModelLoss, mode: str) -> FusedHead |
     if isinstance(head, FusedHead) and head.is_known():
         return head if mode == "on" or head.vocabulary >= SMALLEST_VOCABULARY_TO_FUSE else None
     why = "its adapter is not a plain LoRA now" if isinstance(head, FusedHead) else head
-    problem = f"the LM head of {type(base_model(root)).__name__} cannot be fused exactly with the loss ({why})"
+    problem = f"the LM head of {described(root)} cannot be fused exactly with the loss ({why})"
     if mode == "on":
         raise ValueError(f"temporal_fused_head='on', but {problem}; accepted here: 'auto' or 'off'.")
     if (own.vocabulary or 0) >= SMALLEST_VOCABULARY_TO_FUSE:
