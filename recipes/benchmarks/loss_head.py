@@ -63,7 +63,7 @@ from torch import Tensor
 from hf_temporal.finetuning.tables import table
 
 SHAPES = ["2048,512,32000", "1024,1024,128256"]
-PRELOADED = ["hf_temporal.linear_cross_entropy.function"]
+PRELOADED = ["hf_temporal.finetuning.report", "hf_temporal.linear_cross_entropy.function"]
 CASE = ("N", "H", "V", "dtype", "masked")
 COLUMNS = (
     *CASE, "peer", "seconds", "noise", "time / products", "time / products of targets", "time / stock", "MiB",
