@@ -224,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--check", help="shape at which values and gradients are compared with float64 first")
     settings = measured.parsed(parser, arguments)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device here; accepted: --device cpu.")
     cases = [
         {**_sizes(shape), "dtype": dtype, "masked": masked}
         for shape, dtype, masked in product(settings.shapes, settings.dtypes, settings.masked)

@@ -106,6 +106,13 @@ def test_a_peer_that_fails_or_is_not_installed_is_a_line(monkeypatch: pytest.Mon
     assert sent == ["failed: out of memory"]
 
 
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        loss_head.main(["--device", "cuda"])
+    assert "finds no CUDA device here; accepted: --device cpu" in capsys.readouterr().err
+
+
 def test_a_run_on_a_gpu_is_timed_after_another_and_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     for name in ("synchronize", "empty_cache"):
