@@ -1,6 +1,6 @@
 """The model families of the paper's laboratory, each for regression and for tokens.
 
-Saved models hold a copy of this file and of those that it imports, and load without the package, with
+Saved models hold a copy of this file and of those that it imports, so they load without the package if
 `trust_remote_code=True`.
 """
 
@@ -24,7 +24,7 @@ from .configuration import (
 )
 from .initialization import initialize
 from .mixers import FeedForwardMixer, LinearRnnMixer, SelfAttentionMixer, StateSpaceMixer, TanhRnnMixer, TcnMixer
-from .recurrences import linear_recurrence  # noqa: F401  older transformers load what this file imports, no deeper
+from .recurrences import linear_recurrence  # noqa: F401  older transformers copy what this file imports, but no deeper
 
 MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
     LinearRnnConfig.model_type: lambda config, layer: [LinearRnnMixer(config, layer)],
@@ -37,7 +37,7 @@ PACKED_KEYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "document_ids")
 
 
 class MemoryBlock(nn.Module):
-    """x → mix(norm(x)), plus x under `skip_connections`."""
+    """Maps x to mix(norm(x)), plus x under `skip_connections`; `[batch, time, hidden_size]` to the same."""
 
     def __init__(self, config: MemoryModelConfig, mixer: nn.Module) -> None:
         super().__init__()
@@ -46,13 +46,15 @@ class MemoryBlock(nn.Module):
         self.skips = config.skip_connections
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, hidden_size]` to the same."""
         mixed: Tensor = self.mixer(self.norm(x))
         return x + mixed if self.skips else mixed
 
 
 class MemoryBackbone(nn.Module):
-    """The blocks of a family and the norm in front of the head; attention is given positions first."""
+    """The blocks of a family and the norm in front of the head, `[batch, time, hidden_size]` to the same.
+
+    Under attention the positions are added first.
+    """
 
     def __init__(self, config: MemoryModelConfig) -> None:
         super().__init__()
@@ -62,7 +64,6 @@ class MemoryBackbone(nn.Module):
         self.norm = _normalization(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, hidden_size]` to the same."""
         if self.takes_positions:
             x = x + sinusoidal_positions(x.shape[1], x.shape[2], device=x.device).to(x.dtype)
         for block in self.blocks:
@@ -72,7 +73,7 @@ class MemoryBackbone(nn.Module):
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
-    """What all families share: how parameters start, see `initialize`."""
+    """A model whose parameters start as `initialize` has them."""
 
     config_class = MemoryModelConfig
 
@@ -81,7 +82,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
 
 class MemoryModelForRegression(MemoryPreTrainedModel):
-    """Float inputs to float outputs, each output a function of the inputs up to its time."""
+    """Maps float inputs to float outputs; each output depends on the inputs up to its time alone."""
 
     main_input_name = "input_values"
     accepts_loss_kwargs = False
@@ -94,15 +95,15 @@ class MemoryModelForRegression(MemoryPreTrainedModel):
         self.post_init()
 
     def forward(self, input_values: Tensor, labels: Tensor | None = None) -> TokenClassifierOutput:
-        """The outputs as `logits`, and as `loss` their squared error: mean over outputs, then over target times.
+        """The outputs, and their squared error: its mean over the outputs of a time, then over the target times.
 
         Args:
             input_values: `[batch, time, input_size]`.
-            labels: `[batch, time, output_size]`, aligned with the inputs, or `[batch, time]` for one output; a time
-                with a NaN among its outputs is no target. 0 is the loss where there is none.
+            labels: `[batch, time, output_size]`, aligned with the inputs, or `[batch, time]` for one output. A time
+                with a NaN among its labels is no target; without any target the loss is 0.
 
         Returns:
-            `logits`, `[batch, time, output_size]`, and `loss`, in float32 at least.
+            The outputs as `logits`, `[batch, time, output_size]`, and `loss`, in float32 at least.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -116,14 +117,14 @@ class MemoryModelForRegression(MemoryPreTrainedModel):
 
 
 class MemoryModelForCausalLM(MemoryPreTrainedModel):
-    """Tokens to the logits of the next, with the loss of every causal language model of the library."""
+    """Maps tokens to the logits of the next token, with the loss of transformers' causal language models."""
 
     accepts_loss_kwargs = True
 
     def __init__(self, config: MemoryModelConfig) -> None:
         super().__init__(config)
         if config.vocab_size is None:
-            raise ValueError("vocab_size=None; accepted by a model for tokens: their number.")
+            raise ValueError("vocab_size=None; accepted by a model for tokens: their number, at least 1.")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.backbone = MemoryBackbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.use_bias)
@@ -136,14 +137,14 @@ class MemoryModelForCausalLM(MemoryPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """The logits, and where labels are given the library's loss of a causal language model.
+        """The logits and, where labels are given, transformers' loss of a causal language model.
 
         Args:
             input_ids: `[batch, time]`.
-            attention_mask: `[batch, time]`, 0 on padding, which has to be on the right: there it changes no output
-                that stands before it, and is not looked at further.
+            attention_mask: `[batch, time]`, 0 on padding. Padding has to be on the right, where it changes no output
+                before it; the mask is not used further.
             labels: `[batch, time]`, −100 where there is no target; the logits at i are compared with labels[i + 1].
-            kwargs: those of the loss, `num_items_in_batch` among them.
+            kwargs: of the loss, such as `num_items_in_batch`.
 
         Returns:
             `logits`, `[batch, time, vocab_size]`, and `loss`.
@@ -159,68 +160,29 @@ class MemoryModelForCausalLM(MemoryPreTrainedModel):
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-class LinearRnnForRegression(MemoryModelForRegression):
-    """A linear RNN on float inputs; see `LinearRnnConfig`."""
-
-    config_class = LinearRnnConfig
-
-
-class LinearRnnForCausalLM(MemoryModelForCausalLM):
-    """A linear RNN on tokens; see `LinearRnnConfig`."""
-
-    config_class = LinearRnnConfig
-
-
-class TanhRnnForRegression(MemoryModelForRegression):
-    """A tanh RNN on float inputs; see `TanhRnnConfig`."""
-
-    config_class = TanhRnnConfig
+def _models_of(
+    config: type[MemoryModelConfig],
+) -> tuple[type[MemoryModelForRegression], type[MemoryModelForCausalLM]]:
+    """The model classes of a family, `XForRegression` and `XForCausalLM` for its configuration `XConfig`."""
+    name = config.__name__.removesuffix("Config")
+    regression, causal_lm = (
+        type(
+            name + base.__name__.removeprefix("MemoryModel"), (base,), {"config_class": config, "__module__": __name__}
+        )
+        for base in (MemoryModelForRegression, MemoryModelForCausalLM)
+    )
+    return regression, causal_lm
 
 
-class TanhRnnForCausalLM(MemoryModelForCausalLM):
-    """A tanh RNN on tokens; see `TanhRnnConfig`."""
-
-    config_class = TanhRnnConfig
-
-
-class TcnForRegression(MemoryModelForRegression):
-    """A temporal convolutional network on float inputs; see `TcnConfig`."""
-
-    config_class = TcnConfig
-
-
-class TcnForCausalLM(MemoryModelForCausalLM):
-    """A temporal convolutional network on tokens; see `TcnConfig`."""
-
-    config_class = TcnConfig
-
-
-class StateSpaceForRegression(MemoryModelForRegression):
-    """A diagonal state-space model on float inputs; see `StateSpaceConfig`."""
-
-    config_class = StateSpaceConfig
-
-
-class StateSpaceForCausalLM(MemoryModelForCausalLM):
-    """A diagonal state-space model on tokens; see `StateSpaceConfig`."""
-
-    config_class = StateSpaceConfig
-
-
-class AttentionForRegression(MemoryModelForRegression):
-    """Causal self-attention on float inputs; see `AttentionConfig`."""
-
-    config_class = AttentionConfig
-
-
-class AttentionForCausalLM(MemoryModelForCausalLM):
-    """Causal self-attention on tokens; see `AttentionConfig`."""
-
-    config_class = AttentionConfig
+LinearRnnForRegression, LinearRnnForCausalLM = _models_of(LinearRnnConfig)
+TanhRnnForRegression, TanhRnnForCausalLM = _models_of(TanhRnnConfig)
+TcnForRegression, TcnForCausalLM = _models_of(TcnConfig)
+StateSpaceForRegression, StateSpaceForCausalLM = _models_of(StateSpaceConfig)
+AttentionForRegression, AttentionForCausalLM = _models_of(AttentionConfig)
 
 
 def sinusoidal_positions(time: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """sin(t/10000^{2i/width}) in the first half of the columns and the cosines in the second, `[time, width]`."""
+    """Sinusoidal positions, `[time, width]`: sin(t/10000^{2i/width}) in the first columns, the cosines in the rest."""
     frequencies = 10000.0 ** -(torch.arange((width + 1) // 2, device=device) / ((width + 1) // 2))
     angles = torch.arange(time, device=device)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], -1)[:, :width]
@@ -229,15 +191,14 @@ def sinusoidal_positions(time: int, width: int, *, device: torch.device | None =
 def _check_rows(attention_mask: Tensor | None, others: Mapping[str, Any]) -> None:
     packed = [key for key in PACKED_KEYS if others.get(key) is not None]
     if packed:
-        raise ValueError(f"{packed[0]}: these models do not keep the documents of a row apart; accepted: one per row.")
+        raise ValueError(f"{packed[0]} is given: documents of a row are not kept apart; accepted: one per row.")
     if attention_mask is None:
         return
     if attention_mask.dim() != 2:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; accepted: [batch, time].")
     if bool((attention_mask[:, 0] < attention_mask.amax(-1)).any()):
         raise ValueError(
-            "attention_mask begins with 0: rows padded on the left; accepted: padding on the right "
-            "(tokenizer.padding_side='right')."
+            "attention_mask has rows padded on the left; accepted: padding on the right (padding_side='right')."
         )
 
 

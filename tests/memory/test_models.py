@@ -276,9 +276,9 @@ def test_bad_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="vocab_size=None; accepted by a model for tokens"):
         FAMILIES["linear_rnn"].causal_lm(FAMILIES["linear_rnn"].config())
     ids = inputs_of("tokens")["input_ids"]
-    with pytest.raises(ValueError, match="rows padded on the left; accepted: padding on the right"):
+    with pytest.raises(ValueError, match="attention_mask has rows padded on the left; accepted: padding on the right"):
         tokens(input_ids=ids, attention_mask=torch.tensor([[0] + [1] * 8] + [[1] * 9] * 2))
-    with pytest.raises(ValueError, match="position_ids: these models do not keep the documents of a row apart"):
+    with pytest.raises(ValueError, match="position_ids is given: documents of a row are not kept apart"):
         tokens(input_ids=ids, position_ids=torch.arange(9)[None])
     with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 9, 9\); accepted: \[batch, time\]"):
         tokens(input_ids=ids, attention_mask=torch.ones(3, 1, 9, 9))
