@@ -6,8 +6,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_temporal.data.bootstrap import bootstrap_interval
 from hf_temporal.data.rouge import ROUGE_TOKENIZERS, ROUGE_TYPES, f1_scores
+from hf_temporal.data.scoring import bootstrap_interval
 
 _DESCRIPTION = "ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (F1), with bootstrapped 95 % intervals over the examples."
 _INPUTS = """
