@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -17,7 +17,7 @@ from hf_temporal.positions import IGNORE_INDEX
 
 from . import check_counts
 from .drawn import DrawnDataset
-from .language_modeling import Row, learned_after
+from .rows import Row, learned_after
 
 FORMS = ("digits", "text")
 BLANK, CUE = 0, 9  # digits that are not copied: the filling, and the signal to repeat
@@ -54,26 +54,18 @@ class CopyingArguments:
         return blank + self.copy_length
 
 
+@dataclass(eq=False)
 class CopyingDataset(DrawnDataset[dict[str, list[int]]]):
-    """Examples of the copying problem, drawn as in `DrawnDataset`.
+    """Examples of the copying problem.
 
     Args:
         arguments: form and lengths.
-        split: "train", "validation" or "test".
-        size: number of examples.
-        seed: that of the run; it changes the training examples alone.
+        split, size, seed: as for `DrawnDataset`.
         is_encoder_decoder: whether input and target are two sequences, or one.
-
-    Raises:
-        ValueError: an unknown split, `size` below 1.
     """
 
-    def __init__(
-        self, arguments: CopyingArguments, *, split: str, size: int, seed: int, is_encoder_decoder: bool
-    ) -> None:
-        super().__init__(split=split, size=size, seed=seed)
-        self.arguments = arguments
-        self.is_encoder_decoder = is_encoder_decoder
+    arguments: CopyingArguments
+    is_encoder_decoder: bool = field(kw_only=True)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         input_ids, labels = self._example(self._generator(index))
@@ -113,6 +105,7 @@ def digit_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
+@dataclass(eq=False)
 class TextCopies(CopyingDataset):
     """Copying of text: the prompt has a passage of L tokens, T tokens of other texts, and asks to repeat the passage.
 
@@ -126,7 +119,6 @@ class TextCopies(CopyingDataset):
       around a source and around a target.
 
     Args:
-        arguments, split, size, seed, is_encoder_decoder: as for `CopyingDataset`.
         texts: of this split, as `tokenize_texts` returns them. The passage is from one with L tokens or more, the
             distractor from all others.
         tokenizer: that of the model.
@@ -135,33 +127,27 @@ class TextCopies(CopyingDataset):
         ValueError: no text is long enough for a passage, or the others are too short for a distractor.
     """
 
-    def __init__(
-        self,
-        arguments: CopyingArguments,
-        texts: Sequence[Sequence[int]],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        split: str,
-        size: int,
-        seed: int,
-        is_encoder_decoder: bool,
-    ) -> None:
-        super().__init__(arguments, split=split, size=size, seed=seed, is_encoder_decoder=is_encoder_decoder)
+    texts: InitVar[Sequence[Sequence[int]]]
+    tokenizer: InitVar[PreTrainedTokenizerBase]
+
+    def __post_init__(self, texts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__post_init__()
         rows = [np.array(row, dtype=np.int64) for row in texts]
         self._stream = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
         self._ends = np.cumsum([0, *map(len, rows)])
         lengths = np.diff(self._ends)
-        self._candidates = np.flatnonzero(lengths >= arguments.copy_length)
-        if not len(self._candidates):
-            most = f"at most {lengths.max(initial=0)}, the tokens of the longest {split} text"
-            raise ValueError(f"copy_length={arguments.copy_length}; accepted: {most}.")
-        others = len(self._stream) - int(lengths.max())
-        if others < arguments.blank_length:
-            most = f"at most {others}, the tokens of the {split} texts beside the longest"
-            raise ValueError(f"blank_length={arguments.blank_length}; accepted: {most}.")
-        self._before, self._between, self._after = prompt_pieces(tokenizer, is_encoder_decoder=is_encoder_decoder)
+        L, T, longest = self.arguments.copy_length, self.arguments.blank_length, int(lengths.max(initial=0))
+        if longest < L:
+            most = f"at most {longest}, the tokens of the longest {self.split} text"
+            raise ValueError(f"copy_length={L}; accepted: {most}.")
+        others = len(self._stream) - longest
+        if others < T:
+            most = f"at most {others}, the tokens of the {self.split} texts beside the longest"
+            raise ValueError(f"blank_length={T}; accepted: {most}.")
+        self._candidates = np.flatnonzero(lengths >= L)
+        self._pieces = prompt_pieces(tokenizer, is_encoder_decoder=self.is_encoder_decoder)
         around = _special_tokens_around(tokenizer, target=True)
-        self._answer_around = around if is_encoder_decoder else ([], [tokenizer.eos_token_id])
+        self._answer_around = around if self.is_encoder_decoder else ([], [tokenizer.eos_token_id])
 
     def _example(self, rng: np.random.Generator) -> Row:
         L, T = self.arguments.copy_length, self.arguments.blank_length
@@ -172,8 +158,10 @@ class TextCopies(CopyingDataset):
         # from the other texts, which follow this one in a circle
         first = end + rng.integers(len(self._stream) - (end - start) - T + 1)
         distractor = self._stream.take(range(first, first + T), mode="wrap").tolist()
-        prompt = [*self._before, *passage, *self._between, *distractor, *self._after]
-        answer = [*self._answer_around[0], *passage, *self._answer_around[1]]
+        before, between, after = self._pieces
+        prompt = [*before, *passage, *between, *distractor, *after]
+        opening, closing = self._answer_around
+        answer = [*opening, *passage, *closing]
         return (prompt, answer) if self.is_encoder_decoder else learned_after(prompt, answer)
 
 

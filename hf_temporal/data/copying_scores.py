@@ -11,7 +11,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from hf_temporal.positions import IGNORE_INDEX
 
 from .copying import CopyingArguments
-from .scoring import bootstrap_interval, length_metrics, texts_of, tokens_without
+from .rows import bootstrap_interval, length_metrics, texts_of, tokens_without
 
 NO_ANSWER = -1
 

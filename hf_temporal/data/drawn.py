@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from . import HELD_OUT_SEED, SPLITS, check_counts
 Example = TypeVar("Example")
 
 
+@dataclass(eq=False)
 class DrawnDataset(Dataset[Example]):
     """`size` examples; the i-th depends on (seed, split, i) alone, however often and in whichever process it is drawn.
 
@@ -25,12 +27,15 @@ class DrawnDataset(Dataset[Example]):
         ValueError: an unknown split, `size` below 1.
     """
 
-    def __init__(self, *, split: str, size: int, seed: int) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r}; accepted: {', '.join(map(repr, SPLITS))}.")
-        check_counts(size=size)
-        self.size = size
-        self._seed = [seed if split == "train" else HELD_OUT_SEED, SPLITS.index(split)]
+    _: KW_ONLY
+    split: str
+    size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"split={self.split!r}; accepted: {', '.join(map(repr, SPLITS))}.")
+        check_counts(size=self.size)
 
     def __len__(self) -> int:
         return self.size
@@ -40,4 +45,5 @@ class DrawnDataset(Dataset[Example]):
 
     def _generator(self, index: int) -> np.random.Generator:
         """The random numbers of one example; an index out of range raises IndexError, which ends a loop."""
-        return np.random.default_rng([*self._seed, range(self.size)[index]])
+        seed = self.seed if self.split == "train" else HELD_OUT_SEED
+        return np.random.default_rng([seed, SPLITS.index(self.split), range(self.size)[index]])

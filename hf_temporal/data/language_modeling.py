@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,7 @@ from hf_temporal.positions import IGNORE_INDEX
 
 from . import check_counts
 from .loading import DataArguments, TaskData, check_column, load_columns
-
-Row = tuple[list[int], list[int]]
-"""input_ids and labels."""
+from .rows import Row, as_batch, learned_after
 
 
 @dataclass
@@ -91,21 +89,6 @@ def encode_texts(
         blocks = [tokens[start : start + size] for tokens in closed for start in range(0, len(tokens), size)]
         rows = [(block, block) for block in blocks]
     return as_batch((tokens[:size], labels[:size]) for tokens, labels in rows)
-
-
-def learned_after(prompt: list[int], completion: list[int]) -> Row:
-    """A prompt that is no target, and a completion that is."""
-    return prompt + completion, [IGNORE_INDEX] * len(prompt) + completion
-
-
-def as_batch(rows: Iterable[Row]) -> dict[str, list[list[int]]]:
-    """The columns that a causal language model takes."""
-    pairs = [*rows]
-    return {
-        "input_ids": [tokens for tokens, _ in pairs],
-        "attention_mask": [[1] * len(tokens) for tokens, _ in pairs],
-        "labels": [labels for _, labels in pairs],
-    }
 
 
 def _without_end(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

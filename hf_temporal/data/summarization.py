@@ -19,10 +19,9 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import check_counts
-from .language_modeling import as_batch, learned_after
 from .loading import DataArguments, TaskData, check_column, load_columns
 from .rouge import ROUGE_TOKENIZERS, needs_characters
-from .scoring import length_metrics, texts_of, tokens_without
+from .rows import as_batch, learned_after, length_metrics, texts_of, tokens_without
 
 logger = logging.get_logger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -124,6 +124,7 @@ class Functional:
         return memory_function(self.target, length)
 
 
+@dataclass(eq=False)
 class FunctionalDataset(DrawnDataset[dict[str, Tensor]]):
     """Examples `{"input_values": x, "labels": y}` of x ~ N(0, 1) and a functional's y, float32 `[time, dimension]`.
 
@@ -132,9 +133,7 @@ class FunctionalDataset(DrawnDataset[dict[str, Tensor]]):
 
     Args:
         functional: what is to be learned.
-        split: "train", "validation" or "test".
-        size: number of examples.
-        seed: that of the run; it changes the training examples alone.
+        split, size, seed: as for `DrawnDataset`.
         length: time of an example, the longest where they differ.
         min_length: with it, the time of each example is drawn evenly from min_length..length.
         dimension: of x and of y, each of which is a series of its own.
@@ -143,25 +142,16 @@ class FunctionalDataset(DrawnDataset[dict[str, Tensor]]):
         ValueError: a number below 1, `min_length` above `length`, an unknown split.
     """
 
-    def __init__(
-        self,
-        functional: Functional,
-        *,
-        split: str,
-        size: int,
-        seed: int,
-        length: int = 100,
-        min_length: int | None = None,
-        dimension: int = 1,
-    ) -> None:
-        super().__init__(split=split, size=size, seed=seed)
-        check_counts(length=length, dimension=dimension)
-        if min_length is not None and not 1 <= min_length <= length:
-            raise ValueError(f"min_length={min_length!r}; accepted: 1 to length={length}.")
-        self.functional = functional
-        self.length = length
-        self.min_length = min_length
-        self.dimension = dimension
+    functional: Functional
+    length: int = field(default=100, kw_only=True)
+    min_length: int | None = field(default=None, kw_only=True)
+    dimension: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(length=self.length, dimension=self.dimension)
+        if self.min_length is not None and not 1 <= self.min_length <= self.length:
+            raise ValueError(f"min_length={self.min_length!r}; accepted: 1 to length={self.length}.")
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.__getitems__([index])[0]

@@ -22,7 +22,7 @@ from transformers import (
 
 from hf_temporal.data.copying import END, PAD, CopyingArguments, digit_tokenizer
 from hf_temporal.data.copying_scores import CopyScores, argmax_of_logits
-from hf_temporal.data.scoring import bootstrap_interval
+from hf_temporal.data.rows import bootstrap_interval
 from hf_temporal.data.small_t5 import small_t5_config
 from tests.data.copies import PASSAGES, SHORT, TEXTS, digits, passages, seq2seq_tokenizer
 from tests.tiny_summarization import tiny_llama, tiny_tokenizer

@@ -1,14 +1,32 @@
-"""What the scores of generated answers have in common."""
+"""Rows of tokens: their labels, their texts and lengths, and the interval of a mean over them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hf_temporal.positions import IGNORE_INDEX
+
 RESAMPLES = 1000
+Row = tuple[list[int], list[int]]  # input_ids and labels
+
+
+def learned_after(prompt: list[int], completion: list[int]) -> Row:
+    """A prompt that is no target, and a completion that is."""
+    return prompt + completion, [IGNORE_INDEX] * len(prompt) + completion
+
+
+def as_batch(rows: Iterable[Row]) -> dict[str, list[list[int]]]:
+    """The columns that a causal language model takes."""
+    pairs = [*rows]
+    return {
+        "input_ids": [tokens for tokens, _ in pairs],
+        "attention_mask": [[1] * len(tokens) for tokens, _ in pairs],
+        "labels": [labels for _, labels in pairs],
+    }
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
