@@ -56,13 +56,7 @@ class CopyingArguments:
 
 @dataclass(eq=False)
 class CopyingDataset(DrawnDataset[dict[str, list[int]]]):
-    """Examples of the copying problem.
-
-    Args:
-        arguments: form and lengths.
-        split, size, seed: as for `DrawnDataset`.
-        is_encoder_decoder: whether input and target are two sequences, or one.
-    """
+    """Examples of the copying problem, of two sequences for an encoder–decoder, else of one."""
 
     arguments: CopyingArguments
     is_encoder_decoder: bool = field(kw_only=True)
@@ -137,12 +131,11 @@ class TextCopies(CopyingDataset):
         self._ends = np.cumsum([0, *map(len, rows)])
         lengths = np.diff(self._ends)
         L, T, longest = self.arguments.copy_length, self.arguments.blank_length, int(lengths.max(initial=0))
+        others, split = len(self._stream) - longest, self.split
         if longest < L:
-            most = f"at most {longest}, the tokens of the longest {self.split} text"
-            raise ValueError(f"copy_length={L}; accepted: {most}.")
-        others = len(self._stream) - longest
+            raise ValueError(f"copy_length={L}; accepted: at most {longest}, the tokens of the longest {split} text.")
         if others < T:
-            most = f"at most {others}, the tokens of the {self.split} texts beside the longest"
+            most = f"at most {others}, the tokens of the {split} texts beside the longest"
             raise ValueError(f"blank_length={T}; accepted: {most}.")
         self._candidates = np.flatnonzero(lengths >= L)
         self._pieces = prompt_pieces(tokenizer, is_encoder_decoder=self.is_encoder_decoder)

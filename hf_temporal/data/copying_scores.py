@@ -54,8 +54,7 @@ class CopyScores:
         rows, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
         if self.generated:
             return self.score(rows[:, 1:], labels)
-        first = (labels != IGNORE_INDEX).argmax(axis=1) - 1
-        count = (labels != IGNORE_INDEX).sum(axis=1)
+        first, count = (labels != IGNORE_INDEX).argmax(axis=1) - 1, (labels != IGNORE_INDEX).sum(axis=1)
         answers = [row[start : start + length] for row, start, length in zip(rows, first, count, strict=True)]
         return self._score(answers, labels)
 
@@ -77,20 +76,17 @@ class CopyScores:
         copied = right[:, -L:]
         recall = copied.mean(axis=1)
         low, high = bootstrap_interval(recall)
-        metrics = {
-            "recall": float(recall.mean()),
-            "recall_low": float(low),
-            "recall_high": float(high),
-            "exact_match": float(copied.all(axis=1).mean()),
-        }
+        metrics = {"recall": recall.mean(), "recall_low": low, "recall_high": high}
+        metrics["exact_match"] = copied.all(axis=1).mean()
         if self.arguments.copying_form == "digits":
-            metrics["blank_accuracy"] = float(right[:, :-L].mean())
+            metrics["blank_accuracy"] = right[:, :-L].mean()
+            answers = answered[:, -L:]
         self.record = {
-            "generated": self._texts(answered[:, -L:] if self.arguments.copying_form == "digits" else answers),
+            "generated": self._texts(answers),
             "references": self._texts(wanted[:, -L:]),
             "recall_by_position": copied.mean(axis=0).tolist(),
         }
-        return metrics
+        return {name: float(value) for name, value in metrics.items()}
 
     def _aligned(self, answer: Any, labels: Any) -> tuple[list[int], list[int]]:
         """The answered and the wanted token at each ordinary target token; `NO_ANSWER` behind the answer's end."""

@@ -43,27 +43,21 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
     """
 
     def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:
-        columns = _columns(next(iter(splits.values())), text_column or ("body" if embedded else None))
-        for column in columns:
-            named = column == text_column
-            argument = "text_column" if named else "column"
-            check_column(argument, column, splits[split], split, holds_texts=named or column != "messages")
-        return columns
+        if text_column is not None:
+            check_column("text_column", text_column, splits[split], split)
+            return {text_column: "text"}
+        if embedded:
+            return {"body": "text"}
+        there = next(iter(splits.values())).column_names
+        for columns in (["messages"], ["prompt", "completion"], ["text"]):
+            if all(column in there for column in columns):
+                for column in columns:
+                    check_column("column", column, splits[split], split, holds_texts=column != "messages")
+                return {column: column for column in columns}
+        accepted = "messages; prompt and completion; text; or --text_column"
+        raise ValueError(f"the data have the columns {', '.join(there)}; accepted: {accepted}.")
 
     return load_columns(data_args, choose)
-
-
-def _columns(examples: Dataset, text_column: str | None) -> dict[str, str]:
-    """The columns that are read, each with the name that it has from there on."""
-    if text_column is not None:
-        return {text_column: "text"}
-    for columns in (["messages"], ["prompt", "completion"], ["text"]):
-        if all(column in examples.column_names for column in columns):
-            return {column: column for column in columns}
-    raise ValueError(
-        f"the data have the columns {', '.join(examples.column_names)}; accepted: messages; prompt and completion; "
-        "text; or --text_column."
-    )
 
 
 def encode_texts(
@@ -125,9 +119,8 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) ->
             )
         given = tokenizer(asked[len(before) :], add_special_tokens=False, verbose=False).input_ids
         target = tokenizer(answered[len(asked) :], add_special_tokens=False, verbose=False).input_ids
-        end = len(target) - target[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in target else None
-        learned = target[:end]
+        behind = target[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in target else 0
         tokens += given + target
-        labels += [IGNORE_INDEX] * len(given) + learned + [IGNORE_INDEX] * (len(target) - len(learned))
+        labels += [IGNORE_INDEX] * len(given) + target[: len(target) - behind] + [IGNORE_INDEX] * behind
         before = answered
     return tokens, labels

@@ -40,38 +40,33 @@ class DataArguments:
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
             check_counts(**{name: getattr(self, name)})
-        if self.dataset_name and self.files:
-            first = next(f"{split}_file" for split in self.files)
-            raise ValueError(f"dataset_name={self.dataset_name!r} and {first} are given; accepted: one of them.")
         for split, path in self.files.items():
+            given = f"{split}_file={str(path)!r}"
+            if self.dataset_name:
+                raise ValueError(f"dataset_name={self.dataset_name!r} and {given}; accepted: one of them.")
             if path.suffix not in FILE_TYPES:
-                raise ValueError(f"{split}_file={str(path)!r}; accepted: a file of type {', '.join(FILE_TYPES)}.")
+                raise ValueError(f"{given}; accepted: a file of type {', '.join(FILE_TYPES)}.")
             if not path.is_file() or path.stat().st_size == 0:
                 what = "is empty" if path.is_file() else "does not exist"
-                raise ValueError(f"{split}_file={str(path)!r} {what}; accepted: a file with at least one example.")
+                raise ValueError(f"{given} {what}; accepted: a file with at least one example.")
 
     @property
     def files(self) -> dict[str, Path]:
         """The files that are given, by split."""
-        named = {split: getattr(self, f"{split}_file") for split in SPLITS}
-        return {split: Path(name) for split, name in named.items() if name}
+        return {split: Path(name) for split in SPLITS if (name := getattr(self, f"{split}_file"))}
 
     @property
     def limits(self) -> dict[str, int | None]:
         """How many examples are kept, by split; None: all."""
-        limits = (self.max_train_samples, self.max_eval_samples, self.max_predict_samples)
-        return dict(zip(SPLITS, limits, strict=True))
+        return {"train": self.max_train_samples, "validation": self.max_eval_samples, "test": self.max_predict_samples}
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """Examples by split, and what a model card says about them.
+    """The examples in use by split, and what a model card says about them.
 
-    Args:
-        splits: the examples in use.
-        name: of the data.
-        sha256: of the names of the splits and the values of the examples.
-        provenance: of the embedded data, with the versions of the packages.
+    `sha256` is that of the splits' names and the examples' values; `provenance` has the versions of the packages that
+    the embedded data are from.
     """
 
     splits: dict[str, Any]
@@ -83,14 +78,14 @@ class TaskData:
 def load_columns(
     arguments: DataArguments, choose: Callable[[dict[str, Dataset], str, bool], Mapping[str, str]]
 ) -> TaskData:
-    """Load the data, and of every split the columns that a task needs, cut to its `max_…_samples`.
+    """Load of every split the columns that a task needs, cut to its `max_…_samples`.
 
     Examples that have nothing in one of these columns are left out, with a warning.
 
     Args:
         arguments: which data.
-        choose: called with all splits, the name of one, and whether the data are the embedded ones. Returns the
-            columns of that split, each with the name that the task has for it.
+        choose: maps all splits, the name of one, and whether the data are the embedded ones, to the columns of that
+            split, each with the name that the task has for it.
 
     Raises:
         ValueError: a file that cannot be read, or a split without examples.
@@ -123,15 +118,10 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dic
             read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), download_mode=download)["train"]
             read.data.validate(full=True)  # pyarrow takes JSON in any encoding, and a text fails only when it is read
         except (ValueError, DatasetGenerationError) as error:
-            accepted = f"accepted: {path.suffix} in UTF-8 with at least one example"
-            reason = f"{split}_file={str(path)!r} gives no examples ({error.__cause__ or error})"
-            raise ValueError(f"{reason}; {accepted}.") from error
+            given = f"{split}_file={str(path)!r} gives no examples ({error.__cause__ or error})"
+            raise ValueError(f"{given}; accepted: {path.suffix} in UTF-8 with at least one example.") from error
         loaded[split] = read
     splits = {split: loaded[split] for split in SPLITS if split in loaded}
-    for split, examples in splits.items():
-        if not len(examples):
-            source = name or files[split].name
-            raise ValueError(f"the {split} split of {source} is empty; accepted: at least one example.")
     return splits, name or ", ".join(path.name for path in files.values()), provenance
 
 
@@ -150,7 +140,7 @@ def check_column(argument: str, column: str, examples: Dataset, split: str, *, h
 
 
 def _named_columns(examples: Dataset, split: str, columns: Mapping[str, str], limit: int | None) -> Dataset:
-    """The first `limit` examples that have something in every column, under the names that the columns map to."""
+    """The first `limit` examples that have something in every column, with the columns renamed."""
     chosen = examples.select_columns([*columns])
     kept = chosen.filter(_is_complete, fn_kwargs={"columns": [*columns]}, desc=f"Looking through the {split} split")
     if not len(kept):

@@ -48,8 +48,8 @@ class SummarizationArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_source_length", "max_target_length", "num_beams"):
-            check_counts(**{name: getattr(self, name)})
+        check_counts(max_source_length=self.max_source_length, max_target_length=self.max_target_length)
+        check_counts(num_beams=self.num_beams)
 
 
 def load_pairs(data_args: DataArguments, arguments: SummarizationArguments) -> TaskData:
@@ -110,15 +110,12 @@ def encode_for_seq2seq_lm(
 def _first_tokens(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, arguments: SummarizationArguments
 ) -> list[str]:
-    length = arguments.max_source_length
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-
-    def cut(text: str, tokens: list[int]) -> str:
-        if len(tokens) <= length:
-            return text
-        return str(tokenizer.decode(tokens[:length], clean_up_tokenization_spaces=False)).rstrip("\ufffd")
-
-    return [cut(text, tokens) for text, tokens in zip(texts, encoded, strict=True)]
+    length, kept = arguments.max_source_length, [*texts]
+    for index, tokens in enumerate(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids):
+        if len(tokens) > length:
+            first = str(tokenizer.decode(tokens[:length], clean_up_tokenization_spaces=False))
+            kept[index] = first.rstrip("\ufffd")  # of a character that is cut in two
+    return kept
 
 
 def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

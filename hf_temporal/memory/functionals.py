@@ -182,14 +182,12 @@ def pad_series(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _function(target: str | MemoryFunction) -> MemoryFunction:
-    if not isinstance(target, str):
-        if not callable(target):
-            raise TypeError(f"target={target!r}; accepted: a name, or a function of the lags.")
+    if callable(target):
         return target
-    if target not in MEMORY_FUNCTIONS:
-        names = ", ".join(map(repr, MEMORY_FUNCTIONS))
-        raise ValueError(f"target={target!r}; accepted: {names}, or a function of the lags.")
-    return MEMORY_FUNCTIONS[target]
+    if target in MEMORY_FUNCTIONS:
+        return MEMORY_FUNCTIONS[target]
+    error, names = ValueError if isinstance(target, str) else TypeError, ", ".join(map(repr, MEMORY_FUNCTIONS))
+    raise error(f"target={target!r}; accepted: {names}, or a function of the lags.")
 
 
 def _duration(inputs: Tensor) -> int:

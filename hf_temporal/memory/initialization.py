@@ -1,4 +1,4 @@
-"""How parameters start."""
+"""The initial values of the parameters."""
 
 from __future__ import annotations
 
@@ -15,18 +15,14 @@ from .mixers import RnnMixer, StateSpaceMixer
 
 @torch.no_grad()
 def initialize(module: nn.Module, config: Any) -> None:
-    """Start the parameters that a module itself holds, those aside that were loaded.
+    """Initialize the parameters that a module of a model itself holds, except those that were loaded.
 
-    - Linear maps and convolutions are uniform in ±1/√inputs, weight and bias, as torch starts them; the norms of a
-      weight-normalised convolution are those of what is normalised.
+    - Linear maps and convolutions are uniform in ±1/√inputs, weight and bias, as in torch; the norms of a
+      weight-normalized convolution are those of the direction.
     - Recurrent matrices are orthogonal, times `recurrent_scale`.
     - State-space models are S4D-Lin: A = −1/2 + iπn, Δ log-uniform between the configured steps, C complex normal of
-      variance 1; D = 1.
+      variance 1, D = 1.
     - Embeddings are standard normal, layer norms the identity.
-
-    Args:
-        module: any of a model of this package.
-        config: that of the model.
     """
     if isinstance(module, nn.Linear):
         _uniform(module.in_features, module.weight, module.bias)

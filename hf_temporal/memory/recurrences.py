@@ -1,4 +1,4 @@
-"""h_t = W h_{t−1} + u_t for a full matrix W as a scan of logarithmic depth, and h_t = tanh(W h_{t−1} + u_t)."""
+"""The recurrences of RNNs: the linear one as a scan of logarithmic depth, and that with tanh."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LOOP_LENGTH = 16
 def linear_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
     """h_t = W h_{t−1} + u_t with h_{−1} = 0, that is h_t = Σ_{s=0..t} W^s u_{t−s}.
 
-    Computed by odd–even reduction: pairs of times are merged, W u_{2k} + u_{2k+1}, the half as long recurrence of W²
-    is solved in the same way, and the times between are filled in; about 2·time·D² multiplications per row in
-    2·log₂(time) matrix products, twice those of the loop. The gradient is the same recurrence backwards,
-    g_t = Wᵀ g_{t+1} + ∂L/∂h_t, with ∂L/∂u = g and ∂L/∂W = Σ_t g_t h_{t−1}ᵀ, so that it does not pass through the
-    powers of W; it can be differentiated again.
+    Computed by odd–even reduction: pairs of times are merged, W u_{2k} + u_{2k+1}, the recurrence of W², half as long,
+    is solved in the same way, and the times between are filled in. That is about 2·time·D² multiplications per row,
+    twice those of a loop, in 2·log₂(time) matrix products. The gradient is the same recurrence backwards,
+    g_t = Wᵀ g_{t+1} + ∂L/∂h_t, with ∂L/∂u = g and ∂L/∂W = Σ_t g_t h_{t−1}ᵀ, without powers of W; it can be
+    differentiated again.
 
     Args:
         inputs: u, `[batch, time, D]`.
@@ -41,9 +41,8 @@ def linear_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
 def tanh_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
     """h_t = tanh(W h_{t−1} + u_t) with h_{−1} = 0.
 
-    There is no parallel form. On accelerators this is the kernel of `torch.nn.RNN`. On a CPU that one, as any loop,
-    spends most of its time on the bookkeeping of autograd, step by step: there forward and backward are each a loop of
-    two operations in place, and ∂L/∂W is one product at the end.
+    On accelerators this is the kernel of `torch.nn.RNN`. On a CPU, where that spends most of its time on autograd's
+    bookkeeping, forward and backward are loops of two operations in place, and ∂L/∂W is one matrix product at the end.
 
     Args:
         inputs: u, `[batch, time, D]`.
