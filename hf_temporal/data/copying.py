@@ -17,7 +17,7 @@ from hf_temporal.positions import IGNORE_INDEX
 
 from . import check_counts
 from .drawn import DrawnDataset
-from .rows import Row, learned_after
+from .rows import Row, learned_after, tokens_without
 
 FORMS = ("digits", "text")
 BLANK, CUE = 0, 9  # digits that are not copied: the filling, and the signal to repeat
@@ -160,9 +160,8 @@ class TextCopies(CopyingDataset):
 
 def tokenize_texts(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
     """The "tokens" of each "text" without special ones."""
-    special = set(tokenizer.all_special_ids)
     rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids
-    return {"tokens": [[token for token in row if token not in special] for row in rows]}
+    return {"tokens": tokens_without(set(tokenizer.all_special_ids), rows)}
 
 
 def prompt_pieces(tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool) -> tuple[list[int], ...]:

@@ -85,7 +85,7 @@ def installed_files() -> list[SourceFile]:
         package = _normalized(distribution.name)
         files += [SourceFile(package, name, Path(str(distribution.locate_file(name)))) for name in names]
     wanted = {(each.package, each.name): each for each in files if _is_wanted(each)}
-    return [wanted[key] for key in sorted(wanted)]
+    return sorted(wanted.values())
 
 
 def extract_pairs(files: list[SourceFile]) -> list[Pair]:
@@ -93,7 +93,7 @@ def extract_pairs(files: list[SourceFile]) -> list[Pair]:
     chunks = [files[start : start + _FILES_PER_PROCESS] for start in range(0, len(files), _FILES_PER_PROCESS)]
     unique: dict[str, Pair] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = tqdm(pool.map(_read, chunks), "Reading docstrings", len(chunks), unit=f"{_FILES_PER_PROCESS} files")
+        found = tqdm(pool.map(_read, chunks), desc="Reading docstrings", total=len(chunks), unit="batch")
         for file, pairs in zip(files, chain.from_iterable(found), strict=True):
             for body, summary in pairs:
                 unique.setdefault(" ".join(body.lower().split()), Pair(file.package, body, summary))

@@ -166,8 +166,7 @@ class FunctionalDataset(DrawnDataset[dict[str, Tensor]]):
             times.append(time)
         x = torch.from_numpy(inputs)
         y = self.functional(x.double()).float()
-        rows = zip(x, y, times, strict=True)
-        return [{"input_values": x[:time], "labels": y[:time]} for x, y, time in rows]
+        return [{"input_values": x[i, :time], "labels": y[i, :time]} for i, time in enumerate(times)]
 
 
 def pad_series(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -192,9 +191,8 @@ def _function(target: str | MemoryFunction) -> MemoryFunction:
 
 def _duration(inputs: Tensor) -> int:
     if inputs.dim() < 2 or not inputs.is_floating_point():
-        raise ValueError(
-            f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; accepted: floats [..., time, dimension]."
-        )
+        given = f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}"
+        raise ValueError(f"{given}; accepted: floats [..., time, dimension].")
     return inputs.shape[-2]
 
 

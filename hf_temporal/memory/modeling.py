@@ -6,12 +6,15 @@ Saved models hold a copy of this file and of those that it imports, so they load
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput, TokenClassifierOutput
 
 from .configuration import (
@@ -22,8 +25,15 @@ from .configuration import (
     TanhRnnConfig,
     TcnConfig,
 )
-from .initialization import initialize
-from .mixers import FeedForwardMixer, LinearRnnMixer, SelfAttentionMixer, StateSpaceMixer, TanhRnnMixer, TcnMixer
+from .mixers import (
+    FeedForwardMixer,
+    LinearRnnMixer,
+    RnnMixer,
+    SelfAttentionMixer,
+    StateSpaceMixer,
+    TanhRnnMixer,
+    TcnMixer,
+)
 from .recurrences import linear_recurrence  # noqa: F401  older transformers copy what this file imports, but no deeper
 
 MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
@@ -73,12 +83,42 @@ class MemoryBackbone(nn.Module):
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
-    """A model whose parameters start as `initialize` has them."""
+    """How the parameters of all families are initialized.
+
+    - Linear maps and convolutions are uniform in ±1/√inputs, weight and bias, as in torch; the norms of a
+      weight-normalized convolution are those of the direction.
+    - Recurrent matrices are orthogonal, times `recurrent_scale`.
+    - State-space models are S4D-Lin: A = −1/2 + iπn, Δ log-uniform between the configured steps, C complex normal of
+      variance 1, D = 1.
+    - Embeddings are standard normal, layer norms the identity.
+    """
 
     config_class = MemoryModelConfig
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        initialize(module, self.config)
+        config = self.config
+        if isinstance(module, nn.Linear):
+            _uniform(module.in_features, module.weight, module.bias)
+        elif isinstance(module, nn.Conv1d):
+            _uniform(module.in_channels * module.kernel_size[0], module.bias)
+        elif isinstance(module, ParametrizationList):
+            norm, direction = module.parameters()
+            _uniform(direction[0].numel(), direction)
+            init.copy_(norm, direction.norm(dim=(1, 2), keepdim=True))
+        elif isinstance(module, RnnMixer):
+            init.orthogonal_(module.recurrent, gain=config.recurrent_scale)
+        elif isinstance(module, StateSpaceMixer):
+            init.uniform_(module.log_step, math.log(config.smallest_step), math.log(config.largest_step))
+            init.constant_(module.log_decay, math.log(0.5))
+            init.copy_(module.frequency, math.pi * torch.arange(config.state_size).expand_as(module.frequency))
+            init.normal_(module.readout, std=0.5**0.5)
+            init.ones_(module.direct)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
 
 
 class MemoryModelForRegression(MemoryPreTrainedModel):
@@ -131,11 +171,7 @@ class MemoryModelForCausalLM(MemoryPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> CausalLMOutput:
         """The logits and, where labels are given, transformers' loss of a causal language model.
 
@@ -154,24 +190,22 @@ class MemoryModelForCausalLM(MemoryPreTrainedModel):
         """
         _check_rows(attention_mask, kwargs)
         logits: Tensor = self.lm_head(self.backbone(self.embed_tokens(input_ids)))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is None:
+            return CausalLMOutput(logits=logits)
+        loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-def _models_of(
-    config: type[MemoryModelConfig],
-) -> tuple[type[MemoryModelForRegression], type[MemoryModelForCausalLM]]:
+Models = tuple[type[MemoryModelForRegression], type[MemoryModelForCausalLM]]
+
+
+def _models_of(config: type[MemoryModelConfig]) -> Models:
     """The model classes of a family, `XForRegression` and `XForCausalLM` for its configuration `XConfig`."""
-    name = config.__name__.removesuffix("Config")
-    regression, causal_lm = (
-        type(
-            name + base.__name__.removeprefix("MemoryModel"), (base,), {"config_class": config, "__module__": __name__}
-        )
-        for base in (MemoryModelForRegression, MemoryModelForCausalLM)
+    name, content = config.__name__.removesuffix("Config"), {"config_class": config, "__module__": __name__}
+    return (
+        type(f"{name}ForRegression", (MemoryModelForRegression,), content),
+        type(f"{name}ForCausalLM", (MemoryModelForCausalLM,), content),
     )
-    return regression, causal_lm
 
 
 LinearRnnForRegression, LinearRnnForCausalLM = _models_of(LinearRnnConfig)
@@ -192,14 +226,17 @@ def _check_rows(attention_mask: Tensor | None, others: Mapping[str, Any]) -> Non
     packed = [key for key in PACKED_KEYS if others.get(key) is not None]
     if packed:
         raise ValueError(f"{packed[0]} is given: documents of a row are not kept apart; accepted: one per row.")
-    if attention_mask is None:
-        return
-    if attention_mask.dim() != 2:
+    if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; accepted: [batch, time].")
-    if bool((attention_mask[:, 0] < attention_mask.amax(-1)).any()):
-        raise ValueError(
-            "attention_mask has rows padded on the left; accepted: padding on the right (padding_side='right')."
-        )
+    if attention_mask is not None and bool((attention_mask[:, 0] < attention_mask.amax(-1)).any()):
+        accepted = "padding on the right (padding_side='right')"
+        raise ValueError(f"attention_mask has rows padded on the left; accepted: {accepted}.")
+
+
+def _uniform(inputs: int, *parameters: Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
 
 def _normalization(config: MemoryModelConfig) -> nn.Module:

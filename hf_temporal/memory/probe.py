@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_temporal.data import check_counts
 from hf_temporal.model.model_loss import undisturbed
@@ -32,9 +33,8 @@ class MemoryDistance:
 def impulse_memory(model: nn.Module, length: int) -> Tensor:
     """The memory function of a linear model, ρ̂(s) with y_t = Σ_s ρ̂(s) x_{t−s} + c, by its impulse response.
 
-    ρ̂(s) is the response at lag s to a unit impulse at time 0, less the response to zeros. This is exact for a model
-    that is linear (up to a constant) and time-invariant. Any other is refused: an impulse of −2 half-way must have −2
-    times the response.
+    ρ̂(s) is the response at lag s to a unit impulse at time 0, less the response to zeros. A model is refused if it is
+    not linear (up to a constant) and time-invariant: an impulse of −2 half-way must have −2 times the response.
 
     Args:
         model: a model for regression. It is called with `input_values`, `[batch, time, input_size]`, has a `config`
@@ -56,23 +56,18 @@ def impulse_memory(model: nn.Module, length: int) -> Tensor:
     outputs = _run(model, inputs)
     responses = outputs[1:] - outputs[:1]
     memory, control = responses[:size], responses[size:]
-    expected = torch.zeros_like(control)
-    expected[:, later:] = -2 * memory[:, : length - later]
-    scale = responses.abs().max()
-    if not (control - expected).abs().max() <= LINEARITY_TOLERANCE * scale:
-        raise ValueError(
-            f"{type(model).__name__} is not linear and time-invariant: its response to an impulse depends on the "
-            "impulse's size or time. Accepted: linear models, or constant_input_memory for any other."
-        )
+    expected = F.pad(-2 * memory[:, : length - later], (0, 0, later, 0))
+    if not (control - expected).abs().max() <= LINEARITY_TOLERANCE * responses.abs().max():
+        accepted = "accepted: a model that is, or constant_input_memory for any other"
+        raise ValueError(f"{type(model).__name__} is not linear and time-invariant; {accepted}.")
     return memory.permute(1, 2, 0)
 
 
 def constant_input_memory(model: nn.Module, length: int, *, value: float = 1.0) -> Tensor:
     """The memory function of any model by its steps under a constant input.
 
-    |y_s − y_{s−1}| under x_t = value for s = 1..length−1, and |y_0 − y_0 under input 0| at s = 0. For
-    y_t = Σ_s ρ(s) x_{t−s} that is |value · ρ(s)|. A model that does not use the positions of its inputs, such as
-    attention without them, has 0 at every lag but the first.
+    |y_s − y_{s−1}| under x_t = value for s = 1..length−1, and |y_0 − y_0 under input 0| at s = 0; |value · ρ(s)| for
+    y_t = Σ_s ρ(s) x_{t−s}. It is 0 at every lag but the first for attention without positions.
 
     Args:
         model: as for `impulse_memory`, linear or not.
@@ -131,10 +126,8 @@ def memory_distance(memory: Tensor, target: Tensor) -> MemoryDistance:
     if memory.shape[1:] == (1, 1):
         memory = memory[:, 0, 0]
     if memory.dim() != 1 or memory.shape != target.shape or len(target) < 3:
-        raise ValueError(
-            f"memory has shape {tuple(memory.shape)} and target {tuple(target.shape)}; accepted: [length] for both, "
-            "or [length, 1, 1] for memory, with length ≥ 3."
-        )
+        given = f"memory has shape {tuple(memory.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"{given}; accepted: [length], or [length, 1, 1] for memory, with length ≥ 3.")
     dtype = torch.promote_types(memory.dtype, target.dtype)
     by_lag = (memory.to(dtype) - target.to(memory.device, dtype)).abs()
     short, middle, long = (part.square().mean().sqrt().item() for part in by_lag.tensor_split(3))

@@ -64,10 +64,8 @@ def tanh_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
 
 def _check(inputs: Tensor, weight: Tensor) -> torch.dtype:
     if inputs.dim() != 3 or weight.shape != (inputs.shape[-1], inputs.shape[-1]):
-        raise ValueError(
-            f"inputs have shape {tuple(inputs.shape)} and weight {tuple(weight.shape)}; accepted: [batch, time, D] "
-            "and [D, D]."
-        )
+        given = f"inputs have shape {tuple(inputs.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"{given}; accepted: [batch, time, D] and [D, D].")
     return torch.promote_types(torch.float32, torch.promote_types(inputs.dtype, weight.dtype))
 
 
