@@ -44,9 +44,8 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
         return None
     if not summary[0].isalpha() or summary.endswith((":", ",")) or _NO_SUMMARY.match(summary):
         return None
-    if min(_share_of_words(summary), _share_of_words(body)) < MIN_SHARE_OF_WORDS:
-        return None
-    return body, summary
+    share = min(_share_of_words(summary), _share_of_words(body))
+    return (body, summary) if share >= MIN_SHARE_OF_WORDS else None
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
@@ -67,5 +66,5 @@ def _share_of_words(text: str) -> float:
 
 
 if __name__ == "__main__":
-    for name in json.loads(sys.stdin.read()):
+    for name in json.load(sys.stdin):
         sys.stdout.write(json.dumps(pairs_of_file(Path(name))) + "\n")

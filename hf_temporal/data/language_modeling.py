@@ -113,10 +113,8 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) ->
             continue
         asked, answered = rendered(index, answer=True), rendered(index + 1)
         if not (asked.startswith(before) and answered.startswith(asked)):
-            raise ValueError(
-                "the tokenizer's chat template renders earlier turns anew with every further one, so that what the "
-                "assistant says cannot be told apart; accepted: a template that only adds, or prompt and completion."
-            )
+            given = "the tokenizer's chat template renders earlier turns anew with every further one"
+            raise ValueError(f"{given}; accepted: one that only adds to them, or data of prompt and completion.")
         given = tokenizer(asked[len(before) :], add_special_tokens=False, verbose=False).input_ids
         target = tokenizer(answered[len(asked) :], add_special_tokens=False, verbose=False).input_ids
         behind = target[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in target else 0
