@@ -35,4 +35,7 @@ import sys
 from hf_temporal.compare.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"compare_powers.py: {error}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hf_temporal.evaluation import evaluation_profiles
 from hf_temporal.finetuning.report import EVALUATIONS_NAME, RESULTS_NAME, load_evaluations
+
+LOG_NAME = "log.txt"  # locked by every process of a cell for as long as it lives
 
 Evaluations = dict[int, dict[str, float]]
 
@@ -31,11 +34,11 @@ class Cell:
     @property
     def log(self) -> Path:
         """The file that holds all that the run printed."""
-        return self.folder / "log.txt"
+        return self.folder / LOG_NAME
 
     @property
     def finished(self) -> bool:
-        return (self.folder / RESULTS_NAME).is_file()
+        return is_finished(self.folder)
 
     def evaluations(self, metric: str) -> Evaluations:
         """All metrics by step, without their prefix.
@@ -62,6 +65,28 @@ class Cell:
         if profiles := evaluation_profiles(self.folder):
             found["bins"] = [{name: each[name] for name in ("from", "to", "loss")} for each in profiles[-1]["bins"]]
         return found
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run that writes into this folder came to its end."""
+    return (folder / RESULTS_NAME).is_file()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process of the run that writes into this folder still lives."""
+    if not (path := folder / LOG_NAME).is_file():
+        return False
+    with path.open("ab") as log:
+        return not lock(log)
+
+
+def lock(log: IO[bytes]) -> bool:
+    """Lock the file until its descriptor is closed here and in every process that has it; False if another has."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def curve(evaluations: Evaluations, metric: str) -> dict[int, float]:

@@ -16,7 +16,7 @@ import yaml
 from hf_temporal.finetuning.report import write_json
 from hf_temporal.weighting import TemporalWeighting
 
-from .cells import Cell, power_name
+from .cells import Cell, is_finished, is_running, power_name
 from .quantities import direction_of
 
 SETTINGS_NAME = "comparison.json"
@@ -71,9 +71,9 @@ class CompareArguments:
             raise ValueError(f"reach={self.reach!r}, but of {self.metric} neither more nor less is better")
         if self.max_parallel < 0:
             raise ValueError(f"max_parallel={self.max_parallel!r} is negative; accepted: 0 or more")
-        for path in (self.config, self.accelerate_config):
-            if path is not None and not path.is_file():
-                raise ValueError(f"{str(path)!r} is no file; accepted: a YAML file")
+        for name in ("config", "accelerate_config"):
+            if path := getattr(self, name):
+                read_yaml(name, path)
         self._check_vary()
 
     @property
@@ -142,10 +142,14 @@ class Comparison:
 
     def command(self, cell: Cell) -> list[str]:
         """What follows `accelerate launch`."""
-        accelerate, config = self.arguments.accelerate_config, self.arguments.config
+        accelerate = self.arguments.accelerate_config
+        engine = ["--config_file", str(accelerate)] if accelerate else []
+        return [*engine, str(self.recipe), *self.flags(cell)]
+
+    def flags(self, cell: Cell) -> list[str]:
+        """The flags that the recipe gets."""
+        config = self.arguments.config
         return [
-            *(["--config_file", str(accelerate)] if accelerate else []),
-            str(self.recipe),
             *(["--config", str(config)] if config else []),
             *self.overrides,
             f"--temporal_power={power_name(cell.power)}",
@@ -161,8 +165,8 @@ class Comparison:
         accelerate, config = self.arguments.accelerate_config, self.arguments.config
         settings = {
             "recipe": self.recipe.name,
-            "config": config and _without_token(yaml.safe_load(config.read_text(encoding="utf-8"))),
-            "accelerate_config": accelerate and yaml.safe_load(accelerate.read_text(encoding="utf-8")),
+            "config": config and _without_token(read_yaml("config", config)),
+            "accelerate_config": accelerate and read_yaml("accelerate_config", accelerate),
             "overrides": self.overrides,
             **({"vary": list(self.arguments.varied)} if self.arguments.vary else {}),
         }
@@ -180,7 +184,7 @@ def keep_settings(comparison: Comparison) -> None:
     """Write the settings into `output_dir`, and into that of each combination.
 
     Raises:
-        ValueError: cells there were started with others.
+        ValueError: a cell there was finished with others, or is being run with them.
     """
     kept = {each.output_dir: each for each in (comparison, *comparison.combinations())}
     for each in kept.values():
@@ -193,7 +197,8 @@ def keep_settings(comparison: Comparison) -> None:
 def _check_settings(comparison: Comparison) -> None:
     output_dir, settings = comparison.output_dir, comparison.settings()
     path = output_dir / SETTINGS_NAME
-    if not path.is_file() or not any(any(output_dir.glob(cells)) for cells in ("p*_seed*", "*/p*_seed*")):
+    folders = [*output_dir.glob("p*_seed*"), *output_dir.glob("*/p*_seed*")]
+    if not path.is_file() or not any(is_finished(folder) or is_running(folder) for folder in folders):
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     for name in settings | found:
@@ -203,6 +208,29 @@ def _check_settings(comparison: Comparison) -> None:
                 f"{name}={found.get(name)!r}; accepted: the same settings, which continue that comparison, or another "
                 "output_dir"
             )
+
+
+def check_file(name: str, path: Path, accepted: str = "a YAML file") -> None:
+    """Check that the file exists that was given under this name.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not path.is_file():
+        raise ValueError(f"{name}={str(path)!r} is no file: there is no {path.resolve()}; accepted: {accepted}")
+
+
+def read_yaml(name: str, path: Path) -> Any:
+    """The content of the YAML file that was given under this name.
+
+    Raises:
+        ValueError: there is no such file, or it is no YAML.
+    """
+    check_file(name, path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}={str(path)!r} cannot be read: {error}; accepted: a YAML file") from error
 
 
 def flag_name(flag: str) -> str:

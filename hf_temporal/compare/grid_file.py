@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hf_temporal.installed import nearest
 
-from .grid import CompareArguments, flag_name
+from .grid import CompareArguments, flag_name, read_yaml
 
 PATHS = ("recipe", "config", "accelerate_config")
 
@@ -45,16 +44,14 @@ def flags_of_file(argv: Sequence[str]) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"grid={str(path)!r} is no file; accepted: a YAML file")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = read_yaml("grid", path)
     own = ["recipe", "flags", *(each.name for each in fields(CompareArguments))]
     if not isinstance(settings, dict) or not isinstance(settings.get("flags", {}), dict):
         raise ValueError(f"{path} is no mapping, or its flags are none; accepted: lines of the form `name: value`")
     for name in settings:
         if name not in own:
             raise ValueError(
-                f"{path}: {name!r} is no flag of a comparison; accepted: {_nearest(name, own)!r}, the nearest, or a "
+                f"{path}: {name!r} is no flag of a comparison; accepted: {nearest(name, own)!r}, the nearest, or a "
                 "flag of the recipe under `flags`"
             )
     for name in settings.keys() & set(PATHS):
@@ -66,7 +63,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _nearest(name: object, names: Iterable[str]) -> str:
-    return difflib.get_close_matches(str(name), [*names], n=1, cutoff=0.0)[0]

@@ -11,7 +11,8 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from .cells import Cell
-from .grid import OWN, CompareArguments, Comparison, flag_name, keep_settings
+from .checks import check_cells
+from .grid import OWN, CompareArguments, Comparison, check_file, flag_name, keep_settings
 from .grid_file import flags_of_file
 from .pictures import PICTURES
 from .report import REPORT_NAME, write_report
@@ -34,10 +35,12 @@ def main(argv: Sequence[str] | None = None, *, program: str = "python recipes/co
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--redraw" for word in argv):
-        return redraw(argv)
-    comparison = read_arguments(argv)
-    keep_settings(comparison)
+        return redraw(argv, program)
+    comparison = read_arguments(argv, program)
     cells = comparison.cells()
+    if not all(cell.finished for cell in cells):
+        check_cells(comparison)
+    keep_settings(comparison)
     if comparison.arguments.dry_run:
         for cell, combination in cells.items():
             if not cell.finished:
@@ -58,7 +61,14 @@ def main(argv: Sequence[str] | None = None, *, program: str = "python recipes/co
     return 0 if all(cell.finished for cell in cells) else 1
 
 
-def read_arguments(argv: Sequence[str]) -> Comparison:
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def read_arguments(argv: Sequence[str], program: str | None = None) -> Comparison:
     """Flags of the comparison, the recipe, and the flags that every cell gets.
 
     Raises:
@@ -67,7 +77,9 @@ def read_arguments(argv: Sequence[str]) -> Comparison:
     argv = flags_of_file(argv)
     parser = HfArgumentParser(
         CompareArguments,  # type: ignore[arg-type]
+        prog=program,
         description=DESCRIPTION,
+        formatter_class=HelpFormatter,
         usage=USAGE,
         allow_abbrev=False,
     )
@@ -83,10 +95,7 @@ def read_arguments(argv: Sequence[str]) -> Comparison:
             raise ValueError(f"--{name} cannot be given to every cell; accepted: {OWN[name]}")
         if flag.startswith("--") and name in arguments.varied:
             raise ValueError(f"--{name} is varied and given to every cell, too; accepted: one of both")
-    if not rest.recipe.is_file():
-        raise ValueError(
-            f"recipe={str(rest.recipe)!r} is no file; accepted: recipes/finetune_causal_lm.py or the like"
-        )
+    check_file("recipe", rest.recipe, "recipes/finetune_causal_lm.py or the like")
     return Comparison(arguments, rest.recipe, overrides)
 
 
@@ -97,13 +106,15 @@ def sum_up(comparison: Comparison, command: str, failed: Mapping[Cell, int]) -> 
     return write_report(summary, comparison.output_dir)
 
 
-def redraw(argv: Sequence[str]) -> int:
+def redraw(argv: Sequence[str], program: str) -> int:
     """Make the report and the pictures of a summary again; tell which pictures it lacks the data for.
 
     Raises:
         ValueError: the file is no summary.
     """
-    parser = argparse.ArgumentParser(description="Make the report and the pictures of a comparison again.")
+    parser = argparse.ArgumentParser(
+        prog=program, description="Make the report and the pictures of a comparison again."
+    )
     parser.add_argument("--redraw", type=Path, required=True, help="Its summary.json.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where to write them.")
     flags = parser.parse_args(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from huggingface_hub.utils import tqdm
 
 from hf_temporal.hub.privacy import without_tokens
 
-from .cells import Cell
+from .cells import Cell, lock
 from .grid import Comparison
 from .quantities import number, title_of
 from .server import Forked, Server, may_fork
@@ -39,9 +38,7 @@ def start(comparison: Comparison, cell: Cell, server: Server | None) -> Process 
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
     with cell.log.open("ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(log):
             return None
         log.write(f"$ {without_tokens(comparison.shown(cell))}\n".encode())
         log.flush()

@@ -34,6 +34,7 @@ from hf_temporal.memory.models import FAMILIES
 from hf_temporal.trainer import TemporalWeightTrainer
 from hf_temporal.training_args import TemporalTrainingArguments
 
+ARGUMENTS = (ModelArguments, FunctionalArguments, ControlArguments, TemporalTrainingArguments)
 MODEL_TYPES = tuple(family.config.model_type for family in FAMILIES.values())
 
 
@@ -55,8 +56,7 @@ class FunctionalTrainer(CardMixin, TemporalWeightTrainer):
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate before and after, and report."""
     argv = sys.argv[1:] if argv is None else argv
-    kinds = (ModelArguments, FunctionalArguments, ControlArguments, TemporalTrainingArguments)
-    model_args, functional_args, control_args, training_args = parse(kinds, argv, description=__doc__)
+    model_args, functional_args, control_args, training_args = parse(ARGUMENTS, argv, description=__doc__)
     if model_args.model_type not in MODEL_TYPES:
         raise ValueError(f"model_type={model_args.model_type!r}: {', '.join(MODEL_TYPES)} are accepted")
     share_cores()
