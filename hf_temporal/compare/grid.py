@@ -40,17 +40,14 @@ class CompareArguments:
         default_factory=list,
         metadata={
             "action": "extend",
-            "help": "NAME=VALUE,VALUE,...: flags of the recipe; every combination of their values is compared for "
-            "itself, in a folder of its own.",
+            "help": "NAME=VALUE,VALUE,...: flags of the recipe; each combination is compared in a folder of its own.",
         },
     )
     config: Path | None = field(default=None, metadata={"help": "YAML file of the recipe."})
     accelerate_config: Path | None = field(default=None, metadata={"help": "YAML file of `accelerate launch`."})
-    reach: float | None = field(
-        default=None, metadata={"help": "Count the steps until the metric is as good as this, too."}
-    )
+    reach: float | None = field(default=None, metadata={"help": "Count the steps until the metric is this good, too."})
     max_parallel: int = field(
-        default=1, metadata={"help": "Cells that run side by side and share the cores; 0 only sums up."}
+        default=1, metadata={"help": "Cells that run side by side on shared cores; 0: only sum up."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the command of each unfinished cell, run none."})
 

@@ -26,7 +26,7 @@ PICTURES = {
 
 
 def panel_of(quantity: Quantity, title: str | None = None) -> PowerPanel:
-    """All that is known of a quantity, to be drawn over p."""
+    """The panel that shows a quantity over p."""
     return PowerPanel(
         quantity.title + ("\n(hollow: not reached)" if quantity.bounds else ""),
         quantity.values,
@@ -40,23 +40,26 @@ def panel_of(quantity: Quantity, title: str | None = None) -> PowerPanel:
 def draw_comparison(
     title: str, cells: Sequence[Mapping[str, Any]], decisive: Sequence[Quantity], output_dir: Path
 ) -> list[str]:
-    """Draw the pictures that there are data for; their names.
+    """Draw the pictures that there are data for.
 
     Args:
-        title: above each of them.
-        cells: as `summary.json` has them; what every finished one holds is drawn.
-        decisive: the quantities that stand in the picture over p.
-        output_dir: where to write them.
+        title: above each picture.
+        cells: those of a `summary.json`; a picture is drawn if every finished one holds its data.
+        decisive: the quantities of the picture over p.
+        output_dir: the folder to write into.
+
+    Returns:
+        The names of the pictures.
     """
     by_power, by_position, by_lag, on_the_way = PICTURES
     plot_metrics_by_power([panel_of(each) for each in decisive], output_dir / by_power, title=title)
     drawn = {by_power}
     if curves := _by_power(cells, "curves"):
-        names = dict.fromkeys(name for runs in curves.values() for run in runs for name in run)
+        all_runs = [run for runs in curves.values() for run in runs]
         panels = {
             title_of(name): {power: [_floats(run[name]) for run in runs] for power, runs in curves.items()}
-            for name in names
-            if all(name in run for runs in curves.values() for run in runs)
+            for name in all_runs[0]
+            if all(name in run for run in all_runs)
         }
         plot_curves_by_power(panels, output_dir / on_the_way, title=title)
         drawn.add(on_the_way)
@@ -72,12 +75,14 @@ def draw_comparison(
 
 
 def _by_power(cells: Sequence[Mapping[str, Any]], name: str) -> dict[float, list[Any]]:
-    """What the finished cells of each p hold under this name; nothing unless all of them do."""
+    """What the finished cells hold under this name, by p; nothing unless all of them have it."""
     finished = [cell for cell in cells if cell["state"] == "finished"]
     if not all(cell.get(name) for cell in finished):
         return {}
-    powers = sorted({float(cell["power"]) for cell in finished})
-    return {power: [cell[name] for cell in finished if float(cell["power"]) == power] for power in powers}
+    found: dict[float, list[Any]] = {}
+    for cell in sorted(finished, key=lambda cell: float(cell["power"])):
+        found.setdefault(float(cell["power"]), []).append(cell[name])
+    return found
 
 
 def _floats(values: Mapping[str, Any]) -> dict[int, float]:
@@ -85,7 +90,7 @@ def _floats(values: Mapping[str, Any]) -> dict[int, float]:
 
 
 def _mean_profile(profiles: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The mean over seeds of each bin's loss; None where no seed has a token there."""
+    """The mean over seeds of the loss in each bin; None where no seed has a token."""
     bins = []
     for same_bin in zip(*profiles, strict=True):
         losses = [number_of(each["loss"]) for each in same_bin if each["loss"] is not None]
