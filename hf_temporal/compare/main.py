@@ -17,8 +17,7 @@ from hf_temporal.installed import nearest
 
 from .checks import check_cells
 from .grid import OWN, CompareArguments, Comparison, check_file, flag_name, keep_settings, read_yaml
-from .pictures import PICTURES
-from .report import REPORT_NAME, write_report
+from .report import PICTURES, REPORT_NAME, write_report
 from .runs import Runs
 from .summary import SUMMARY_NAME, read_summary, summary_of, write_summary
 

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
 from hf_temporal.finetuning.tables import table
-from hf_temporal.power_plots import PowerPanel, plot_metrics_by_power
+from hf_temporal.power_plots import (
+    PowerPanel,
+    plot_curves_by_power,
+    plot_loss_by_position_and_power,
+    plot_memory_by_power,
+    plot_metrics_by_power,
+)
 
 from .cells import power_name
-from .pictures import PICTURES, draw_comparison, panel_of
-from .quantities import ALPHA, RATIOS, Difference, Quantity, compare, number
+from .quantities import ALPHA, RATIOS, Difference, Quantity, compare, number, number_of, title_of
 
 REPORT_NAME = "summary.md"
-PICTURE = "metric_by_power.png"
+BY_POWER = "metric_by_power.png"
+PICTURES = {
+    BY_POWER: "What each p ends at",
+    "loss_by_position.png": "Loss by position in the target at the last evaluation, mean over seeds",
+    "memory.png": "Memory at the last evaluation, each seed thin, the mean thick, and its distance from the target's",
+    "curves.png": "Every evaluation on the way",
+}
 MOST_COLUMNS = 5
 HARDWARE = ("processor", "cores", "accelerator")
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
@@ -97,17 +109,17 @@ def write_report(summary: Mapping[str, Any], output_dir: Path) -> str:
     for part in parts:
         if part.found:
             _write_part(summary, part, output_dir / part.title)
-    _draw_side_by_side(summary["title"], parts, output_dir / PICTURE)
+    _draw_side_by_side(summary["title"], parts, output_dir / BY_POWER)
     findings = "\n".join(map(_conclusions_of_part, parts)) + f"\n\n{_table_of_parts(parts)}"
     missing = [f"- {part.name}: {_missing(part.cells)}" for part in parts if _unfinished(part.cells)]
     status = "\n".join(missing) or _missing([cell for part in parts for cell in part.cells])
     notes = _notes(summary, uncorrected="rows") + _ROWS_NOTE
-    _write(replace(parts[0], title=summary["title"]), [findings, status], [PICTURE], notes, summary, output_dir)
+    _write(replace(parts[0], title=summary["title"]), [findings, status], [BY_POWER], notes, summary, output_dir)
     return findings
 
 
 def _write_part(summary: Mapping[str, Any], part: Part, output_dir: Path) -> str:
-    pictures = draw_comparison(part.title, part.cells, [quantity for quantity, _ in part.decisive], output_dir)
+    pictures = _draw(part, output_dir)
     findings = f"{_conclusions(part.decisive)}\n\n{_table(part)}"
     notes = _notes(summary, uncorrected="columns")
     _write(part, [findings, _missing(part.cells)], pictures, notes, summary, output_dir)
@@ -229,6 +241,9 @@ def _table_cell(quantity: Quantity, power: float, difference: Difference | None)
     return f"{text} **{difference.verdict}**" if difference is not None and told else text
 
 
+# ---- pictures
+
+
 def _draw_side_by_side(title: str, parts: Sequence[Part], path: Path) -> None:
     """Draw each deciding quantity as a block of small panels, the values of the last varied flag along a row."""
     titles = ["\n".join(part.values.values()) for part in parts]
@@ -237,9 +252,72 @@ def _draw_side_by_side(title: str, parts: Sequence[Part], path: Path) -> None:
     blocks: list[PowerPanel | None] = []
     for index in range(max(len(part.decisive) for part in parts)):
         block = [
-            panel_of(part.decisive[index][0], title) if part.found else PowerPanel("", {}, {}, title=title)
+            _panel(part.decisive[index][0], title) if part.found else PowerPanel("", {}, {}, title=title)
             for part, title in zip(parts, titles, strict=True)
         ]
         label = max((panel.label for panel in block), key=len)  # The longest explains hollow dots.
         blocks += [*(replace(panel, label=label) for panel in block), *([None] * (-len(block) % columns))]
     plot_metrics_by_power(blocks, path, title=f"{title}: {' / '.join(parts[0].values)}", columns=columns)
+
+
+def _panel(quantity: Quantity, title: str | None = None) -> PowerPanel:
+    return PowerPanel(
+        quantity.title + ("\n(hollow: not reached)" if quantity.bounds else ""),
+        quantity.values,
+        {power: (quantity.mean(power), quantity.interval(power)) for power in quantity.values},
+        quantity.bounds,
+        quantity.is_ratio,
+        title,
+    )
+
+
+def _draw(part: Part, output_dir: Path) -> list[str]:
+    """Draw the pictures that all finished cells hold the data for.
+
+    Returns:
+        The names of the pictures.
+    """
+    _, by_position, by_lag, on_the_way = PICTURES
+    plot_metrics_by_power([_panel(each) for each, _ in part.decisive], output_dir / BY_POWER, title=part.title)
+    drawn = {BY_POWER}
+    if curves := _by_power(part.cells, "curves"):
+        all_runs = [run for runs in curves.values() for run in runs]
+        panels = {
+            title_of(name): {
+                power: [{int(step): number_of(value) for step, value in run[name].items()} for run in runs]
+                for power, runs in curves.items()
+            }
+            for name in all_runs[0]
+            if all(name in run for run in all_runs)
+        }
+        plot_curves_by_power(panels, output_dir / on_the_way, title=part.title)
+        drawn.add(on_the_way)
+    if profiles := _by_power(part.cells, "bins"):
+        means = {power: _mean_profile(each) for power, each in profiles.items()}
+        plot_loss_by_position_and_power(means, output_dir / by_position, title=part.title)
+        drawn.add(by_position)
+    if memories := _by_power(part.cells, "memory"):
+        ((target, *_), *_) = _by_power(part.cells, "target_memory").values()
+        plot_memory_by_power(memories, target, output_dir / by_lag, title=part.title)
+        drawn.add(by_lag)
+    return [name for name in PICTURES if name in drawn]
+
+
+def _by_power(cells: Sequence[Mapping[str, Any]], name: str) -> dict[float, list[Any]]:
+    """What the finished cells hold under this name, by p; nothing unless all of them have it."""
+    finished = [cell for cell in cells if cell["state"] == "finished"]
+    if not all(cell.get(name) for cell in finished):
+        return {}
+    found: dict[float, list[Any]] = {}
+    for cell in sorted(finished, key=lambda cell: float(cell["power"])):
+        found.setdefault(float(cell["power"]), []).append(cell[name])
+    return found
+
+
+def _mean_profile(profiles: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The mean over seeds of the loss in each bin; None where no seed has a token."""
+    bins = []
+    for same_bin in zip(*profiles, strict=True):
+        losses = [number_of(each["loss"]) for each in same_bin if each["loss"] is not None]
+        bins.append({**same_bin[0], "loss": fmean(losses) if losses else None})
+    return {"bins": bins}
