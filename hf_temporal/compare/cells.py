@@ -38,7 +38,7 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        return is_finished(self.folder)
+        return (self.folder / RESULTS_NAME).is_file()
 
     def evaluations(self, metric: str) -> Evaluations:
         """All metrics by step, their names without the prefix `eval_`.
@@ -67,13 +67,10 @@ class Cell:
         return found
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run that writes into this folder has come to its end."""
-    return (folder / RESULTS_NAME).is_file()
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a process of the run that writes into this folder still lives."""
+def is_bound(folder: Path) -> bool:
+    """Whether the cell in this folder is finished, or a process of it still lives."""
+    if (folder / RESULTS_NAME).is_file():
+        return True
     if not (path := folder / LOG_NAME).is_file():
         return False
     with path.open("ab") as log:

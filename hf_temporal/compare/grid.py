@@ -16,7 +16,7 @@ import yaml
 from hf_temporal.finetuning.report import write_json
 from hf_temporal.weighting import TemporalWeighting
 
-from .cells import Cell, is_finished, is_running, power_name
+from .cells import Cell, is_bound, power_name
 from .quantities import direction_of
 
 SETTINGS_NAME = "comparison.json"
@@ -199,7 +199,7 @@ def _check_settings(comparison: Comparison) -> None:
     output_dir, settings = comparison.output_dir, comparison.settings()
     path = output_dir / SETTINGS_NAME
     folders = [*output_dir.glob("p*_seed*"), *output_dir.glob("*/p*_seed*")]
-    if not path.is_file() or not any(is_finished(folder) or is_running(folder) for folder in folders):
+    if not path.is_file() or not any(map(is_bound, folders)):
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     for name in settings | found:
