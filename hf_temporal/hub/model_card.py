@@ -72,23 +72,20 @@ class TrainingRun:
 
     Args:
         weighting: as the trainer resolved it; its `power` is the final one.
-        metrics: by name, one value or (before, after); natural units, losses in nats.
+        metrics: by name, one value or (before, after); losses in nats.
         command: what was typed.
-        task: the Hub's identifier of the task, such as `"summarization"`; results go into the model index where it and
-            `dataset` are given.
+        task: the Hub's identifier of the task; with `dataset`, the results go into the model index.
         dataset: Hub id or name of the data.
         data: a sentence on the data.
         data_hash: sha256 of the examples.
         seed: of the run.
         data_versions: versions of the packages that the data were made from.
-        schedule: of p, one of `hf_temporal.schedules.SCHEDULES`, from `power_start` over `power_warmup_ratio` of the
-            steps.
-        base_model: the model that was trained: its Hub id, which stands in the card wherever its folder did, or that
-            folder, of which the card gives the name.
+        schedule: of p, from `power_start` over `power_warmup_ratio` of the steps.
+        base_model: the Hub id of the model that was trained, which replaces its folder in the card, or that folder.
         base_model_note: a sentence on where those weights come from.
-        picture: name of a picture in the card's folder, such as `"loss_by_position.png"`.
+        picture: name of a picture in the card's folder.
         hardware: that of this machine unless given.
-        license: the Hub's identifier of it, such as `"apache-2.0"`; unless given, what the card says already.
+        license: the Hub's identifier of it; unless given, the card keeps its own.
         effective_sample_size: (Σw)²/Σw² as a share of the target tokens, as last logged.
     """
 
@@ -158,7 +155,7 @@ def temporal_section(run: TrainingRun) -> str:
 def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> None:
     """Put the section, tags and results of a run into a folder's README.md, in place of those of an earlier call.
 
-    The card may come from `Trainer.create_model_card`, from PEFT or from nowhere; all of it becomes a `public_card`.
+    A card that is there already keeps its text, as a `public_card`; otherwise one is made.
     """
     path = Path(folder) / CARD_NAME
     name = path.resolve().parent.name
@@ -169,22 +166,25 @@ def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> No
     data.license = run.license or data.license
     data.model_name = data.model_name or name
     if "/" in (run.dataset or "") and hub_id(run.dataset):
-        data.datasets = sorted({*listed(data.datasets), str(run.dataset)})
-    data.eval_results = [*_results_on_other_data(data, run), *_eval_results(run)]
+        known = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
+        data.datasets = sorted({*known, str(run.dataset)})
+    this = (run.task, without_private(run.dataset or ""))
+    others = [result for result in data.eval_results or [] if (result.task_type, result.dataset_type) != this]
+    data.eval_results = [*others, *_eval_results(run)]
     card.text = f"{_SECTION.sub(_BLANK, card.text).rstrip()}\n\n{_BEGIN}\n{temporal_section(run)}\n{_END}\n"
     path.write_text(public_card(str(card), run.base_model), encoding="utf-8")
 
 
 def draw_loss_by_position(folder: str | os.PathLike[str]) -> str | None:
-    """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile.
+    """Draw the profiles of the first and the last evaluation, and return the picture's name.
 
-    Where matplotlib is not installed there is a warning and no picture: the card of a finished training is not lost.
+    Returns None if there is no profile, or, with a warning, if matplotlib is not installed.
     """
     profiles = evaluation_profiles(folder)
     if not profiles:
         return None
     try:
-        from hf_temporal.plots import plot_loss_by_position  # matplotlib takes its time
+        from hf_temporal.plots import plot_loss_by_position  # only here: matplotlib is slow to import
     except ModuleNotFoundError as error:
         logger.warning(f"The model card gets no picture. {error}")
         return None
@@ -203,16 +203,11 @@ def _eval_results(run: TrainingRun) -> list[EvalResult]:
             dataset_name=run.dataset,
             metric_type=name.removeprefix("eval_"),
             metric_name=name,
-            metric_value=value,
+            metric_value=float(value),
         )
-        for name, value in ((name, float(values[-1])) for name, values in _by_time(run.metrics).items())
+        for name, (*_, value) in _by_time(run.metrics).items()
         if math.isfinite(value)
     ]
-
-
-def _results_on_other_data(data: ModelCardData, run: TrainingRun) -> list[EvalResult]:
-    this = (run.task, without_private(run.dataset or ""))
-    return [result for result in data.eval_results or [] if (result.task_type, result.dataset_type) != this]
 
 
 def _by_time(metrics: Mapping[str, float | tuple[float, float]]) -> dict[str, tuple[float, ...]]:
@@ -222,10 +217,9 @@ def _by_time(metrics: Mapping[str, float | tuple[float, float]]) -> dict[str, tu
 def _settings(run: TrainingRun) -> list[tuple[str, str]]:
     weighting = run.weighting
     if weighting.weight_fn is None:
-        rows = [("p", f"{weighting.power:g}"), ("schedule of p", run.schedule)]
-        if run.schedule != "constant":
-            span = f"from {run.power_start:g} over {run.power_warmup_ratio:.0%} of the steps"
-            rows[-1] = ("schedule of p", f"{run.schedule}, {span}")
+        span = f", from {run.power_start:g} over {run.power_warmup_ratio:.0%} of the steps"
+        schedule = run.schedule + (span if run.schedule != "constant" else "")
+        rows = [("p", f"{weighting.power:g}"), ("schedule of p", schedule)]
     else:
         rows = [("weights, in place of t^p", f"`{weighting.to_dict()['weight_fn']}`")]
     rows += [
@@ -243,7 +237,7 @@ def _settings(run: TrainingRun) -> list[tuple[str, str]]:
 
 def _results(metrics: Mapping[str, float | tuple[float, float]]) -> str:
     values = _by_time(metrics)
-    columns = max(map(len, values.values()), default=1)
+    columns = max(map(len, values.values()))
     header = ("metric", "before", "after") if columns == 2 else ("metric", "value")
     return _table(header, [(name, *[""] * (columns - len(row)), *map(_number, row)) for name, row in values.items()])
 
@@ -271,8 +265,3 @@ def _number(value: float) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
-
-
-def listed(names: str | list[str] | None) -> list[str]:
-    """Names of the metadata, which may be one, several or none."""
-    return [names] if isinstance(names, str) else names or []
