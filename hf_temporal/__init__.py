@@ -1,25 +1,54 @@
 """Drop-in replacements for the Hugging Face `Trainer` that give each target token the weight t^p."""
+# ruff: noqa: F401
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from .evaluation import load_profiles
+    from .linear_cross_entropy import weighted_linear_cross_entropy
+    from .losses import weighted_cross_entropy, weighted_regression_loss
+    from .positions import document_ids_of, target_positions
+    from .schedules import power_at
+    from .suggest import suggest_power
+    from .trainer import TemporalWeightMixin, TemporalWeightSeq2SeqTrainer, TemporalWeightTrainer
+    from .training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
+    from .weighting import TemporalWeighting
+
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from ._public import *  # noqa: F403
+_MODULES = {
+    "TemporalSeq2SeqTrainingArguments": "training_args",
+    "TemporalTrainingArguments": "training_args",
+    "TemporalWeightMixin": "trainer",
+    "TemporalWeightSeq2SeqTrainer": "trainer",
+    "TemporalWeightTrainer": "trainer",
+    "TemporalWeighting": "weighting",
+    "document_ids_of": "positions",
+    "load_profiles": "evaluation",
+    "power_at": "schedules",
+    "suggest_power": "suggest",
+    "target_positions": "positions",
+    "weighted_cross_entropy": "losses",
+    "weighted_linear_cross_entropy": "linear_cross_entropy",
+    "weighted_regression_loss": "losses",
+}
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name or a module; torch and transformers are loaded with the first, and not to print a help."""
-    if name.startswith("__") and name != "__all__":
-        raise AttributeError(name)
-    public = import_module("._public", __name__)
-    if name in globals():  # a module that was loaded with them
-        return globals()[name]
-    return getattr(public, name)
+    """A public name, or a module: what it needs of torch and transformers is loaded when it is asked for."""
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *import_module("._public", __name__).__all__]
+    return [*globals(), *__all__]

@@ -245,7 +245,7 @@ def load_profiles(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise KeyError("version")
         return list(content["profiles"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} ({error!r}); accepted: a {PROFILE_NAME} of version 1.") from None
+        raise ValueError(f"{path} is not a {PROFILE_NAME} of version 1 ({error!r}).") from None
 
 
 def evaluation_profiles(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

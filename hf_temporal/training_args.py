@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .positions import ORIGINS
+from .positions import ORIGINS, check_choice
 from .schedules import SCHEDULES, validate_schedule
 from .weighting import NORMALIZATIONS, TemporalWeighting
 
@@ -59,11 +59,7 @@ class _TemporalFields:
 
     def validate_temporal_fields(self) -> None:
         """Raise a `ValueError` that names the field whose value is not accepted."""
-        if self.temporal_fused_head not in FUSED_HEAD_MODES:
-            raise ValueError(
-                f"temporal_fused_head={self.temporal_fused_head!r} is not known; accepted: "
-                f"{', '.join(map(repr, FUSED_HEAD_MODES))}."
-            )
+        check_choice("temporal_fused_head", self.temporal_fused_head, FUSED_HEAD_MODES)
         self.validate_schedule(self.temporal_power)
         self.temporal_weighting()
 

@@ -19,12 +19,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from hf_temporal._peft import adapter_names
-from hf_temporal._transformers import (
-    init_hub_repository,
-    pushes_in_progress,
-    set_pushes_in_progress,
-    wait_for_pushes,
-)
+from hf_temporal._transformers import init_hub_repository, pushes_in_progress, set_pushes_in_progress, wait_for_pushes
 from hf_temporal.evaluation import PROFILE_NAME
 from hf_temporal.weighting import WEIGHTING_NAME
 
@@ -97,17 +92,11 @@ class HubMixin(_Trainer):
     ) -> Any:
         """Save the model and its card in `output_dir` and upload a copy, with the arguments of `Trainer.push_to_hub`.
 
-        A trainer that this mixin stands in front of and that has a `push_to_hub` of its own uploads the copy itself:
-        while it runs, `args.output_dir` is the folder of the copy. `Trainer.push_to_hub` is replaced, since it can
-        neither delete an adapter that a whole model takes the place of nor say what to do after a failed upload.
+        A trainer behind this mixin with a `push_to_hub` of its own uploads the copy itself: while that runs,
+        `args.output_dir` is the folder of the copy. `Trainer.push_to_hub` is replaced, since it can neither delete an
+        adapter that a whole model takes the place of, nor say what to do after an upload that failed.
 
-        Args:
-            commit_message: of the commit.
-            blocking: whether to return when all is uploaded, otherwise at once.
-            token: overrides `args.hub_token`.
-            revision: overrides `args.hub_revision`.
-            private: whether a repository made for this is private.
-            kwargs: those of `create_model_card`; `finetuned_from` names a base model that was loaded from a folder.
+        Among the arguments of `create_model_card`, `finetuned_from` names a base model that was loaded from a folder.
 
         Returns:
             The commit, or its `Future` where `blocking` is False; None on all processes but the first.

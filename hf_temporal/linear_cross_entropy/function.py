@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from hf_temporal.losses import check_vocabulary
+from hf_temporal.losses import check_label_smoothing, check_vocabulary
 from hf_temporal.positions import IGNORE_INDEX, SIGNED_INTEGERS
 from hf_temporal.weighting import check_weights
 
-from . import triton_kernel
 from .block_head import BlockHead
 from .head import Head, Term, product_dtype
-from .row_head import RowHead
 
 ROUNDING = 64
 
@@ -213,6 +211,9 @@ def _head(
     softcap: float | None,
     label_smoothing: float,
 ) -> Head:
+    from . import triton_kernel  # only here: it imports Triton
+    from .row_head import RowHead
+
     exact = reduce(torch.promote_types, (tensor.dtype for tensor in flat), torch.float32)
     stored = exact if len(set(dtypes)) > 1 else dtypes[0]
     has_kernel = stored in triton_kernel.DTYPES and triton_kernel.is_available(flat[0].device)
@@ -252,8 +253,7 @@ def _product_dtypes(flat: Sequence[Tensor], device_type: str) -> list[torch.dtyp
 def _check_options(softcap: float | None, label_smoothing: float, chunk_size: int | None) -> None:
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap!r} is out of range; accepted: 0 < softcap < ∞, or None for no cap.")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing!r} is out of range; accepted: 0 ≤ label_smoothing < 1.")
+    check_label_smoothing(label_smoothing)
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
         raise ValueError(f"chunk_size={chunk_size!r} is out of range; accepted: an integer ≥ 1, or None.")
 

@@ -264,13 +264,7 @@ def _online(top: tensor, total: tensor, logit: tensor) -> tensor:
 
 @_jit
 def _probability_less_target(
-    logit: tensor,
-    largest: tensor,
-    inverse: tensor,
-    columns: tensor,
-    target: tensor,
-    smoothing: tensor,
-    share: tensor,
+    logit: tensor, largest: tensor, inverse: tensor, columns: tensor, target: tensor, smoothing: tensor, share: tensor
 ) -> tensor:
     """p_v − (1 − ε) [v = y] − ε / V."""
     probability = tl.exp(logit - largest) * inverse
