@@ -19,22 +19,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "TemporalSeq2SeqTrainingArguments": "training_args",
-    "TemporalTrainingArguments": "training_args",
-    "TemporalWeightMixin": "trainer",
-    "TemporalWeightSeq2SeqTrainer": "trainer",
-    "TemporalWeightTrainer": "trainer",
-    "TemporalWeighting": "weighting",
-    "document_ids_of": "positions",
-    "load_profiles": "evaluation",
-    "power_at": "schedules",
-    "suggest_power": "suggest",
-    "target_positions": "positions",
-    "weighted_cross_entropy": "losses",
-    "weighted_linear_cross_entropy": "linear_cross_entropy",
-    "weighted_regression_loss": "losses",
+_NAMES = {
+    "evaluation": ["load_profiles"],
+    "linear_cross_entropy": ["weighted_linear_cross_entropy"],
+    "losses": ["weighted_cross_entropy", "weighted_regression_loss"],
+    "positions": ["document_ids_of", "target_positions"],
+    "schedules": ["power_at"],
+    "suggest": ["suggest_power"],
+    "trainer": ["TemporalWeightMixin", "TemporalWeightSeq2SeqTrainer", "TemporalWeightTrainer"],
+    "training_args": ["TemporalSeq2SeqTrainingArguments", "TemporalTrainingArguments"],
+    "weighting": ["TemporalWeighting"],
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = ["__version__", *_MODULES]
 
 

@@ -51,28 +51,19 @@ Batch = dict[str, Any]
 class Timeline:
     """Adds `temporal_positions` (t of each label) and, for packed rows, `temporal_document_ids` to a batch.
 
-    Args:
-        origin: see `target_positions`.
-        shifts_labels: whether the model's loss compares the logits at i with the label at i + 1; the first real token
-            of a row or document then never is a target.
-        encoder_decoder: whether labels belong to a decoder.
-        takes_position_ids: whether left-padded rows are given `position_ids` that start after the padding.
-        takes_packed_rows: whether the model keeps the documents of a row apart.
-        ranks_per_row: how many ranks a row is split between by context parallelism.
-        vocabulary: labels have to lie below it; None where it is not known.
-        pad_token_id: what the decoder is fed on padding; None where it is not known.
-        lists_targets: whether batches also get `temporal_targets`, the places of targets in the flattened labels,
-            computed on the CPU to avoid a device sync. Not for batches that a dispatching loader cuts into rows.
+    If `shifts_labels`, the model's loss compares the logits at i with the label at i + 1, and the first real token of
+    a row or document never is a target. If `lists_targets`, batches also get `temporal_targets`, the places of targets
+    in the flattened labels, computed on the CPU to avoid a device sync; not for a loader that cuts batches into rows.
     """
 
-    origin: str
+    origin: str  # see `target_positions`
     shifts_labels: bool
-    encoder_decoder: bool
-    takes_position_ids: bool
-    takes_packed_rows: bool
-    ranks_per_row: int
-    vocabulary: int | None
-    pad_token_id: int | None
+    encoder_decoder: bool  # whether labels belong to a decoder
+    takes_position_ids: bool  # whether left-padded rows are given `position_ids` that start after the padding
+    takes_packed_rows: bool  # whether the model keeps the documents of a row apart
+    ranks_per_row: int  # how many ranks a row is split between by context parallelism
+    vocabulary: int | None  # labels have to lie below it; None where it is not known
+    pad_token_id: int | None  # what the decoder is fed on padding; None where it is not known
     lists_targets: bool = False
 
     def add(self, batch: Mapping[str, Any], *, pads_left: bool = False) -> Batch:

@@ -36,11 +36,7 @@ class TokenBatch(NamedTuple):
 
 
 class TokenLosses(ABC):
-    """Turns the batches of an evaluation into the losses of their target tokens, with which subclasses go on.
-
-    Args:
-        regression_loss: the error of float labels, as in `TemporalWeighting`.
-    """
+    """Turns an evaluation's batches into their target tokens' losses; `regression_loss` as in `TemporalWeighting`."""
 
     def __init__(self, regression_loss: str) -> None:
         self._regression_loss = regression_loss
@@ -123,8 +119,7 @@ def losses_and_hits(logits: Tensor, answered: Tensor, labels: Tensor) -> tuple[T
 
 
 class PositionProfile(TokenLosses):
-    """Means, over a data set's target tokens, of loss and accuracy by decile of t/T and at both ends, and the weighted
-    loss.
+    """The weighted loss over a data set's target tokens; loss and accuracy by decile of t/T, and loss at both ends.
 
     Sums are gathered by example, so that `gather` (`Accelerator.gather_for_metrics`) can drop the examples that only
     fill up the last batch of a process: every token counts once on any number of processes.
@@ -224,8 +219,8 @@ def save_profile(path: str | os.PathLike[str], *, split: str, step: int, bins: l
     are null where `count` is 0, `accuracy` also for float labels. The file is replaced as a whole, never half written.
     """
     path = Path(path)
-    kept = load_profiles(path) if path.exists() else []
-    kept = [profile for profile in kept if profile["split"] != split or profile["step"] < step]
+    known = load_profiles(path) if path.exists() else []
+    kept = [profile for profile in known if profile["split"] != split or profile["step"] < step]
     content = {"version": 1, "profiles": [*kept, {"split": split, "step": step, "bins": bins}]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.tmp")

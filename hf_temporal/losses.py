@@ -45,7 +45,7 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: floa
     check_label_smoothing(label_smoothing)
     check_vocabulary(labels, logits.shape[-1])
     losses = F.cross_entropy(
-        _wide(logits).reshape(-1, logits.shape[-1]),
+        logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32)),
         labels.reshape(-1).to(logits.device, torch.long),
         ignore_index=IGNORE_INDEX,
         reduction="none",
@@ -100,17 +100,13 @@ def token_regression_loss(predictions: Tensor, targets: Tensor, *, kind: str = "
             f"labels have shape {tuple(targets.shape)} and predictions {tuple(predictions.shape)}; accepted: equal "
             "shapes."
         )
-    predictions = _wide(predictions)
+    predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
     targets = targets.to(predictions)
     if targets.device.type == "cpu" and targets.isinf().any():
         raise ValueError("labels hold inf; accepted: finite numbers, and NaN where there is no target.")
     error = predictions - targets.where(~targets.isnan(), 0.0)
     error = error.square() if kind == "squared" else error.abs()
     return (error.flatten(2).mean(-1) if error.dim() > 2 else error) * is_target(targets)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _weighted_sum(losses: Tensor, weights: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""Every picture of the project. Figures are made without pyplot, so no global state of matplotlib is touched."""
+"""Every picture of the project: each function draws a PNG at `path`, makes its folders and returns the figure.
+
+Figures are made without pyplot, so no global state of matplotlib is touched.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,6 @@ def plot_loss_by_position(
     Args:
         profiles: as `hf_temporal.evaluation.load_profiles` returns them, oldest first; those of another split than the
             first are left out.
-        path: where to write the PNG; folders are made.
-        title: above the picture.
 
     Raises:
         ValueError: `profiles` is empty.
@@ -67,7 +68,6 @@ def plot_recall_by_position(recalls: Mapping[str, Sequence[float]], path: str | 
 
     Args:
         recalls: by the label of the curve, one value for each position from the first.
-        path: where to write the PNG; folders are made.
     """
     figure, axes = single_axes("position among the copied tokens", "recall")
     for (label, values), color, style in zip(recalls.items(), COLORS, LINE_STYLES, strict=False):
@@ -86,7 +86,6 @@ def plot_memory(
     Args:
         memories: by the label of the curve, one value for each lag from 0.
         target: the same for the target.
-        path: where to write the PNG; folders are made.
     """
     figure, axes = single_axes("lag", "memory function")
     axes.plot(target, color="#000000", linestyle="--", lw=2, label="target", zorder=3)
@@ -97,7 +96,7 @@ def plot_memory(
 
 
 def plot_weights(path: str | os.PathLike[str]) -> Figure:
-    """Draw w = (t/T)^p, rescaled to mean 1, over t/T for several p, into a PNG; folders are made."""
+    """Draw w = (t/T)^p, rescaled to mean 1, over t/T for several p."""
     powers, top = (-0.5, 0.0, 1.0, 2.0, 4.0, math.inf), 5.5
     figure, axes = single_axes(POSITION_LABEL, "weight w (mean 1)")
     positions = torch.arange(1, 201)[None]

@@ -1,4 +1,4 @@
-"""Pictures of what several p do, side by side."""
+"""Pictures of what several p do, side by side, drawn as those of `hf_temporal.plots` are."""
 
 from __future__ import annotations
 
@@ -147,8 +147,6 @@ def plot_memory_by_power(
     Args:
         memories: by p, one of each seed, with a value for each lag from 0; their mean is drawn thick.
         target: the same for the target, drawn dotted.
-        path: where to write the PNG; folders are made.
-        title: above the picture.
     """
     colors = _power_colors(memories)
     figure = Figure(figsize=(7.6, 6.8), layout="constrained")

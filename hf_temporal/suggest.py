@@ -32,48 +32,28 @@ HARDLY_TRAINED = 0.1
 
 @dataclass(frozen=True)
 class PowerEffect:
-    """What t^p makes of the target tokens; every share is one of Σw over all of them.
+    """What t^p makes of the target tokens; every share is one of Σw over all of them."""
 
-    Args:
-        power: p.
-        effective_sample_size: (Σw)²/Σw² as a share of the target tokens.
-        first_token: share of the documents' first target tokens.
-        last_token: share of their last ones: in a text that ends, the end-of-sequence tokens.
-        quarters: shares of the quarters of each document's target tokens, (k − 1)/4 < rank/number ≤ k/4.
-        deciles: the same by tenths.
-        loss: Σwℓ/Σw of the model before training.
-    """
-
-    power: float
-    effective_sample_size: float
-    first_token: float
-    last_token: float
-    quarters: tuple[float, ...]
-    deciles: tuple[float, ...]
-    loss: float
+    power: float  # p
+    effective_sample_size: float  # (Σw)²/Σw² as a share of the target tokens
+    first_token: float  # share of the documents' first target tokens
+    last_token: float  # share of their last ones: in a text that ends, the end-of-sequence tokens
+    quarters: tuple[float, ...]  # shares of each document's target tokens with (k − 1)/4 < rank/number ≤ k/4
+    deciles: tuple[float, ...]  # the same by tenths
+    loss: float  # Σwℓ/Σw of the model before training
 
 
 @dataclass(frozen=True)
 class PowerReport:
-    """The findings of `suggest_power`; `str` makes a table of them and says in words what it means.
+    """The findings of `suggest_power`; `str` makes a table of them and says in words what it means."""
 
-    Args:
-        documents: how many were read.
-        lengths: target tokens of a document: fewest, median, most.
-        first_token_loss: mean loss of the first target tokens, before training.
-        last_token_loss: of the last ones.
-        loss_quarters: share of each quarter in the sum of all losses.
-        loss_deciles: the same by tenths.
-        effects: of each p, in ascending order, p = 0 among them.
-    """
-
-    documents: int
-    lengths: tuple[int, int, int]
-    first_token_loss: float
-    last_token_loss: float
-    loss_quarters: tuple[float, ...]
-    loss_deciles: tuple[float, ...]
-    effects: tuple[PowerEffect, ...]
+    documents: int  # how many were read
+    lengths: tuple[int, int, int]  # target tokens of a document: fewest, median, most
+    first_token_loss: float  # mean loss of the first target tokens, before training
+    last_token_loss: float  # of the last ones
+    loss_quarters: tuple[float, ...]  # share of each quarter in the sum of all losses
+    loss_deciles: tuple[float, ...]  # the same by tenths
+    effects: tuple[PowerEffect, ...]  # of each p, in ascending order, p = 0 among them
 
     @property
     def usual(self) -> PowerEffect:

@@ -87,17 +87,11 @@ class _TemporalFields:
 
 @dataclass(repr=False)  # TrainingArguments' own leaves out the tokens
 class TemporalTrainingArguments(_TemporalFields, TrainingArguments):
-    """`TrainingArguments` plus the `temporal_*` fields of `TemporalWeightTrainer`.
+    """`TrainingArguments` plus the `temporal_*` fields of `TemporalWeightTrainer`, whose `help` says what they mean.
 
-    Args:
-        temporal_power: p of the weight t^p, see `TemporalWeighting`.
-        temporal_origin: `"target"`, `"sequence"` or `"turn"`, see `target_positions`.
-        temporal_normalization: `"sequence"`, `"batch"` or `"tokens"`, see `TemporalWeighting`.
-        temporal_mixture: share of the weighted loss in a mean with the usual one, see `TemporalWeighting`.
-        temporal_power_schedule: `"constant"`, `"linear"` or `"cosine"`, see `power_at`.
-        temporal_power_start: p at the first step of a schedule.
-        temporal_power_warmup_ratio: share of `max_steps` over which the schedule runs.
-        temporal_fused_head: `"auto"`, `"on"` or `"off"`.
+    `temporal_power` (p of the weight t^p), `temporal_normalization` and `temporal_mixture` are those of
+    `TemporalWeighting`, `temporal_origin` that of `target_positions`; schedule, start and warmup ratio of the power
+    are those of `power_at`; `temporal_fused_head` is `"auto"`, `"on"` or `"off"`.
 
     Raises:
         ValueError: a field whose value is not accepted.

@@ -253,8 +253,8 @@ def _segment_sum(values: Tensor, segments: Tensor | None) -> Tensor:
 def _segment_max(values: Tensor, segments: Tensor | None) -> Tensor:
     """The largest integer in each token's document, broadcastable to `values`.
 
-    It is found by running maxima from both ends, to which each document adds a multiple of the values' range, so that
-    it does not see its neighbours: much faster on a CPU than a scatter.
+    Running maxima from both ends, kept apart by adding a multiple of the values' range to each document, are much
+    faster on a CPU than a scatter.
     """
     if segments is None:
         return values.amax(-1, keepdim=True)

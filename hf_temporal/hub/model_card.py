@@ -68,65 +68,50 @@ def _hardware() -> str:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a model card says of a run; what is not given is left out.
+    """What a model card says of a run; what is not given is left out."""
 
-    Args:
-        weighting: as the trainer resolved it; its `power` is the final one.
-        metrics: by name, one value or (before, after); losses in nats.
-        command: what was typed.
-        task: the Hub's identifier of the task; with `dataset`, the results go into the model index.
-        dataset: Hub id or name of the data.
-        data: a sentence on the data.
-        data_hash: sha256 of the examples.
-        seed: of the run.
-        data_versions: versions of the packages that the data were made from.
-        schedule: of p, from `power_start` over `power_warmup_ratio` of the steps.
-        base_model: the Hub id of the model that was trained, which replaces its folder in the card, or that folder.
-        base_model_note: a sentence on where those weights come from.
-        picture: name of a picture in the card's folder.
-        hardware: that of this machine unless given.
-        license: the Hub's identifier of it; unless given, the card keeps its own.
-        effective_sample_size: (Σw)²/Σw² as a share of the target tokens, as last logged.
-    """
-
-    weighting: TemporalWeighting
-    metrics: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
+    weighting: TemporalWeighting  # at its final power
+    metrics: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)  # one value, or (before, after)
     command: str | None = None
-    task: str | None = None
-    dataset: str | None = None
-    data: str | None = None
-    data_hash: str | None = None
+    task: str | None = None  # the Hub's identifier; with `dataset`, the results go into the model index
+    dataset: str | None = None  # its Hub id, or a name
+    data: str | None = None  # a sentence on the data
+    data_hash: str | None = None  # sha256 of the examples
     seed: int | None = None
-    data_versions: Mapping[str, str] = field(default_factory=dict)
-    schedule: str = "constant"
+    data_versions: Mapping[str, str] = field(default_factory=dict)  # of the packages that the data were made from
+    schedule: str = "constant"  # of p, from `power_start` over `power_warmup_ratio` of the steps
     power_start: float = 0.0
     power_warmup_ratio: float = 1.0
-    base_model: str | None = None
-    base_model_note: str | None = None
-    picture: str | None = None
+    base_model: str | None = None  # its Hub id, which replaces its folder in the card; or that folder
+    base_model_note: str | None = None  # a sentence on where those weights come from
+    picture: str | None = None  # the name of one in the card's folder
     hardware: str = field(default_factory=_hardware)
-    license: str | None = None
-    effective_sample_size: float | None = None
+    license: str | None = None  # the Hub's identifier; unless given, the card keeps its own
+    effective_sample_size: float | None = None  # (Σw)²/Σw² as a share of the target tokens, as last logged
 
     @classmethod
-    def of(cls, trainer: Any) -> TrainingRun:
-        """What a `TemporalWeightTrainer` knows of itself: weighting, schedule, model, seed and what it last logged."""
+    def of(cls, trainer: Any, **known: Any) -> TrainingRun:
+        """What a `TemporalWeightTrainer` knows of itself: weighting, schedule, model, seed and what it last logged.
+
+        The fields in `known` replace these, unless they are None.
+        """
         args = trainer.args
         logged = {name: value for logs in trainer.state.log_history for name, value in logs.items()}
-        return cls(
-            weighting=trainer.weighting,
-            metrics={
+        own = {
+            "weighting": trainer.weighting,
+            "metrics": {
                 name: value
                 for name, value in logged.items()
                 if name.startswith("eval_") and isinstance(value, int | float) and not _SPEED.search(name)
             },
-            seed=args.seed,
-            base_model=getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None,
-            effective_sample_size=logged.get("effective_sample_size"),
-            schedule=getattr(args, "temporal_power_schedule", cls.schedule),
-            power_start=getattr(args, "temporal_power_start", cls.power_start),
-            power_warmup_ratio=getattr(args, "temporal_power_warmup_ratio", cls.power_warmup_ratio),
-        )
+            "seed": args.seed,
+            "base_model": getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None,
+            "effective_sample_size": logged.get("effective_sample_size"),
+            "schedule": getattr(args, "temporal_power_schedule", cls.schedule),
+            "power_start": getattr(args, "temporal_power_start", cls.power_start),
+            "power_warmup_ratio": getattr(args, "temporal_power_warmup_ratio", cls.power_warmup_ratio),
+        }
+        return cls(**own | {name: value for name, value in known.items() if value is not None})
 
 
 def temporal_section(run: TrainingRun) -> str:

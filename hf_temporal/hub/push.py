@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import tempfile
@@ -70,10 +69,9 @@ class HubMixin(_Trainer):
             return
         from . import model_card
 
-        run = model_card.TrainingRun.of(self)
-        run = dataclasses.replace(
-            run,
-            base_model=given.get("finetuned_from") or run.base_model,
+        run = model_card.TrainingRun.of(
+            self,
+            base_model=given.get("finetuned_from"),
             license=given.get("license"),
             dataset=next(iter(_listed(given.get("dataset"))), None),
             task=next(iter(_listed(given.get("tasks"))), None),

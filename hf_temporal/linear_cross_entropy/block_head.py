@@ -260,13 +260,12 @@ class BlockHead(Head):
 def block_chunk_size(
     vocabulary: int, itemsize: int, device_type: str, *, width: int, positions: int, summed: int
 ) -> int:
-    """How many positions make a chunk, at most, where a logit takes `itemsize` bytes and the head is [V, width].
+    """The largest number of positions in a chunk, where a logit takes `itemsize` bytes and the head is [V, width].
 
     On CPUs these are 160 positions in 32 bits and 384 in 16 bits: the products run nearly as fast as with more, and
     the logits take less than a tenth of what 2,048 positions take in float32. Wide heads in 16 bits get 288, since
     their other buffers are larger. Small vocabularies get what fits into 16 MiB, other devices eight times as much.
-    Half of the positions make a chunk where the memory that this takes beyond the usual is no more than that of the
-    float32 sums [V, summed], which two chunks do without.
+    Half of all positions make a chunk where this takes no more memory than the float32 sums [V, summed] that it saves.
     """
     usual = LOGIT_BYTES
     if itemsize == 2:

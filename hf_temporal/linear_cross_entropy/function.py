@@ -259,31 +259,27 @@ def _check_options(softcap: float | None, label_smoothing: float, chunk_size: in
 
 
 def _check_tensors(flat: Sequence[Tensor], targets: Tensor, weights: Tensor, bias: Tensor | None) -> None:
-    hidden, head_weight = flat[:2]
+    hidden, (N, V) = flat[0], map(len, flat[:2])
     for x, weight in zip(flat[0::2], flat[1::2], strict=True):
         if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or not len(weight):
             raise ValueError(
                 f"hidden has shape {tuple(x.shape)} and head_weight {tuple(weight.shape)}; accepted: [N, H] "
                 "and [V, H], V > 0."
             )
-        if len(x) != len(hidden) or len(weight) != len(head_weight):
+        if len(x) != N or len(weight) != V:
             raise ValueError(
                 f"terms hold x of shape {tuple(x.shape)} and W of shape {tuple(weight.shape)}; accepted: "
-                f"[{len(hidden)}, H_i] and [{len(head_weight)}, H_i], as in the first term."
+                f"[{N}, H_i] and [{V}, H_i], as in the first term."
             )
     if targets.shape != hidden.shape[:1] or targets.dtype not in SIGNED_INTEGERS:
         raise ValueError(
             f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; accepted: integers with a sign, of "
-            f"shape ({len(hidden)},), one per row of hidden."
+            f"shape ({N},), one per row of hidden."
         )
     if weights.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)}; accepted: ({len(hidden)},), one per row of hidden."
-        )
-    if bias is not None and bias.shape != head_weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; accepted: ({len(head_weight)},), one per row of head_weight."
-        )
-    check_vocabulary(targets, len(head_weight))
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; accepted: ({N},), one per row of hidden.")
+    if bias is not None and bias.shape != (V,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; accepted: ({V},), one per row of head_weight.")
+    check_vocabulary(targets, V)
     if weights.device.type == "cpu":
         check_weights("weights", weights[targets.to(weights.device) != IGNORE_INDEX])

@@ -17,48 +17,28 @@ NATIVE = {
 
 @dataclass(eq=False, repr=False)
 class Term:
-    """One product x Wᵀ in the sum of the logits, and the gradients that it needs.
+    """One product x Wᵀ in the sum of the logits, and the gradients that it needs."""
 
-    Attributes:
-        matrix: W, [V, H].
-        dtype: that of the products.
-        needs_grad_x: whether ∂/∂x is wanted.
-        grad_dtype: that of ∂/∂W; None where it is not wanted.
-        grad_matrix: ∂/∂W after the last chunk.
-        sums: ∂/∂W between the chunks, where `grad_matrix` has too few digits to accumulate it.
-    """
-
-    matrix: Tensor
-    dtype: torch.dtype
+    matrix: Tensor  # W, [V, H]
+    dtype: torch.dtype  # of the products
     needs_grad_x: bool
-    grad_dtype: torch.dtype | None
-    grad_matrix: Tensor | None = None
-    sums: Tensor | None = None
+    grad_dtype: torch.dtype | None  # of ∂/∂W; None where it is not needed
+    grad_matrix: Tensor | None = None  # ∂/∂W after the last chunk
+    sums: Tensor | None = None  # ∂/∂W between the chunks, where `grad_matrix` has too few digits to accumulate it
 
 
 @dataclass(eq=False, repr=False)
 class Head(ABC):
-    """The logits z = c tanh(s (Σ x Wᵀ + b) / c), their loss, and the gradients of b and the W, chunk after chunk.
+    """The logits z = c tanh(s (Σ x Wᵀ + b) / c), their loss, and the gradients of b and the W, chunk after chunk."""
 
-    Attributes:
-        terms: the x Wᵀ.
-        bias: b, [V], or None.
-        grad_bias: ∂/∂b so far; None where it is not wanted.
-        logit_scale: s.
-        softcap: c, or None for no tanh.
-        label_smoothing: ε.
-        exact: the dtype of what is neither a matrix nor a logit.
-        stored: the dtype in which the logits of a chunk are held.
-    """
-
-    terms: Sequence[Term]
-    bias: Tensor | None
-    grad_bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    label_smoothing: float
-    exact: torch.dtype
-    stored: torch.dtype
+    terms: Sequence[Term]  # the x Wᵀ
+    bias: Tensor | None  # b, [V]
+    grad_bias: Tensor | None  # ∂/∂b so far; None where it is not needed
+    logit_scale: float  # s
+    softcap: float | None  # c; None for no tanh
+    label_smoothing: float  # ε
+    exact: torch.dtype  # of what is neither a matrix nor a logit
+    stored: torch.dtype  # of the logits of a chunk
 
     @property
     def vocabulary(self) -> int:
@@ -66,7 +46,6 @@ class Head(ABC):
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether anything but the losses is wanted."""
         return self.grad_bias is not None or any(t.needs_grad_x or t.grad_dtype for t in self.terms)
 
     @property
