@@ -55,9 +55,9 @@ class HubMixin(_Trainer):
 
     _is_handed_over = False  # to the trainer's own push: model and card are made already
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        if not self._is_handed_over:
-            super().save_model(*args, **kwargs)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if output_dir is not None or not self._is_handed_over:
+            super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The trainer's own card with a section on the weighting, and the picture of the loss by position."""

@@ -315,6 +315,7 @@ class PushesItself(Trainer):
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         self.save_model(_internal_call=True)
+        self.save_model(str(Path(str(self.args.output_dir)).parents[2] / "elsewhere"))
         self.create_model_card(model_name=kwargs["model_name"])
         self.received = {path.name: path.read_bytes() for path in Path(str(self.args.output_dir)).iterdir()}
         self.given = (args, kwargs)
@@ -338,6 +339,7 @@ def test_a_trainers_own_push_gets_the_copy(language: str, tmp_path: Path) -> Non
     assert set(trainer.received) == ADAPTER | TOKENIZER_FILES | OUR_FILES
     assert b"## Temporal weighting" in trainer.received["README.md"]
     assert not [name for name, content in trainer.received.items() if str(tmp_path).encode() in content]
+    assert (tmp_path / "elsewhere" / "adapter_model.safetensors").is_file()
     assert args.output_dir == str(tmp_path / "mine")
     assert str(tmp_path) in (tmp_path / "mine" / "adapter_config.json").read_text()
     if language == "later":
