@@ -160,8 +160,7 @@ def _compare(flags: Sequence[str]) -> int:
 
     program = "hf-temporal compare"
     if not flags or _asks_for_help(flags):
-        sys.argv[0] = program
-        return compare(["--help"])
+        return compare(["--help"], program=program)
     words = list(flags)
     if not words[0].startswith("-") and not Path(words[0]).is_file():
         _check_name(words[0], tuple(RECIPES))

@@ -50,43 +50,33 @@ Batch = dict[str, Any]
 class Timeline:
     """Adds `temporal_positions` (t of each label) and, for packed rows, `temporal_document_ids` to a batch.
 
-    Args:
-        origin: see `target_positions`.
-        shifts_labels: whether the model's loss compares the logits at i with the label at i + 1; the first real token
-            of a row or document then never is a target.
-        encoder_decoder: labels belong to the decoder.
-        takes_position_ids: whether left-padded rows are given `position_ids` that start after the padding.
-        takes_packed_rows: whether the model keeps the documents of a row apart.
-        ranks_per_row: how many ranks a row is split between (context parallelism), 1 where it is not.
-        vocabulary: labels have to lie below it; None where it is not known.
-        pad_token_id: what the decoder is fed on padding; None where it is not known.
-        lists_targets: whether batches also get `temporal_targets`, where in the flattened labels targets are, found
-            before the batch is on the device, which else would have to be waited for. Not for batches that a
-            dispatching loader cuts into rows.
+    If `shifts_labels`, the model's loss compares the logits at i with the label at i + 1, and the first real token of
+    a row or document never is a target. If `lists_targets`, batches also get `temporal_targets`, the places of targets
+    in the flattened labels, computed on the CPU to avoid a device sync; not for a loader that cuts batches into rows.
     """
 
-    origin: str
+    origin: str  # see `target_positions`
     shifts_labels: bool
-    encoder_decoder: bool
-    takes_position_ids: bool
-    takes_packed_rows: bool
-    ranks_per_row: int
-    vocabulary: int | None
-    pad_token_id: int | None
+    encoder_decoder: bool  # whether labels belong to a decoder
+    takes_position_ids: bool  # whether left-padded rows are given `position_ids` that start after the padding
+    takes_packed_rows: bool  # whether the model keeps the documents of a row apart
+    ranks_per_row: int  # how many ranks a row is split between by context parallelism
+    vocabulary: int | None  # labels have to lie below it; None where it is not known
+    pad_token_id: int | None  # what the decoder is fed on padding; None where it is not known
     lists_targets: bool = False
 
     def add(self, batch: Mapping[str, Any], *, pads_left: bool = False) -> Batch:
-        """The batch with its times; as it is where it has them, or has no labels over time.
+        """Add its times to a batch, unless it has them, or has no labels over time.
 
         Args:
             batch: what a data collator returned.
-            pads_left: whether the collator pads rows on the left; else this is looked for.
+            pads_left: whether the collator is known to pad rows on the left.
 
         Raises:
             ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), one of another shape
-                than the tokens, packed or left-padded rows of an encoder–decoder model, labels out of the vocabulary,
-                `loss_weights` that are negative, not finite or of another shape than the labels; see also
-                `document_ids_of`.
+                than the tokens, packed or left-padded rows of an encoder–decoder model, labels outside the vocabulary,
+                `loss_weights` that are negative, not finite or of another shape than the labels; and what
+                `document_ids_of` raises.
         """
         batch = dict(batch)
         labels = batch.get("labels")
@@ -95,17 +85,11 @@ class Timeline:
         assert labels is not None
         if self.vocabulary is not None and not labels.is_floating_point():
             check_vocabulary(labels, self.vocabulary)
-        mask = batch.get("attention_mask")
-        tokens = batch.get("input_ids")
-        if (
-            self.shifts_labels
-            and isinstance(tokens, Tensor)
-            and isinstance(mask, Tensor)
-            and tokens.shape == time_shape(labels)
-            and mask.dim() == 2
-        ):
-            check_shape("attention_mask", mask, tokens.shape)
-        mask = mask if isinstance(mask, Tensor) and mask.shape == time_shape(labels) else None
+        shape, mask = time_shape(labels), batch.get("attention_mask")
+        has_tokens = self.shifts_labels and getattr(batch.get("input_ids"), "shape", None) == shape
+        if has_tokens and isinstance(mask, Tensor) and mask.dim() == 2:
+            check_shape("attention_mask", mask, shape)
+        mask = mask if isinstance(mask, Tensor) and mask.shape == shape else None
         if self.encoder_decoder:
             self._check_seq2seq(batch, labels)
             documents = mask = None
@@ -117,26 +101,16 @@ class Timeline:
         batch[POSITIONS] = target_positions(targets, origin=self.origin, document_ids=documents, attention_mask=mask)
         if not self.encoder_decoder:  # in every batch, since a dispatching loader takes the keys of its first
             batch[DOCUMENTS] = torch.zeros_like(batch[POSITIONS]) if documents is None else documents
-        if (
-            mask is not None
-            and self.takes_position_ids
-            and "position_ids" not in batch
-            and (pads_left or _is_left_padded(mask))
-        ):
+        needs_position_ids = self.takes_position_ids and "position_ids" not in batch
+        if needs_position_ids and mask is not None and (pads_left or _is_left_padded(mask)):
             batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        weighted = batch[POSITIONS] > 0
         if batch.get(LOSS_WEIGHTS) is not None:
-            own = torch.as_tensor(batch[LOSS_WEIGHTS])
-            if own.shape != batch[POSITIONS].shape:
-                raise ValueError(
-                    f"{LOSS_WEIGHTS} has shape {tuple(own.shape)}; accepted: {tuple(batch[POSITIONS].shape)}, that of "
-                    "the labels."
-                )
+            own = batch[LOSS_WEIGHTS] = torch.as_tensor(batch[LOSS_WEIGHTS])
+            check_shape(LOSS_WEIGHTS, own, weighted.shape)
             check_weights(LOSS_WEIGHTS, own)
-            batch[LOSS_WEIGHTS] = own
+            weighted &= own != 0
         if self.lists_targets and labels.device.type == "cpu" and not labels.is_floating_point():
-            weighted = batch[POSITIONS] > 0
-            if batch.get(LOSS_WEIGHTS) is not None:
-                weighted &= batch[LOSS_WEIGHTS] != 0
             batch[TARGETS] = weighted.flatten().nonzero().squeeze(1)
         return batch
 
@@ -202,12 +176,11 @@ class Timeline:
 
 @dataclasses.dataclass
 class TimelineCollator:
-    """A data collator that hands `features` to another one and adds the times to the batch that it returns.
+    """A data collator that adds the times to the batch that another one returns.
 
-    A `loss_weights` column is carried around the collators that would raise on it or drop it: padded as they pad
-    (`DataCollatorForSeq2Seq`, `DataCollatorWithPadding`, `DataCollatorForLanguageModeling`,
-    `DataCollatorForTokenClassification`) or concatenated (`DataCollatorWithFlattening`). Any other collator has to
-    return it. A `document_ids` column that holds no list per row is another one of that name, and left out.
+    The columns `loss_weights` and `document_ids` are carried around transformers' own collators, which would raise on
+    them or drop them: padded as the `PADDING_COLLATORS` pad, concatenated for `DataCollatorWithFlattening`. Any other
+    collator has to return `loss_weights`. A `document_ids` column without a list for each row is left out.
 
     Raises:
         ValueError: a collator that drops `loss_weights`; rows of them that are not as long as the row's labels.
@@ -217,11 +190,10 @@ class TimelineCollator:
     timeline: Timeline
 
     def __call__(self, features: list[Any]) -> Any:
-        """The inner collator's batch, with its times."""
         first = features[0] if len(features) and isinstance(features[0], Mapping) else {}
         known = isinstance(self.collator, (*PADDING_COLLATORS, DataCollatorWithFlattening))
         columns = {key: [row[key] for row in features] for key in KEPT_COLUMNS if key in first}
-        if "document_ids" in columns and not all(map(_is_sequence, columns["document_ids"])):
+        if not all(isinstance(row, (list, tuple, Tensor)) for row in columns.get("document_ids", ())):
             del columns["document_ids"]
             features = _without(features, ("document_ids",))
         batch = self.collator(_without(features, columns) if known else features)
@@ -232,10 +204,10 @@ class TimelineCollator:
             batch |= {key: self._collated(key, rows, features, batch["labels"]) for key, rows in columns.items()}
         if LOSS_WEIGHTS in columns and LOSS_WEIGHTS not in batch and not known:
             name = getattr(self.collator, "__name__", type(self.collator).__name__)
+            ours = ", ".join(kind.__name__ for kind in (*PADDING_COLLATORS, DataCollatorWithFlattening))
             raise ValueError(
                 f"{name} dropped the column {LOSS_WEIGHTS}; accepted: a collator that returns it in the shape of the "
-                "labels, or "
-                f"{', '.join(kind.__name__ for kind in (*PADDING_COLLATORS, DataCollatorWithFlattening))}."
+                f"labels, or {ours}."
             )
         return self.timeline.add(batch, pads_left=self._pads_left)
 
@@ -277,10 +249,6 @@ class TimelineCollator:
 
 def _without(features: list[Any], keys: Collection[str]) -> list[Any]:
     return [{key: value for key, value in row.items() if key not in keys} for row in features] if keys else features
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, (list, tuple, Tensor))
 
 
 def has_time(labels: Any) -> bool:

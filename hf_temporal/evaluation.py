@@ -1,4 +1,4 @@
-"""Loss by position: what an evaluation adds to stock's numbers, and the file that keeps it."""
+"""Loss by position: what an evaluation adds to the trainer's own metrics, and the file that keeps it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,18 @@ LOGITS_AT_ONCE = {"cpu": 1 << 20}  # 4 MiB in float32, which caches hold; for le
 LOGITS_AT_ONCE_ELSEWHERE = 1 << 26
 
 
-class TokenLosses(ABC):
-    """Takes the batches that an evaluation runs through the model, and passes on the loss of each target token.
+class TokenBatch(NamedTuple):
+    """The losses of a batch's target tokens, 0 off the targets, and what goes with them; all `[batch, time]`."""
 
-    Args:
-        regression_loss: the error of float labels, as in `TemporalWeighting`.
-    """
+    losses: Tensor
+    correct: Tensor | None  # whether the model ranks the token first; None for float labels
+    positions: Tensor
+    document_ids: Tensor | None
+    loss_weights: Tensor | None
+
+
+class TokenLosses(ABC):
+    """Turns an evaluation's batches into their target tokens' losses; `regression_loss` as in `TemporalWeighting`."""
 
     def __init__(self, regression_loss: str) -> None:
         self._regression_loss = regression_loss
@@ -48,7 +54,7 @@ class TokenLosses(ABC):
         """Add a batch.
 
         Args:
-            logits: `[batch, time, vocabulary]`, or predictions of the shape of float labels.
+            logits: `[batch, time, V]`, or predictions of the shape of float labels.
             labels: as the model is given them.
             positions: t of each label, `[batch, time]`, 0 off the targets.
             shifts_labels: whether the logits at i answer the label at i + 1.
@@ -64,26 +70,19 @@ class TokenLosses(ABC):
             of_targets, correct_targets = losses_and_hits(logits, answered, labels[target])
             losses, correct = of_targets.new_zeros(labels.shape), torch.zeros_like(target)
             losses[target], correct[target] = of_targets, correct_targets
-        self._add(losses.to(wide_dtype(losses.device)), correct, positions, document_ids, loss_weights)
+        losses = losses.to(wide_dtype(losses.device))
+        self._add(TokenBatch(losses, correct, positions, document_ids, loss_weights))
 
     @abstractmethod
-    def _add(
-        self,
-        losses: Tensor,
-        correct: Tensor | None,
-        positions: Tensor,
-        document_ids: Tensor | None,
-        loss_weights: Tensor | None,
-    ) -> None:
-        """All `[batch, time]`; `correct`, whether the model ranks the token first, is None for float labels."""
+    def _add(self, batch: TokenBatch) -> None: ...
 
 
 @torch.no_grad()
 def losses_and_hits(logits: Tensor, answered: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """−log softmax(logits_i)[labels_i], and whether argmax(logits_i) = labels_i, at each of the positions answered.
 
-    Logits are taken to float32 (float64 ones are not) and read a few positions at a time, so that they stay in a
-    CPU's cache from one pass over them to the next: the first pass alone waits for the memory. Without gradients.
+    Computed in float32 (float64 for float64 logits), a few positions at a time, so that their logits stay in a CPU's
+    cache from one pass over them to the next. No gradients are kept.
 
     Args:
         logits: `[batch, time, V]`.
@@ -101,16 +100,15 @@ def losses_and_hits(logits: Tensor, answered: Tensor, labels: Tensor) -> tuple[T
     check_vocabulary(labels, vocabulary)
     rows = answered.flatten().nonzero()[:, 0]
     at_once = max(1, LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE_ELSEWHERE) // vocabulary)
-    room = logits.new_empty(
-        min(at_once, len(rows)), vocabulary, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32
-    )
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scratch = logits.new_empty(min(at_once, len(rows)), vocabulary, dtype=dtype)
     losses, hits = [], []
     for some, wanted in zip(rows.split(at_once), labels.long()[:, None].split(at_once), strict=True):
-        log_p, at = room[: len(some)], some.tolist()
+        log_p, at = scratch[: len(some)], some.tolist()
         ends = [place for place in range(1, len(at)) if at[place] != at[place - 1] + 1]
         for start, end in pairwise([0, *ends, len(at)] if at else []):  # neighbours are read where they lie
             run = logits[at[start] : at[end - 1] + 1]
-            torch.log_softmax(run, -1, dtype=room.dtype, out=log_p[start:end])
+            torch.log_softmax(run, -1, dtype=dtype, out=log_p[start:end])
         own = log_p.gather(1, wanted)
         others = log_p.scatter_(1, wanted, -torch.inf).amax(-1, keepdim=True)
         tied = (own == others).nonzero()[:, 0]
@@ -121,11 +119,10 @@ def losses_and_hits(logits: Tensor, answered: Tensor, labels: Tensor) -> tuple[T
 
 
 class PositionProfile(TokenLosses):
-    """Sums, over the target tokens of a data set, of loss and accuracy by decile of t/T and at both ends, and of the
-    weighted loss.
+    """The weighted loss over a data set's target tokens; loss and accuracy by decile of t/T, and loss at both ends.
 
-    The examples of a batch are kept apart until `gather` (`Accelerator.gather_for_metrics`) has taken out those that
-    only fill up the last batch of a process, so every token counts once on any number of processes.
+    Sums are gathered by example, so that `gather` (`Accelerator.gather_for_metrics`) can drop the examples that only
+    fill up the last batch of a process: every token counts once on any number of processes.
 
     - weighted loss: Σ wℓ / D as in training, at the weighting given;
     - head and tail loss: mean ℓ over the first and the last ⌈T/4⌉ target tokens of each document;
@@ -142,14 +139,8 @@ class PositionProfile(TokenLosses):
         self._weighted: list[Tensor] = []
         self._has_accuracy = True
 
-    def _add(
-        self,
-        losses: Tensor,
-        correct: Tensor | None,
-        positions: Tensor,
-        document_ids: Tensor | None,
-        loss_weights: Tensor | None,
-    ) -> None:
+    def _add(self, batch: TokenBatch) -> None:
+        losses, correct, positions, document_ids, _ = batch
         self._has_accuracy = correct is not None
         correct = torch.zeros_like(losses) if correct is None else correct
         target = positions > 0
@@ -162,10 +153,9 @@ class PositionProfile(TokenLosses):
         parts = torch.cat([ends, deciles], dim=-1) & target[..., None]
         values = torch.stack([losses, correct.to(losses), target.to(losses)], dim=-1)
         reference = self.weighting.reference_time_of(positions, by_row=True)
-        weighted = self._weighted_terms(reference, positions, losses, document_ids, loss_weights)
-        columns = [(parts[..., None] * values[..., None, :]).flatten(-2), torch.stack(weighted, dim=-1)]
+        weighted = self._weighted_terms(batch, reference)
         example = self._examples(positions, document_ids)
-        terms = torch.cat(columns, dim=-1).flatten(0, 1)
+        terms = torch.cat([(parts[..., None] * values[..., None, :]).flatten(-2), weighted], dim=-1).flatten(0, 1)
         sums = terms.new_zeros(int(example.max()) + 1, terms.shape[-1])
         sums.index_add_(0, example.flatten(), terms)
         times = torch.zeros_like(sums[:, :1])
@@ -176,33 +166,24 @@ class PositionProfile(TokenLosses):
         self._weighted.append(gathered[:, -len(WEIGHTED) :])
 
     def _examples(self, positions: Tensor, document_ids: Tensor | None) -> Tensor:
-        """The index of the data set's example that each token is of: its row, or its document in flattened batches."""
+        """The example that each token belongs to, as an index: its row, or its document in flattened batches."""
         rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
         if document_ids is None or len(positions) == self._batch_size:
             return rows
         documents = document_ids + (document_ids[:, -1:] + 1).cumsum(0) - document_ids[:, -1:] - 1
         return documents if int(documents[-1, -1]) + 1 == self._batch_size else rows
 
-    def _weighted_terms(
-        self,
-        reference: Tensor,
-        positions: Tensor,
-        losses: Tensor,
-        document_ids: Tensor | None,
-        loss_weights: Tensor | None,
-    ) -> list[Tensor]:
-        """wℓ and what it adds to D, of each token, the largest weight of a row being that at its `reference` time."""
+    def _weighted_terms(self, batch: TokenBatch, reference: Tensor) -> Tensor:
+        """wℓ of each token and what it adds to D; a row's largest weight is that at its `reference` time."""
+        losses, _, positions, document_ids, loss_weights = batch
         weights = self.weighting.weights(positions, document_ids=document_ids, reference_time=reference).to(losses)
         if loss_weights is not None:
             weights = weights * loss_weights.to(losses)
         terms = self.weighting.denominator_terms(weights, positions, has_loss_weights=loss_weights is not None)
-        return [weights * losses, terms.to(losses)]
+        return torch.stack([weights * losses, terms.to(losses)], dim=-1)
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """`<prefix>_temporal_loss`, and `<prefix>_<end>_loss` for both `ENDS` as tokens and as quarters.
-
-        Empty where there was no target token.
-        """
+        """`<prefix>_temporal_loss`, and `<prefix>_<end>_loss` for each of `ENDS`; nothing without a target token."""
         if self._sums is None or float(self._sums[2]) == 0:
             return {}
         sums, counts, times = torch.cat(self._weighted).unbind(-1)
@@ -230,16 +211,16 @@ class PositionProfile(TokenLosses):
 
 
 def save_profile(path: str | os.PathLike[str], *, split: str, step: int, bins: list[dict[str, Any]]) -> None:
-    """Add one evaluation's profile to a JSON file, in place of any of the same split at this or a later step.
+    """Add one evaluation's profile to a JSON file, replacing those of the same split at this or a later step.
 
     Schema: `{"version": 1, "profiles": [{"split": "eval", "step": 0, "bins": [{"from": 0.0, "to": 0.1, "loss": 3.1,
     "accuracy": 0.4, "count": 123}, …]}, …]}` with ten bins: the target tokens with from < t/T ≤ to, their mean
     unsmoothed, unweighted loss, the share of them that the model ranks first and their number. `loss` and `accuracy`
-    are null where `count` is 0, `accuracy` for float labels too. The file is replaced at once, never half written.
+    are null where `count` is 0, `accuracy` also for float labels. The file is replaced as a whole, never half written.
     """
     path = Path(path)
-    kept = load_profiles(path) if path.exists() else []
-    kept = [profile for profile in kept if profile["split"] != split or profile["step"] < step]
+    known = load_profiles(path) if path.exists() else []
+    kept = [profile for profile in known if profile["split"] != split or profile["step"] < step]
     content = {"version": 1, "profiles": [*kept, {"split": split, "step": step, "bins": bins}]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.tmp")
@@ -248,10 +229,10 @@ def save_profile(path: str | os.PathLike[str], *, split: str, step: int, bins: l
 
 
 def load_profiles(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The profiles in a file written by `save_profile`, oldest first.
+    """Read the profiles in a file that `save_profile` wrote, oldest first.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: the file holds something else.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -263,7 +244,7 @@ def load_profiles(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def evaluation_profiles(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The profiles of the evaluation split in a run's folder, oldest first; none where there is no file."""
+    """Read the profiles of the evaluation split in a run's folder, oldest first; none if there is no file."""
     path = Path(folder) / PROFILE_NAME
     return [each for each in load_profiles(path) if each["split"] == "eval"] if path.is_file() else []
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .positions import IGNORE_INDEX, check_integers, is_target
+from .positions import IGNORE_INDEX, check_choice, check_integers, is_target
 from .weighting import REGRESSION_LOSSES, check_weights
 
 
@@ -28,7 +28,7 @@ def weighted_cross_entropy(
 
     Raises:
         ValueError, TypeError: shapes that do not fit, labels that are no integers, `label_smoothing` out of [0, 1);
-            on the CPU also a label out of the vocabulary, a weight of a target that is negative or not finite.
+            on the CPU also a label outside the vocabulary, or a target's weight that is negative or not finite.
     """
     losses = token_cross_entropy(logits, labels, label_smoothing=label_smoothing)
     return _weighted_sum(losses, weights, labels)
@@ -42,13 +42,10 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: floa
             f"labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}; accepted: labels of shape "
             f"{tuple(logits.shape[:-1])}, one per position of the logits."
         )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing!r} is out of range; accepted: 0 ≤ label_smoothing < 1.")
+    check_label_smoothing(label_smoothing)
     check_vocabulary(labels, logits.shape[-1])
-    if logits.dtype != torch.float64:
-        logits = logits.float()
     losses = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]),
+        logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32)),
         labels.reshape(-1).to(logits.device, torch.long),
         ignore_index=IGNORE_INDEX,
         reduction="none",
@@ -57,8 +54,14 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: floa
     return losses.view(labels.shape)
 
 
+def check_label_smoothing(value: float) -> None:
+    """Raise a `ValueError` where ε is out of range."""
+    if not 0 <= value < 1:
+        raise ValueError(f"label_smoothing={value!r} is out of range; accepted: 0 ≤ label_smoothing < 1.")
+
+
 def check_vocabulary(labels: Tensor, size: int) -> None:
-    """Raise a `ValueError` where a label is neither −100 nor in [0, size); labels off the CPU are not looked at."""
+    """Raise a `ValueError` where a label on the CPU is neither −100 nor in [0, size)."""
     if labels.device.type != "cpu":
         return
     outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= size))
@@ -81,16 +84,15 @@ def weighted_regression_loss(
         kind: `"squared"` or `"absolute"`. The weight multiplies the error after the square.
 
     Raises:
-        ValueError: shapes that do not fit, unknown `kind`; on the CPU also a target that is infinite, a weight of a
-            target that is negative or not finite.
+        ValueError: shapes that do not fit, an unknown `kind`; on the CPU also an infinite target, or a target's weight
+            that is negative or not finite.
     """
     return _weighted_sum(token_regression_loss(predictions, targets, kind=kind), weights, targets)
 
 
 def token_regression_loss(predictions: Tensor, targets: Tensor, *, kind: str = "squared") -> Tensor:
     """The error ℓ of each time, 0 where there is no target; arguments of `weighted_regression_loss`."""
-    if kind not in REGRESSION_LOSSES:
-        raise ValueError(f"kind={kind!r} is not known; accepted: {', '.join(map(repr, REGRESSION_LOSSES))}.")
+    check_choice("kind", kind, REGRESSION_LOSSES)
     if predictions.dim() == targets.dim() + 1 and predictions.shape[-1] == 1:
         predictions = predictions.squeeze(-1)
     if predictions.shape != targets.shape:
@@ -98,8 +100,7 @@ def token_regression_loss(predictions: Tensor, targets: Tensor, *, kind: str = "
             f"labels have shape {tuple(targets.shape)} and predictions {tuple(predictions.shape)}; accepted: equal "
             "shapes."
         )
-    if predictions.dtype != torch.float64:
-        predictions = predictions.float()
+    predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
     targets = targets.to(predictions)
     if targets.device.type == "cpu" and targets.isinf().any():
         raise ValueError("labels hold inf; accepted: finite numbers, and NaN where there is no target.")
@@ -112,6 +113,6 @@ def _weighted_sum(losses: Tensor, weights: Tensor, labels: Tensor) -> tuple[Tens
     if weights.shape != losses.shape:
         raise ValueError(f"weights have shape {tuple(weights.shape)}; accepted: {tuple(losses.shape)}, one per label.")
     weights = weights.to(losses).where(is_target(labels).to(losses.device), 0.0)
-    if weights.device.type == "cpu":  # elsewhere it would wait for the device
+    if weights.device.type == "cpu":  # elsewhere it would cost a device sync
         check_weights("weights", weights)
     return (weights * losses).sum(), weights.sum()

@@ -1,4 +1,7 @@
-"""Every picture of the project. Figures are made without pyplot, so no global state of matplotlib is touched."""
+"""Every picture of the project: each function draws a PNG at `path`, makes its folders and returns the figure.
+
+Figures are made without pyplot, so no global state of matplotlib is touched.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,11 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def plot_loss_by_position(
     profiles: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str | None = None
 ) -> Figure:
-    """Mean loss over t/T, and accuracy below it where there is one, at the first and the last evaluation.
+    """Draw mean loss over t/T, and accuracy below it where there is one, at the first and the last evaluation.
 
     Args:
         profiles: as `hf_temporal.evaluation.load_profiles` returns them, oldest first; those of another split than the
             first are left out.
-        path: where to write the PNG; folders are made.
-        title: above the picture.
 
     Raises:
         ValueError: `profiles` is empty.
@@ -52,7 +53,7 @@ def plot_loss_by_position(
     axes = figure.subplots(2 if has_accuracy else 1, 1, sharex=True, squeeze=False)[:, 0]
     _draw_bins(axes[0], shown, "loss")
     axes[0].set_ylabel("mean loss per token (nats)" if has_accuracy else "mean error per step")
-    axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+    _legend_above(axes[0])
     if has_accuracy:
         _draw_bins(axes[1], shown, "accuracy", percent=True)
         axes[1].set_ylabel("next-token accuracy (%)")
@@ -63,54 +64,43 @@ def plot_loss_by_position(
 
 
 def plot_recall_by_position(recalls: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) -> Figure:
-    """The share of right tokens at each position of what was copied.
+    """Draw the share of right tokens at each position of what was copied.
 
     Args:
         recalls: by the label of the curve, one value for each position from the first.
-        path: where to write the PNG; folders are made.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = single_axes("position among the copied tokens", "recall")
     for (label, values), color, style in zip(recalls.items(), COLORS, LINE_STYLES, strict=False):
         axes.plot(range(1, len(values) + 1), values, color=color, linestyle=style, marker="o", lw=2, label=label)
-    axes.set_xlabel("position among the copied tokens")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("recall")
     axes.set_ylim(-0.02, 1.02)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
-    grid(axes)
+    _legend_above(axes)
     return saved(figure, path)
 
 
 def plot_memory(
     memories: Mapping[str, Sequence[float]], target: Sequence[float], path: str | os.PathLike[str]
 ) -> Figure:
-    """The memory functions of models, and that of the target, over the lag.
+    """Draw the memory functions of models, and that of the target, over the lag.
 
     Args:
         memories: by the label of the curve, one value for each lag from 0.
         target: the same for the target.
-        path: where to write the PNG; folders are made.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = single_axes("lag", "memory function")
     axes.plot(target, color="#000000", linestyle="--", lw=2, label="target", zorder=3)
     for (label, values), color in zip(memories.items(), COLORS, strict=False):
         axes.plot(values, color=color, lw=2, label=label)
-    axes.set_xlabel("lag")
-    axes.set_ylabel("memory function")
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
-    grid(axes)
+    _legend_above(axes, columns=3)
     return saved(figure, path)
 
 
 def plot_weights(path: str | os.PathLike[str]) -> Figure:
-    """w = (t/T)^p rescaled to mean 1, over t/T for several p, written as a PNG; folders are made."""
-    powers, length, top = (-0.5, 0.0, 1.0, 2.0, 4.0, math.inf), 200, 5.5
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    positions = torch.arange(1, length + 1)[None]
-    time = (positions[0] / length).tolist()
+    """Draw w = (t/T)^p, rescaled to mean 1, over t/T for several p."""
+    powers, top = (-0.5, 0.0, 1.0, 2.0, 4.0, math.inf), 5.5
+    figure, axes = single_axes(POSITION_LABEL, "weight w (mean 1)")
+    positions = torch.arange(1, 201)[None]
+    time = (positions[0] / 200).tolist()
     for power, color, style in zip(powers, COLORS, LINE_STYLES, strict=True):
         if math.isinf(power):
             axes.annotate("", xy=(1, top), xytext=(1, 0), arrowprops={"arrowstyle": "->", "color": color, "lw": 2})
@@ -118,62 +108,68 @@ def plot_weights(path: str | os.PathLike[str]) -> Figure:
         else:
             weights = TemporalWeighting(power=power).weights(positions)[0].tolist()
             axes.plot(time, weights, color=color, linestyle=style, lw=2, label=f"p = {power_label(power)}")
-    axes.set_xlabel(POSITION_LABEL)
-    axes.set_ylabel("weight w (mean 1)")
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, top)
     axes.legend(frameon=False, loc="upper center", ncols=2)
-    grid(axes)
     return saved(figure, path)
 
 
 def power_label(power: float) -> str:
-    """p as it is written in a picture."""
+    """The power p as text, with ∞ and a minus sign."""
     return "∞" if math.isinf(power) else f"{power:g}".replace("-", "−")
 
 
 def position_axis(axes: Axes) -> None:
-    """The x axis of a picture over t/T."""
+    """Label the x axis as t/T, from 0 to 1."""
     axes.set_xlabel(POSITION_LABEL)
     axes.set_xlim(0, 1)
     axes.set_xticks([index / 10 for index in range(11)])
 
 
 def values_of(profile: Mapping[str, Any], name: str) -> list[float]:
-    """A column of the profile, NaN where a bin is empty."""
+    """One value of each bin of a profile, NaN where the bin is empty."""
     return [math.nan if entry[name] is None else entry[name] for entry in profile["bins"]]
 
 
 def middles_of(profile: Mapping[str, Any]) -> list[float]:
-    """Of the bins of a profile, in t/T."""
+    """The middle of each bin of a profile, in t/T."""
     return [(entry["from"] + entry["to"]) / 2 for entry in profile["bins"]]
 
 
 def _draw_bins(axes: Axes, profiles: Sequence[Mapping[str, Any]], name: str, *, percent: bool = False) -> None:
-    """One line per profile through the middles of its bins, broken where a bin is empty."""
+    """Draw one line for each profile through the middles of its bins, broken where a bin is empty."""
     for profile, color, style, marker in zip(profiles, COLORS, LINE_STYLES, "os", strict=False):
         values = [100 * value if percent else value for value in values_of(profile, name)]
-        axes.plot(
-            middles_of(profile), values, color=color, linestyle=style, marker=marker, lw=2, label=_label(profile)
-        )
+        when = f"step {profile['step']:,}" if profile["step"] else "before training"
+        label = f"{profile['split']}, {when}"
+        axes.plot(middles_of(profile), values, color=color, linestyle=style, marker=marker, lw=2, label=label)
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     grid(axes)
 
 
-def _label(profile: Mapping[str, Any]) -> str:
-    step = profile["step"]
-    return f"{profile['split']}, before training" if step == 0 else f"{profile['split']}, step {step:,}"
+def _legend_above(axes: Axes, *, columns: int = 2) -> None:
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0)
+
+
+def single_axes(x: str, y: str) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes and their labels."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    grid(axes)
+    return figure, axes
 
 
 def grid(axes: Axes) -> None:
-    """A light grid, and no frame above and on the right."""
+    """Draw a light grid, and no frame above and on the right."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def saved(figure: Figure, path: str | os.PathLike[str]) -> Figure:
-    """The figure, written as a PNG; folders are made."""
+    """Write the figure as a PNG, making its folders, and return it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, format="png")
     return figure

@@ -1,8 +1,8 @@
-"""The time of each target token: labels (−100, padding, prompts, turns, packed documents) → t."""
+"""The time t of each target token, from the labels (−100, padding, prompts, turns, packed documents)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ ORIGINS = ("target", "sequence", "turn")
 
 
 def is_target(labels: Tensor) -> Tensor:
-    """True where a label counts: an integer other than −100, or a float that is not NaN.
+    """Whether each label is a target: an integer other than −100, or floats of which none is NaN.
 
-    Float labels `[batch, time, ...]` count at a time where none of their trailing dimensions is NaN.
-    Returns a boolean tensor of `time_shape(labels)`.
+    Returns booleans of `time_shape(labels)`.
     """
     if labels.is_floating_point():
         mask = ~labels.isnan()
@@ -31,11 +30,7 @@ def time_shape(labels: Tensor) -> torch.Size:
 
 
 def target_positions(
-    labels: Tensor,
-    *,
-    origin: str = "target",
-    document_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    labels: Tensor, *, origin: str = "target", document_ids: Tensor | None = None, attention_mask: Tensor | None = None
 ) -> Tensor:
     """The 1-based time t of each target token, 0 where there is no target; `t[i]` belongs to `labels[i]`.
 
@@ -44,19 +39,16 @@ def target_positions(
     `origin="turn"`: as `"target"`, starting at 1 again with every contiguous run of targets.
 
     Args:
-        labels: `[batch, time]` or `[time]` integers, −100 where there is no target; or floats
-            `[batch, time, ...]`, NaN where there is no target.
+        labels: `[batch, time]` or `[time]` integers, −100 where there is no target; or floats `[batch, time, ...]`,
+            NaN where there is no target.
         origin: one of `"target"`, `"sequence"`, `"turn"`.
-        document_ids: `[batch, time]` integers; a new document starts wherever the id changes. Without it each
-            row is one document.
-        attention_mask: `[batch, time]`, 0 on padding; only its leading zeros matter, and only to
-            `origin="sequence"`, where a target in the left padding has no t.
+        document_ids: `[batch, time]` integers, which change where a document starts; without it each row is one.
+        attention_mask: `[batch, time]`, whose leading zeros are the left padding; only `"sequence"` needs it.
 
     Raises:
-        ValueError, TypeError: unknown `origin`; labels of another shape or type than above; a shape other than theirs.
+        ValueError, TypeError: an unknown `origin`, labels of another shape or type, or a shape other than theirs.
     """
-    if origin not in ORIGINS:
-        raise ValueError(f"origin={origin!r} is not known; accepted: {', '.join(map(repr, ORIGINS))}.")
+    check_choice("origin", origin, ORIGINS)
     if not (isinstance(labels, Tensor) and labels.is_floating_point()):
         check_integers("labels", labels)
     if labels.dim() == 0 or (labels.dim() > 2 and not labels.is_floating_point()):
@@ -85,6 +77,12 @@ def target_positions(
     return (count - before) * target
 
 
+def check_choice(name: str, value: Any, accepted: Sequence[str]) -> None:
+    """Raise a `ValueError` where the value of an argument is none of those that are accepted."""
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is not known; accepted: {', '.join(map(repr, accepted))}.")
+
+
 def check_integers(name: str, values: Any) -> None:
     """Raise a `TypeError` where an argument is no tensor, a `ValueError` where it is none of signed integers.
 
@@ -105,7 +103,7 @@ def check_shape(name: str, values: Any, shape: torch.Size) -> None:
 
 
 def document_starts(target: Tensor, document_ids: Tensor | None) -> Tensor:
-    """True on the first token of each document of each row; booleans of the shape of `target`."""
+    """Whether each token is the first of its document; booleans of the shape of `target`."""
     starts = torch.zeros_like(target, dtype=torch.bool)
     starts[..., 0] = True
     if document_ids is not None:
@@ -114,14 +112,14 @@ def document_starts(target: Tensor, document_ids: Tensor | None) -> Tensor:
 
 
 def shift_left(tensor: Tensor, fill: float) -> Tensor:
-    """Each row moved one place to the left: what belongs to label i + 1 stands at i, where its logits are."""
+    """Move each row one place to the left, so that what belongs to label i + 1 stands at i, as its logits do."""
     return torch.nn.functional.pad(tensor[..., 1:], (0, 1), value=fill)
 
 
 def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
-    """The document of each token of a batch: 0, 1, … from the left of each row; None where rows are not packed.
+    """The index of each token's document, 0, 1, … from the left of its row; None if rows are not packed.
 
-    Read from the first of these that the batch has: `document_ids`, `seq_idx`, `cu_seq_lens_q`, `position_ids`
+    It is read from the first of these that the batch has: `document_ids`, `seq_idx`, `cu_seq_lens_q`, `position_ids`
     (a document starts where `position_ids[i] ≠ position_ids[i−1] + 1` among unmasked tokens).
 
     Args:
@@ -129,8 +127,7 @@ def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
 
     Raises:
         ValueError, TypeError: a 4-D `attention_mask` without any of the four keys, since it may hide documents; a key
-            that holds no integers or has a shape that does not fit; `cu_seq_lens_q` that do not rise from 0 to at most
-            the number of tokens.
+            without integers or of another shape; `cu_seq_lens_q` that do not rise from 0 to the number of tokens.
     """
     reference = batch["labels"] if batch.get("labels") is not None else batch.get("input_ids")
     if reference is None or reference.dim() < 2:
@@ -138,13 +135,19 @@ def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
     mask = batch.get("attention_mask")
     for key in ("document_ids", "seq_idx"):
         if batch.get(key) is not None:
-            return _run_index(_as_rows(key, batch[key], reference))
+            ids = _as_rows(key, batch[key], reference)
+            return _run_index(ids[:, 1:] != ids[:, :-1])
     if batch.get("cu_seq_lens_q") is not None:
         columns = torch.arange(reference.shape[0] * reference.shape[1], device=reference.device)
         ends = _document_ends(batch["cu_seq_lens_q"], len(columns)).to(reference.device)
-        return _run_index(torch.searchsorted(ends, columns, right=True).view(reference.shape[:2]))
+        ids = torch.searchsorted(ends, columns, right=True).view(reference.shape[:2])
+        return _run_index(ids[:, 1:] != ids[:, :-1])
     if batch.get("position_ids") is not None:
-        return _documents_of_positions(_as_rows("position_ids", batch["position_ids"], reference), mask)
+        ids = _as_rows("position_ids", batch["position_ids"], reference)
+        starts = ids[:, 1:] != ids[:, :-1] + 1
+        if mask is not None and mask.dim() == 2:
+            starts &= (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        return _run_index(starts)
     if mask is not None and mask.dim() == 4:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}: a 4-D mask may pack several documents into a row, and "
@@ -156,7 +159,7 @@ def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
 def _document_ends(bounds: Tensor, tokens: int) -> Tensor:
     check_integers("cu_seq_lens_q", bounds)
     bounds = bounds.flatten().long()
-    if bounds.device.type == "cpu":  # elsewhere it would wait for the device
+    if bounds.device.type == "cpu":  # elsewhere it would cost a device sync
         found = bounds.tolist()
         if not found or found[0] != 0 or found[-1] > tokens or found != sorted(found):
             raise ValueError(
@@ -176,18 +179,6 @@ def _as_rows(key: str, ids: Tensor, reference: Tensor) -> Tensor:
     return rows.expand(reference.shape[:2])
 
 
-def _documents_of_positions(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if attention_mask is not None and attention_mask.dim() == 2:
-        real = attention_mask != 0
-        starts = starts & real[:, 1:] & real[:, :-1]
-    return _run_index_of_starts(starts)
-
-
-def _run_index(ids: Tensor) -> Tensor:
-    """The index of the run of equal ids that each token is in, counted from the left of its row."""
-    return _run_index_of_starts(ids[:, 1:] != ids[:, :-1])
-
-
-def _run_index_of_starts(starts: Tensor) -> Tensor:
+def _run_index(starts: Tensor) -> Tensor:
+    """How many runs have started in a row before and at each token; `starts` begins at the second token."""
     return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0))

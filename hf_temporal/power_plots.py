@@ -1,8 +1,9 @@
-"""Pictures of what several p do, side by side."""
+"""Pictures of what several p do, side by side, drawn as those of `hf_temporal.plots` are."""
 
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .plots import Curve, grid, middles_of, position_axis, power_label, saved, values_of
+from .plots import Curve, grid, middles_of, position_axis, power_label, saved, single_axes, values_of
 
 # Of several p, in their order: even steps in lightness, which colour blindness leaves in place; p = 0 is black.
 POWER_COLORS = "plasma"
@@ -23,32 +24,23 @@ POWER_COLORS = "plasma"
 
 @dataclass(frozen=True)
 class PowerPanel:
-    """What was measured at several p, with several seeds each.
+    """What was measured at several p, with several seeds each."""
 
-    Args:
-        label: of the axis.
-        values: by p, then by seed.
-        means: by p, each with its 95 % interval, None where there is none.
-        bounds: p and seed of the values that are only lower bounds; they are drawn hollow.
-        log: whether equal ratios are equally far apart.
-        title: above the panel.
-    """
-
-    label: str
-    values: Mapping[float, Mapping[int, float]]
-    means: Mapping[float, tuple[float, tuple[float, float] | None]]
-    bounds: frozenset[tuple[float, int]] = frozenset()
-    log: bool = False
+    label: str  # of the axis
+    values: Mapping[float, Mapping[int, float]]  # by p, then by seed
+    means: Mapping[float, tuple[float, tuple[float, float] | None]]  # by p, with the 95 % interval where there is one
+    bounds: frozenset[tuple[float, int]] = frozenset()  # p and seed of mere lower bounds, which are drawn hollow
+    log: bool = False  # whether the axis is logarithmic
     title: str | None = None
 
 
 def plot_metrics_by_power(
     panels: Sequence[PowerPanel | None], path: str | os.PathLike[str], *, title: str, columns: int = 1
 ) -> Figure:
-    """A panel for each quantity: every seed as a dot, beside them their mean with its 95 % interval, p by p.
+    """Draw a panel for each quantity: at each p every seed as a dot, and beside them their mean with its interval.
 
-    The p stand in ascending order at equal distances, so that 0, negative ones and inf have their place. Of several
-    `columns`, the panels of a row have one scale; None leaves a place empty.
+    The p stand in ascending order at equal distances, so that 0, negative ones and inf have their place. The panels
+    of a row share one scale; None leaves a place empty.
     """
     colors = _power_colors({power for panel in panels if panel for power in panel.values})
     rows, width = -(-len(panels) // columns), max(len(colors), 4)
@@ -78,22 +70,15 @@ def plot_metrics_by_power(
 def plot_loss_by_position_and_power(
     profiles: Mapping[float, Mapping[str, Any]], path: str | os.PathLike[str], *, title: str
 ) -> Figure:
-    """Mean loss over t/T for each p and, where p = 0 is among them, the differences from it below.
+    """Draw mean loss over t/T for each p and, where p = 0 is among them, the differences from it below.
 
-    Args:
-        profiles: by p, of the form that `hf_temporal.evaluation.load_profiles` returns.
-        path: where to write the PNG; folders are made.
-        title: above the picture.
+    The profiles, by p, have the form that `hf_temporal.evaluation.load_profiles` returns.
     """
     colors = _power_colors(profiles)
     losses = {power: values_of(profile, "loss") for power, profile in profiles.items()}
     shown = [losses]
     if 0.0 in losses and len(losses) > 1:
-        differences = {
-            power: [value - usual for value, usual in zip(values, losses[0.0], strict=True)]
-            for power, values in losses.items()
-        }
-        shown.append(differences)
+        shown.append({power: list(map(operator.sub, values, losses[0.0])) for power, values in losses.items()})
     figure = Figure(figsize=(7.6, 0.8 + 3.0 * len(shown)), layout="constrained")
     every_axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, values in zip(every_axes, shown, strict=True):
@@ -104,32 +89,22 @@ def plot_loss_by_position_and_power(
     if len(shown) == 2:
         every_axes[1].set_ylabel("difference from p = 0 (nats)")
     position_axis(every_axes[-1])
-    _legend_of_powers(figure, colors)
-    figure.suptitle(title)
-    return saved(figure, path)
+    return _saved_with_legend(figure, colors, title, path)
 
 
 def plot_trials(trials: Sequence[tuple[float, float]], label: str, path: str | os.PathLike[str]) -> Figure:
-    """One dot for each run of a search: p, and the value that it reached."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
+    """Draw one dot for each run of a search: p, and the value that it reached."""
+    figure, axes = single_axes("p", label)
     axes.plot(*zip(*trials, strict=True), marker="o", linestyle="none")
-    axes.set_xlabel("p")
-    axes.set_ylabel(label)
-    grid(axes)
     return saved(figure, path)
 
 
 def plot_curves_by_power(
     curves: Mapping[str, Mapping[float, Sequence[Mapping[int, float]]]], path: str | os.PathLike[str], *, title: str
 ) -> Figure:
-    """A panel for each quantity over training steps: each seed thin, the mean over seeds thick.
+    """Draw a panel for each quantity over training steps: each seed thin, the mean at the steps of all seeds thick.
 
-    Args:
-        curves: by the label of the axis, then by p: values by step, of one seed each. The mean is drawn at the steps
-            that all seeds have.
-        path: where to write the PNG; folders are made.
-        title: above the picture.
+    The curves are given by the label of the axis, then by p: values by step, of one seed each.
     """
     colors = _power_colors({power for by_power in curves.values() for power in by_power})
     figure = Figure(figsize=(7.6, 0.8 + 3.0 * len(curves)), layout="constrained")
@@ -140,22 +115,13 @@ def plot_curves_by_power(
         _draw_powers(axes, {power: [_mean_curve(runs)] for power, runs in by_power.items()}, colors, lw=2.5)
         axes.set_ylabel(label)
     axes.set_xlabel("training step")
-    _legend_of_powers(figure, colors)
-    figure.suptitle(title)
-    return saved(figure, path)
+    return _saved_with_legend(figure, colors, title, path)
 
 
 def plot_power_report(
     loss: Sequence[float], weights: Mapping[float, Sequence[float]], path: str | os.PathLike[str], *, title: str
 ) -> Figure:
-    """Where the loss is, as bars by decile of t/T, and where each p puts the weight, as curves over them.
-
-    Args:
-        loss: share of each decile in the sum of all losses.
-        weights: by p, the share of each decile in the sum of all weights.
-        path: where to write the PNG; folders are made.
-        title: above the picture.
-    """
+    """Draw each decile's share in the sum of all losses as bars, and in that of the weights as a curve for each p."""
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.subplots()
     middles = [(index + 0.5) / len(loss) for index in range(len(loss))]
@@ -166,9 +132,7 @@ def plot_power_report(
     axes.set_ylim(bottom=0)
     axes.set_ylabel("share of the whole (%)\nbars: loss, curves: weight under p")
     position_axis(axes)
-    _legend_of_powers(figure, colors)
-    figure.suptitle(title)
-    return saved(figure, path)
+    return _saved_with_legend(figure, colors, title, path)
 
 
 def plot_memory_by_power(
@@ -178,13 +142,11 @@ def plot_memory_by_power(
     *,
     title: str,
 ) -> Figure:
-    """The memory functions that models have at each p beside the target's, and below how far they are from it.
+    """Draw the memory functions of models at each p with the target's, and below the mean distance from it.
 
     Args:
         memories: by p, one of each seed, with a value for each lag from 0; their mean is drawn thick.
         target: the same for the target, drawn dotted.
-        path: where to write the PNG; folders are made.
-        title: above the picture.
     """
     colors = _power_colors(memories)
     figure = Figure(figsize=(7.6, 6.8), layout="constrained")
@@ -202,9 +164,7 @@ def plot_memory_by_power(
     below.set_ylabel("mean distance from the target's")
     below.set_yscale("log")
     below.set_xlabel("lag")
-    _legend_of_powers(figure, colors)
-    figure.suptitle(title)
-    return saved(figure, path)
+    return _saved_with_legend(figure, colors, title, path)
 
 
 def _draw_panel(axes: Axes, panel: PowerPanel, colors: Mapping[float, Any]) -> None:
@@ -266,9 +226,13 @@ def _power_colors(powers: Iterable[float]) -> dict[float, Any]:
     return {power: "#000000" if power == 0 else colormaps[POWER_COLORS](shades[power]) for power in powers}
 
 
-def _legend_of_powers(figure: Figure, colors: Mapping[float, Any]) -> None:
+def _saved_with_legend(
+    figure: Figure, colors: Mapping[float, Any], title: str, path: str | os.PathLike[str]
+) -> Figure:
     handles = [
         Line2D([], [], color=color, lw=2.5, linestyle="--" if power == 0 else "-", label=power_label(power))
         for power, color in colors.items()
     ]
     figure.legend(handles=handles, title="p", loc="outside right upper", frameon=False)
+    figure.suptitle(title)
+    return saved(figure, path)

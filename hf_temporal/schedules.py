@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from .positions import check_choice
+
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -17,14 +19,15 @@ def power_at(
     `"cosine"`: p = start + (end − start)·(1 − cos πx)/2.
 
     Args:
-        global_step: optimizer steps done, `TrainerState.global_step`.
+        global_step: optimizer steps done.
         max_steps: optimizer steps of the whole run.
         schedule: one of `"constant"`, `"linear"`, `"cosine"`.
-        start, end: the first and the last p; finite unless the schedule is constant.
+        start: the first p, finite.
+        end: the last p; finite unless the schedule is constant.
         warmup_ratio: share of `max_steps` after which `end` is reached, in [0, 1].
 
     Raises:
-        ValueError: see `validate_schedule`.
+        ValueError: an argument whose value is not accepted.
 
     Source: "start from a small p, a larger p is needed in the end", Wang & Yan, arXiv 2307.11462.
     """
@@ -40,10 +43,7 @@ def power_at(
 
 def validate_schedule(*, schedule: str, start: float, end: float, warmup_ratio: float) -> None:
     """Raise a `ValueError` that names the field of `TemporalTrainingArguments` that is wrong."""
-    if schedule not in SCHEDULES:
-        raise ValueError(
-            f"temporal_power_schedule={schedule!r} is not known; accepted: {', '.join(map(repr, SCHEDULES))}."
-        )
+    check_choice("temporal_power_schedule", schedule, SCHEDULES)
     if not 0 <= warmup_ratio <= 1:
         raise ValueError(f"temporal_power_warmup_ratio={warmup_ratio!r} is out of range; accepted: 0 to 1.")
     if not math.isfinite(start):

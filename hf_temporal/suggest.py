@@ -1,4 +1,4 @@
-"""What each p would do to one's own model and data, told before training."""
+"""A report, before training, on what each p would do to a model and its data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_temporal.model.model_loss import undisturbed
 
-from .evaluation import BINS, TokenLosses
+from .evaluation import BINS, TokenBatch, TokenLosses
 from .installed import require
 from .positions import document_starts, target_positions
 from .trainer import TemporalWeightMixin
@@ -32,60 +32,39 @@ HARDLY_TRAINED = 0.1
 
 @dataclass(frozen=True)
 class PowerEffect:
-    """What t^p makes of the target tokens; every share is one of Σw over all of them.
+    """What t^p makes of the target tokens; every share is one of Σw over all of them."""
 
-    Args:
-        power: p.
-        effective_sample_size: (Σw)²/Σw² as a share of the target tokens.
-        first_token: share of the documents' first target tokens.
-        last_token: share of their last ones: in a text that ends, the end-of-sequence tokens.
-        quarters: shares of the quarters of each document's target tokens, (k − 1)/4 < rank/number ≤ k/4.
-        deciles: the same by tenths.
-        loss: Σwℓ/Σw of the model as it is.
-    """
-
-    power: float
-    effective_sample_size: float
-    first_token: float
-    last_token: float
-    quarters: tuple[float, ...]
-    deciles: tuple[float, ...]
-    loss: float
+    power: float  # p
+    effective_sample_size: float  # (Σw)²/Σw² as a share of the target tokens
+    first_token: float  # share of the documents' first target tokens
+    last_token: float  # share of their last ones: in a text that ends, the end-of-sequence tokens
+    quarters: tuple[float, ...]  # shares of each document's target tokens with (k − 1)/4 < rank/number ≤ k/4
+    deciles: tuple[float, ...]  # the same by tenths
+    loss: float  # Σwℓ/Σw of the model before training
 
 
 @dataclass(frozen=True)
 class PowerReport:
-    """`suggest_power`'s findings; as a text, a table and what it means in words.
+    """The findings of `suggest_power`; `str` makes a table of them and says in words what it means."""
 
-    Args:
-        documents: how many were looked at.
-        lengths: target tokens of a document: fewest, median, most.
-        first_token_loss: mean loss of the first target tokens, by the model as it is.
-        last_token_loss: of the last ones.
-        loss_quarters: share of each quarter in the sum of all losses.
-        loss_deciles: the same by tenths.
-        effects: of each p, in ascending order, p = 0 among them.
-    """
-
-    documents: int
-    lengths: tuple[int, int, int]
-    first_token_loss: float
-    last_token_loss: float
-    loss_quarters: tuple[float, ...]
-    loss_deciles: tuple[float, ...]
-    effects: tuple[PowerEffect, ...]
+    documents: int  # how many were read
+    lengths: tuple[int, int, int]  # target tokens of a document: fewest, median, most
+    first_token_loss: float  # mean loss of the first target tokens, before training
+    last_token_loss: float  # of the last ones
+    loss_quarters: tuple[float, ...]  # share of each quarter in the sum of all losses
+    loss_deciles: tuple[float, ...]  # the same by tenths
+    effects: tuple[PowerEffect, ...]  # of each p, in ascending order, p = 0 among them
 
     @property
     def usual(self) -> PowerEffect:
         return next(effect for effect in self.effects if effect.power == 0)
 
     def table(self) -> str:
-        """In Markdown: a row for each p, and first of all where the loss lies."""
+        """A table in Markdown: the shares of the loss, and below them a row for each p."""
         rows: list[tuple[str, ...]] = [
-            ("", "first token", "1st quarter", "2nd", "3rd", "4th", "last token", "effective sample size", "loss")
+            ("", "first token", "1st quarter", "2nd", "3rd", "4th", "last token", "effective sample size", "loss"),
+            ("share of the loss", "", *(f"{share:.1%}" for share in self.loss_quarters), "", "", ""),
         ]
-        shares = [f"{share:.1%}" for share in self.loss_quarters]
-        rows += [("share of the loss", "", *shares, "", "", "")]
         for effect in self.effects:
             shares = [f"{share:.1%}" for share in (effect.first_token, *effect.quarters, effect.last_token)]
             size = f"{effect.effective_sample_size:.0%}"
@@ -96,7 +75,7 @@ class PowerReport:
         return "\n".join(f"| {line} |" for line in lines)
 
     def words(self) -> list[str]:
-        """A sentence or two on the data, then on each p but 0."""
+        """A sentence or two on the data, and on each p but 0."""
         usual, (fewest, median, most) = self.usual, self.lengths
         lines = [
             f"{self.documents:,} documents of {fewest:,} to {most:,} target tokens (median {median:,}). As it is, the "
@@ -112,8 +91,8 @@ class PowerReport:
         for effect in self.effects:
             if effect.power == 0:
                 continue
-            pairs = [*zip(effect.quarters, usual.quarters, strict=True)]
-            first, last = (share / at_0 if at_0 else 1.0 for share, at_0 in (pairs[0], pairs[-1]))
+            shares = zip(effect.quarters, usual.quarters, strict=True)
+            first, *_, last = (share / at_0 if at_0 else 1.0 for share, at_0 in shares)
             line = (
                 f"p = {effect.power:g}: the first quarter counts {first:.2g} times as much as usual, the last "
                 f"{last:.2g} times; the last token alone has {effect.last_token:.0%} of the weight instead of "
@@ -131,11 +110,10 @@ class PowerReport:
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "Where the loss is, and where $t^p$ looks") -> None:
         require("plots")
-        from .power_plots import plot_power_report  # matplotlib takes its time
+        from .power_plots import plot_power_report  # only here: matplotlib is slow to import
 
-        plot_power_report(
-            self.loss_deciles, {effect.power: effect.deciles for effect in self.effects}, path, title=title
-        )
+        weights = {effect.power: effect.deciles for effect in self.effects}
+        plot_power_report(self.loss_deciles, weights, path, title=title)
 
     def __str__(self) -> str:
         return f"{self.table()}\n\n" + "\n".join(f"- {line}" for line in self.words())
@@ -144,18 +122,18 @@ class PowerReport:
 def suggest_power(
     trainer: TemporalWeightMixin, dataset: Any = None, *, powers: Sequence[float] = POWERS, max_examples: int = 256
 ) -> PowerReport:
-    """Run a few examples through the model as it is, and tell what each p would do to their weights.
+    """Evaluate the model on a few examples, and report what each p would do to the weights of their tokens.
 
-    Nothing is trained and nothing is written. The time is that of an evaluation of `max_examples` examples.
+    Nothing is trained or written, and it takes as long as an evaluation of `max_examples` examples.
 
     Args:
         trainer: in one process; its model, collator and weighting (origin, normalization, mixture) are used.
-        dataset: unset: the trainer's training data.
-        powers: p to be told of; 0 is added.
-        max_examples: how many examples are looked at, from the first.
+        dataset: None for the trainer's training data.
+        powers: the p to report on; 0 is added.
+        max_examples: how many examples are read, from the first.
 
     Raises:
-        ValueError: several processes, no data, no target token in them, a p out of what `TemporalWeighting` accepts.
+        ValueError: several processes, no data, no target token in them, or a p that `TemporalWeighting` refuses.
     """
     owner: Any = trainer
     if owner.args.world_size > 1:
@@ -182,14 +160,8 @@ class _Tokens(TokenLosses):
         self._columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._documents = 0
 
-    def _add(
-        self,
-        losses: Tensor,
-        correct: Tensor | None,  # noqa: ARG002
-        positions: Tensor,
-        document_ids: Tensor | None,
-        loss_weights: Tensor | None,
-    ) -> None:
+    def _add(self, batch: TokenBatch) -> None:
+        losses, _, positions, document_ids, loss_weights = batch
         target = positions > 0
         starts = document_starts(target, document_ids)
         documents = (starts.flatten().cumsum(0) - 1 + self._documents).view(starts.shape)

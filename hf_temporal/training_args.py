@@ -2,80 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .positions import ORIGINS
+from .positions import ORIGINS, check_choice
 from .schedules import SCHEDULES, validate_schedule
 from .weighting import NORMALIZATIONS, TemporalWeighting
 
 FUSED_HEAD_MODES = ("auto", "on", "off")
 
 
-@dataclass
+def _field(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": text} | ({"choices": list(choices)} if choices else {}))
+
+
+@dataclass(repr=False)
 class _TemporalFields:
-    temporal_power: float = field(
-        default=1.0, metadata={"help": "p of the weight t^p: 0 is the usual loss, inf the last target token alone."}
+    temporal_power: float = _field(1.0, "p of the weight t^p: 0 is the usual loss, inf the last target token alone.")
+    temporal_origin: str = _field("target", "Where t starts: target, sequence or turn.", ORIGINS)
+    temporal_normalization: str = _field(
+        "sequence",
+        "sequence: mean weight 1 in each document; batch: divided by the sum of the weights; tokens: t^p divided by "
+        "the number of target tokens.",
+        NORMALIZATIONS,
     )
-    temporal_origin: str = field(
-        default="target",
-        metadata={"help": "Where t starts: target, sequence or turn.", "choices": list(ORIGINS)},
+    temporal_mixture: float = _field(
+        1.0, "Share of the weighted loss; the rest is the usual loss. Below 1 under sequence alone."
     )
-    temporal_normalization: str = field(
-        default="sequence",
-        metadata={
-            "help": "sequence: mean weight 1 in each document; batch: divided by the sum of the weights; tokens: t^p "
-            "divided by the number of target tokens.",
-            "choices": list(NORMALIZATIONS),
-        },
+    temporal_power_schedule: str = _field(
+        "constant",
+        "How p goes from temporal_power_start to temporal_power: constant (temporal_power throughout), linear or "
+        "cosine.",
+        SCHEDULES,
     )
-    temporal_mixture: float = field(
-        default=1.0,
-        metadata={"help": "Share of the weighted loss; the rest is the usual loss. Below 1 under sequence alone."},
-    )
-    temporal_power_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "How p goes from temporal_power_start to temporal_power: constant (temporal_power throughout), "
-            "linear or cosine.",
-            "choices": list(SCHEDULES),
-        },
-    )
-    temporal_power_start: float = field(
-        default=0.0, metadata={"help": "p at the first step of a linear or cosine schedule."}
-    )
-    temporal_power_warmup_ratio: float = field(
-        default=1.0, metadata={"help": "Share of max_steps after which temporal_power is reached."}
-    )
-    temporal_fused_head: str = field(
-        default="auto",
-        metadata={
-            "help": "Compute LM head and loss together, without the logits: auto (where it is exact for the model and "
-            "pays), on (an error where it is not exact) or off.",
-            "choices": list(FUSED_HEAD_MODES),
-        },
+    temporal_power_start: float = _field(0.0, "p at the first step of a linear or cosine schedule.")
+    temporal_power_warmup_ratio: float = _field(1.0, "Share of max_steps after which temporal_power is reached.")
+    temporal_fused_head: str = _field(
+        "auto",
+        "Compute LM head and loss together, without the logits: auto (where it is exact for the model and pays), on "
+        "(an error where it is not exact) or off.",
+        FUSED_HEAD_MODES,
     )
 
     def __post_init__(self) -> None:
         for name in ("temporal_power", "temporal_mixture", "temporal_power_start", "temporal_power_warmup_ratio"):
-            setattr(self, name, _number(name, getattr(self, name)))
+            value: Any = getattr(self, name)
+            try:
+                setattr(self, name, float(value))  # YAML reads 5e-1 as a string
+            except (TypeError, ValueError):
+                raise ValueError(f"{name}={value!r} is not a number; accepted: a float.") from None
         self.validate_temporal_fields()
         super().__post_init__()  # type: ignore[misc]
 
     def validate_temporal_fields(self) -> None:
-        """Raise a `ValueError` that names the field that is out of what is accepted."""
-        if self.temporal_fused_head not in FUSED_HEAD_MODES:
-            raise ValueError(
-                f"temporal_fused_head={self.temporal_fused_head!r} is not known; accepted: "
-                f"{', '.join(map(repr, FUSED_HEAD_MODES))}."
-            )
+        """Raise a `ValueError` that names the field whose value is not accepted."""
+        check_choice("temporal_fused_head", self.temporal_fused_head, FUSED_HEAD_MODES)
         self.validate_schedule(self.temporal_power)
         self.temporal_weighting()
 
     def validate_schedule(self, power: float) -> None:
-        """Raise a `ValueError` where the schedule cannot reach a power, or is not one."""
+        """Raise a `ValueError` where the schedule is unknown or cannot reach this power."""
         validate_schedule(
             schedule=self.temporal_power_schedule,
             start=self.temporal_power_start,
@@ -84,11 +73,7 @@ class _TemporalFields:
         )
 
     def temporal_weighting(self) -> TemporalWeighting:
-        """The weighting that the fields describe, at the final power.
-
-        Raises:
-            ValueError: a field out of what is accepted, named as `temporal_<field>`.
-        """
+        """The weighting that the fields describe, at the final power; a `ValueError` names a field that is wrong."""
         try:
             return TemporalWeighting(
                 power=self.temporal_power,
@@ -100,33 +85,19 @@ class _TemporalFields:
             raise ValueError(f"temporal_{error}") from None
 
 
-def _number(name: str, value: Any) -> float:
-    """YAML reads 5e-1 as a string."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} is not a number; accepted: a float.") from None
-
-
-@dataclass
+@dataclass(repr=False)  # TrainingArguments' own leaves out the tokens
 class TemporalTrainingArguments(_TemporalFields, TrainingArguments):
-    """`TrainingArguments` plus the `temporal_*` fields of `TemporalWeightTrainer`.
+    """`TrainingArguments` plus the `temporal_*` fields of `TemporalWeightTrainer`, whose `help` says what they mean.
 
-    Args:
-        temporal_power: p of the weight t^p, see `TemporalWeighting`.
-        temporal_origin: `"target"`, `"sequence"` or `"turn"`, see `target_positions`.
-        temporal_normalization: `"sequence"`, `"batch"` or `"tokens"`, see `TemporalWeighting`.
-        temporal_mixture: share of the weighted loss in a mean with the usual one, see `TemporalWeighting`.
-        temporal_power_schedule: `"constant"`, `"linear"` or `"cosine"`, see `power_at`.
-        temporal_power_start: p at the first step of a schedule.
-        temporal_power_warmup_ratio: share of `max_steps` over which the schedule runs.
-        temporal_fused_head: `"auto"`, `"on"` or `"off"`.
+    `temporal_power` (p of the weight t^p), `temporal_normalization` and `temporal_mixture` are those of
+    `TemporalWeighting`, `temporal_origin` that of `target_positions`; schedule, start and warmup ratio of the power
+    are those of `power_at`; `temporal_fused_head` is `"auto"`, `"on"` or `"off"`.
 
     Raises:
-        ValueError: a field out of what is accepted.
+        ValueError: a field whose value is not accepted.
     """
 
 
-@dataclass
+@dataclass(repr=False)
 class TemporalSeq2SeqTrainingArguments(_TemporalFields, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` plus the `temporal_*` fields, see `TemporalTrainingArguments`."""

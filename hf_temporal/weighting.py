@@ -1,4 +1,4 @@
-"""Time → weight: w(t) = t^p and how it is normalised."""
+"""The weight of a target token as a function of its time, w(t) = t^p, and how it is normalised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .positions import ORIGINS, check_integers, check_shape, document_starts
+from .positions import ORIGINS, check_choice, check_integers, check_shape, document_starts
 
 WEIGHTING_NAME = "temporal_weighting.json"
 NORMALIZATIONS = ("sequence", "batch", "tokens")
@@ -46,7 +46,7 @@ class TemporalWeighting:
         mixture: λ, from 0 (the usual loss) to 1; less than 1 under `"sequence"` alone, whose weights have mean 1.
 
     Raises:
-        ValueError, TypeError: a field out of what is accepted; the message names it.
+        ValueError, TypeError: a field whose value is not accepted; the message names it.
 
     Source: temporally rescaled errors, Wang & Yan, arXiv 2307.11462.
     """
@@ -74,9 +74,7 @@ class TemporalWeighting:
             ("normalization", NORMALIZATIONS),
             ("regression_loss", REGRESSION_LOSSES),
         ):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is not known; accepted: {', '.join(map(repr, choices))}.")
+            check_choice(name, getattr(self, name), choices)
         if self.mixture < 1 and self.normalization != "sequence":
             raise ValueError(
                 f"mixture={self.mixture!r} with normalization={self.normalization!r}: weights whose mean is not 1 "
@@ -93,9 +91,9 @@ class TemporalWeighting:
     ) -> Tensor:
         """The weight of each target token, 0 off the targets; float32 of the shape of `positions`.
 
-        t^p is computed as exp(p·(log t − log t*)), t* being the time of the largest weight, so nothing overflows
-        and no sum is zero: t* is taken per document under `"sequence"`, once for the call (or as given) under
-        `"batch"`, whose weights are so t^p up to one common factor; under `"tokens"` it is 1.
+        t^p is computed as exp(p·(log t − log t*)), where t* is the time of the largest weight, so that nothing
+        overflows and no sum is zero. Each document has its own t* under `"sequence"`; under `"batch"` all have one,
+        so that weights are t^p up to a common factor; under `"tokens"` it is 1.
 
         Args:
             positions: `[batch, time]` or `[time]` integers as `target_positions` returns them.
@@ -103,7 +101,7 @@ class TemporalWeighting:
             reference_time: t* under `"batch"`, broadcastable, where calls have to agree; see `reference_time_of`.
 
         Raises:
-            ValueError, TypeError: positions or `document_ids` of another shape or type; `"tokens"` where t^p is not a
+            ValueError, TypeError: positions or `document_ids` of another shape or type; `"tokens"` where t^p is no
                 normal float32; weights of `weight_fn` that are negative, not finite or of another shape.
         """
         check_integers("positions", positions)
@@ -123,17 +121,18 @@ class TemporalWeighting:
         return raw.float()
 
     def denominator_terms(self, weights: Tensor, positions: Tensor, *, has_loss_weights: bool) -> Tensor:
-        """What each token adds to the D of the loss Σ wℓ / D: its weight, or 1 for a target; of the weights' shape.
+        """What each token adds to the D of the loss Σ wℓ / D, in the weights' shape.
 
-        It is the weight under `"batch"`, and under `"sequence"` where a data set's own weights change the mean from 1.
+        It is its weight under `"batch"`, and under `"sequence"` with a data set's own weights, whose mean is not 1;
+        otherwise 1 for each target.
         """
         by_weight = self.normalization == "batch" or (has_loss_weights and self.normalization == "sequence")
         return (weights if by_weight else positions > 0).to(wide_dtype(weights.device))
 
     def reference_time_of(self, positions: Tensor, *, by_row: bool = False) -> Tensor:
-        """The time of the largest t^p: the largest t, or the smallest where p < 0; integer, 0 if there is no target.
+        """The largest t, or the smallest where p < 0, at which t^p is largest; 0 if there is no target.
 
-        0-dim over all positions, or `[batch, 1]` with `by_row`.
+        An integer over all positions, 0-dim, or with `by_row` one for each row, `[batch, 1]`.
         """
         if positions.numel() == 0:
             return positions.new_zeros((len(positions), 1) if by_row else ())
@@ -186,7 +185,7 @@ class TemporalWeighting:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields; an infinite power is `"inf"`, `weight_fn` its qualified name."""
+        """The fields as JSON takes them: an infinite power as `"inf"`, `weight_fn` as its qualified name."""
         fields = dataclasses.asdict(self)
         if math.isinf(self.power):
             fields["power"] = "inf"
@@ -197,11 +196,7 @@ class TemporalWeighting:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> TemporalWeighting:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: unknown fields, or a `weight_fn`, which a file holds by name alone.
-        """
+        """The inverse of `to_dict`; a `ValueError` names an unknown field, or a `weight_fn`, which is only a name."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"{', '.join(unknown)}: unknown; accepted: {', '.join(sorted(known))}.")
@@ -232,7 +227,7 @@ def check_weights(name: str, weights: Tensor) -> None:
 
 
 def document_max(values: Tensor, document_ids: Tensor | None) -> Tensor:
-    """The largest of the integers `[batch, time]` of each token's document, broadcastable to them."""
+    """The largest integer in each token's document, broadcastable to the `[batch, time]` values."""
     return _segment_max(values, None if document_ids is None else _segments(values > 0, document_ids))
 
 
@@ -256,10 +251,10 @@ def _segment_sum(values: Tensor, segments: Tensor | None) -> Tensor:
 
 
 def _segment_max(values: Tensor, segments: Tensor | None) -> Tensor:
-    """The largest of the integers of each token's document, broadcastable to `values`.
+    """The largest integer in each token's document, broadcastable to `values`.
 
-    Running maxima from both ends, kept apart between documents by adding a multiple of the range of the values:
-    much faster on a CPU than a scatter.
+    Running maxima from both ends, kept apart by adding a multiple of the values' range to each document, are much
+    faster on a CPU than a scatter.
     """
     if segments is None:
         return values.amax(-1, keepdim=True)

@@ -1,9 +1,9 @@
-"""Make the cards in `model_cards/` again, from the results of the configurations that need no hub.
+"""Write the cards in `model_cards/` again, for the configurations that need no model hub.
 
     make cards
 
-Each configuration's own command, at its top, is run: a run that is finished is only reported, one that is not is
-trained, or goes on. Its card and pictures are copied.
+The command at the top of each configuration is run: a finished run is only reported, any other is trained or goes on.
+Then its card and the pictures of the card are copied.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ COMMAND = re.compile(r"#\s+accelerate (launch (?:\\\n#|.)*)")
 
 
 def command_of(config: Path) -> list[str]:
-    """The `accelerate launch` command in the comment at the top of a configuration.
+    """What follows `accelerate launch` in the comment at the top of a configuration.
 
     Raises:
-        ValueError: the configuration does not open with one.
+        ValueError: there is no such command.
     """
     found = COMMAND.search(config.read_text(encoding="utf-8"))
     if found is None:
@@ -42,7 +42,11 @@ def command_of(config: Path) -> list[str]:
 
 
 def make_card(name: str) -> Path:
-    """Run a configuration to its end and copy its card with the pictures that it shows; the card's folder."""
+    """Run a configuration to its end, and copy its card and the card's pictures.
+
+    Returns:
+        The folder of the card.
+    """
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command_of(config)], cwd=ROOT, check=True)
     output_dir = ROOT / yaml.safe_load(config.read_text(encoding="utf-8"))["output_dir"]
@@ -53,11 +57,6 @@ def make_card(name: str) -> Path:
     return folder
 
 
-def main() -> None:
-    """Make every card."""
+if __name__ == "__main__":
     for name in NAMES:
         print(f"Made {make_card(name).relative_to(ROOT)}")
-
-
-if __name__ == "__main__":
-    main()

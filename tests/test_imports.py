@@ -17,6 +17,20 @@ before = set(sys.modules)
 {imports}
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
+IMPORT = """
+import sys, time
+from transformers import Trainer
+sys.dont_write_bytecode, sys.pycache_prefix = False, {prefix!r}
+times = []
+for _ in range(6):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "hf_temporal"]:
+        del sys.modules[name]
+    start = time.process_time()
+    from hf_temporal import TemporalWeightTrainer
+    times.append(time.process_time() - start)
+print(1000 * min(times))
+"""
+LATER = ("hub.model_card", "hub.privacy", "linear_cross_entropy.triton_kernel", "plots", "power_plots", "suggest")
 OPTIONAL = ("datasets", "evaluate", "gguf", "matplotlib", "optuna", "peft", "rouge_score", "scipy", "trl", "yaml")
 WITHOUT = """
 import json, sys
@@ -60,9 +74,17 @@ def test_hf_temporal_imports_nothing_but_itself() -> None:
     modules = imported("from hf_temporal import TemporalWeightTrainer", trainer="Trainer")
     assert "hf_temporal.trainer" in modules
     assert not any(module.startswith(("hf_temporal.data", "hf_temporal.memory")) for module in modules)
+    assert {f"hf_temporal.{name}" for name in LATER}.isdisjoint(modules)
     others = [module for module in modules if module.partition(".")[0] != "hf_temporal"]
     assert all(module.startswith("transformers.") for module in others), others
     assert len(others) <= 5, others
+
+
+def test_the_import_takes_at_most_50_ms(tmp_path: Path) -> None:
+    """Of one core, with bytecode at hand as after an installation, beyond importing `transformers.Trainer`."""
+    found = ran(IMPORT.format(prefix=str(tmp_path)))
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout.splitlines()[-1]) <= 50
 
 
 def test_hf_temporal_works_without_what_is_optional() -> None:

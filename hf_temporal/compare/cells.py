@@ -1,20 +1,23 @@
-"""One run of a comparison: where it is, whether it is finished, what it measured."""
+"""One run of a comparison: where it writes, whether it is finished, and what it measured."""
 
 from __future__ import annotations
 
+import fcntl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hf_temporal.evaluation import evaluation_profiles
 from hf_temporal.finetuning.report import EVALUATIONS_NAME, RESULTS_NAME, load_evaluations
+
+LOG_NAME = "log.txt"  # Locked for as long as a process of the cell lives.
 
 Evaluations = dict[int, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One p with one seed; its run writes into a folder of its own in the comparison's `output_dir`."""
+    """The run of one p with one seed, in a folder of its own in `output_dir`."""
 
     power: float
     seed: int
@@ -31,17 +34,17 @@ class Cell:
     @property
     def log(self) -> Path:
         """The file that holds all that the run printed."""
-        return self.folder / "log.txt"
+        return self.folder / LOG_NAME
 
     @property
     def finished(self) -> bool:
         return (self.folder / RESULTS_NAME).is_file()
 
     def evaluations(self, metric: str) -> Evaluations:
-        """All metrics by step, without their prefix.
+        """All metrics by step, their names without the prefix `eval_`.
 
         Raises:
-            ValueError: there is no evaluation, or the last one does not have this metric.
+            ValueError: there is no evaluation, or the last one lacks this metric.
         """
         found = load_evaluations(self.folder)
         if not found:
@@ -56,7 +59,7 @@ class Cell:
         return by_step
 
     def drawn(self) -> dict[str, Any]:
-        """What the pictures of the last evaluation need, as far as the run measured it."""
+        """The data for the pictures of the last evaluation, as far as the run measured them."""
         last: dict[str, Any] = dict(load_evaluations(self.folder)[-1])
         found: dict[str, Any] = {name: last[name] for name in ("memory", "target_memory") if name in last}
         if profiles := evaluation_profiles(self.folder):
@@ -64,8 +67,27 @@ class Cell:
         return found
 
 
+def is_bound(folder: Path) -> bool:
+    """Whether the cell in this folder is finished, or a process of it still lives."""
+    if (folder / RESULTS_NAME).is_file():
+        return True
+    if not (path := folder / LOG_NAME).is_file():
+        return False
+    with path.open("ab") as log:
+        return not lock(log)
+
+
+def lock(log: IO[bytes]) -> bool:
+    """Lock a file until this process and all that inherit its descriptor have closed it; False if it is locked."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def curve(evaluations: Evaluations, metric: str) -> dict[int, float]:
-    """A metric by step, where it was measured."""
+    """A metric by step, at the steps where it was measured."""
     return {step: metrics[metric] for step, metrics in sorted(evaluations.items()) if metric in metrics}
 
 

@@ -1,4 +1,4 @@
-"""The grid of a comparison over p: what is in it, the command of each cell, the settings they share."""
+"""The grid of a comparison over p: its cells, the command of each, and the settings that they share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import yaml
 from hf_temporal.finetuning.report import write_json
 from hf_temporal.weighting import TemporalWeighting
 
-from .cells import Cell, power_name
+from .cells import Cell, is_bound, power_name
 from .quantities import direction_of
 
 SETTINGS_NAME = "comparison.json"
+# Flags that no cell is given by the user, and what to use instead.
 OWN = {
     "temporal_power": "--powers",
     "seed": "--seeds",
@@ -29,7 +30,7 @@ OWN = {
 
 @dataclass
 class CompareArguments:
-    """The grid, and what decides."""
+    """The flags of a comparison."""
 
     powers: list[float] = field(metadata={"help": "p of the weight t^p, 0 among them; inf: the last token alone."})
     seeds: list[int] = field(metadata={"help": "Every p runs with each of them."})
@@ -39,22 +40,19 @@ class CompareArguments:
         default_factory=list,
         metadata={
             "action": "extend",
-            "help": "NAME=VALUE,VALUE,...: flags of the recipe; every combination of their values is compared for "
-            "itself, in a folder of its own.",
+            "help": "NAME=VALUE,VALUE,...: flags of the recipe; each combination is compared in a folder of its own.",
         },
     )
     config: Path | None = field(default=None, metadata={"help": "YAML file of the recipe."})
     accelerate_config: Path | None = field(default=None, metadata={"help": "YAML file of `accelerate launch`."})
-    reach: float | None = field(
-        default=None, metadata={"help": "Count the steps until the metric is as good as this, too."}
-    )
+    reach: float | None = field(default=None, metadata={"help": "Count the steps until the metric is this good, too."})
     max_parallel: int = field(
-        default=1, metadata={"help": "Cells that run side by side and share the cores; 0 only sums up."}
+        default=1, metadata={"help": "Cells that run side by side on shared cores; 0: only sum up."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the command of each unfinished cell, run none."})
 
     def __post_init__(self) -> None:
-        self.powers = [power + 0.0 for power in self.powers]  # −0 is 0
+        self.powers = [power + 0.0 for power in self.powers]  # −0 becomes 0.
         for power in self.powers:
             TemporalWeighting(power=power)
         for name, values in (("powers", self.powers), ("seeds", self.seeds)):
@@ -68,29 +66,29 @@ class CompareArguments:
         if self.metric == "temporal_loss":
             raise ValueError("metric='temporal_loss' is weighted by each p itself; accepted: one that p leaves alone")
         if self.reach is not None and direction_of(self.metric) == 0:
-            raise ValueError(f"reach={self.reach!r}, but of {self.metric} neither more nor less is better")
+            raise ValueError(
+                f"reach={self.reach!r}, but of {self.metric} neither more nor less is better; accepted: another metric"
+            )
         if self.max_parallel < 0:
             raise ValueError(f"max_parallel={self.max_parallel!r} is negative; accepted: 0 or more")
-        for path in (self.config, self.accelerate_config):
-            if path is not None and not path.is_file():
-                raise ValueError(f"{str(path)!r} is no file; accepted: a YAML file")
+        for name in ("config", "accelerate_config"):
+            read_yaml(name, getattr(self, name))
         self._check_vary()
 
     @property
     def varied(self) -> dict[str, list[str]]:
-        return {flag_name(name): values.split(",") for name, _, values in (each.partition("=") for each in self.vary)}
+        return {flag_name(each): each.partition("=")[2].split(",") for each in self.vary}
 
     def _check_vary(self) -> None:
-        fields = {each.name for each in dataclasses.fields(self)}
+        own = {each.name for each in dataclasses.fields(self)} | OWN.keys()
         for name, values in self.varied.items():
-            if name in fields | OWN.keys():
+            given = f"vary: {name}={','.join(values)}"
+            if name in own:
                 raise ValueError(f"vary: {name} cannot be varied; accepted: a flag that is the recipe's alone")
             if not name or "" in values:
-                raise ValueError(
-                    f"vary: {name}={','.join(values)} lacks a name or a value; accepted: NAME=VALUE,VALUE,..."
-                )
+                raise ValueError(f"{given} lacks a name or a value; accepted: NAME=VALUE,VALUE,...")
             if len(set(values)) < len(values):
-                raise ValueError(f"vary: {name}={','.join(values)} has one twice; accepted: each once")
+                raise ValueError(f"{given} has one twice; accepted: each once")
         if len(self.varied) < len(self.vary):
             raise ValueError(f"vary={self.vary!r} has a name twice; accepted: each once, with all its values")
         folders = [folder_name(values) for values in itertools.product(*self.varied.values())]
@@ -104,7 +102,14 @@ class CompareArguments:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A recipe, and the flags of every cell; `values` are those of a single combination of what is varied."""
+    """A comparison, or the part of it that belongs to one combination of the varied values.
+
+    Args:
+        arguments: the flags of the comparison.
+        recipe: the script that every cell runs.
+        overrides: the flags of the recipe that every cell gets.
+        values: the values of this combination by name; empty for a whole comparison.
+    """
 
     arguments: CompareArguments
     recipe: Path
@@ -116,22 +121,21 @@ class Comparison:
         return Path(self.arguments.output_dir)
 
     def combinations(self) -> list[Comparison]:
-        """A comparison for each combination of what is varied; this one alone where nothing is."""
+        """A comparison for each combination of the varied values; this one alone where nothing is varied."""
         varied = self.arguments.varied
         if not varied:
             return [self]
-        return [
-            self._combination(dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())
-        ]
-
-    def _combination(self, values: dict[str, str]) -> Comparison:
-        output_dir = str(self.output_dir / folder_name(values.values()))
-        flags = [f"--{name}={value}" for name, value in values.items()]
-        arguments = dataclasses.replace(self.arguments, vary=[], output_dir=output_dir)
-        return Comparison(arguments, self.recipe, [*self.overrides, *flags], values)
+        found = []
+        for values in itertools.product(*varied.values()):
+            folder = str(self.output_dir / folder_name(values))
+            arguments = dataclasses.replace(self.arguments, vary=[], output_dir=folder)
+            by_name = dict(zip(varied, values, strict=True))
+            flags = [f"--{name}={value}" for name, value in by_name.items()]
+            found.append(Comparison(arguments, self.recipe, [*self.overrides, *flags], by_name))
+        return found
 
     def cells(self) -> dict[Cell, Comparison]:
-        """Each with its combination's comparison; seed by seed, so that what is done early compares everything."""
+        """Every cell with its combination, seed by seed, so that an interrupted comparison has some of everything."""
         combinations, arguments = self.combinations(), self.arguments
         return {
             Cell(power, seed, each.output_dir): each
@@ -140,12 +144,10 @@ class Comparison:
             for power in arguments.powers
         }
 
-    def command(self, cell: Cell) -> list[str]:
-        """What follows `accelerate launch`."""
-        accelerate, config = self.arguments.accelerate_config, self.arguments.config
+    def flags(self, cell: Cell) -> list[str]:
+        """The flags that the recipe gets."""
+        config = self.arguments.config
         return [
-            *(["--config_file", str(accelerate)] if accelerate else []),
-            str(self.recipe),
             *(["--config", str(config)] if config else []),
             *self.overrides,
             f"--temporal_power={power_name(cell.power)}",
@@ -153,16 +155,25 @@ class Comparison:
             f"--output_dir={cell.folder}",
         ]
 
+    def command(self, cell: Cell) -> list[str]:
+        """The words that follow `accelerate launch`."""
+        accelerate = self.arguments.accelerate_config
+        engine = ["--config_file", str(accelerate)] if accelerate else []
+        return [*engine, str(self.recipe), *self.flags(cell)]
+
     def shown(self, cell: Cell) -> str:
+        """The cell's command, to be typed into a shell."""
         return shlex.join(["accelerate", "launch", *self.command(cell)])
 
     def settings(self) -> dict[str, Any]:
-        """What makes a comparison the same one; the grid of p, seeds and varied values may grow."""
-        accelerate, config = self.arguments.accelerate_config, self.arguments.config
+        """What makes a comparison the same one; p, seeds and varied values may be added later."""
+        config = read_yaml("config", self.arguments.config)
+        if isinstance(config, dict):
+            config.pop("hub_token", None)
         settings = {
             "recipe": self.recipe.name,
-            "config": config and _without_token(yaml.safe_load(config.read_text(encoding="utf-8"))),
-            "accelerate_config": accelerate and yaml.safe_load(accelerate.read_text(encoding="utf-8")),
+            "config": config,
+            "accelerate_config": read_yaml("accelerate_config", self.arguments.accelerate_config),
             "overrides": self.overrides,
             **({"vary": list(self.arguments.varied)} if self.arguments.vary else {}),
         }
@@ -170,17 +181,11 @@ class Comparison:
         return plain
 
 
-def _without_token(config: Any) -> Any:
-    return (
-        {name: value for name, value in config.items() if name != "hub_token"} if isinstance(config, dict) else config
-    )
-
-
 def keep_settings(comparison: Comparison) -> None:
-    """Write the settings into `output_dir`, and into that of each combination.
+    """Write the settings into `output_dir` and into the folder of each combination.
 
     Raises:
-        ValueError: cells there were started with others.
+        ValueError: a cell there was finished, or is being run, with other settings.
     """
     kept = {each.output_dir: each for each in (comparison, *comparison.combinations())}
     for each in kept.values():
@@ -193,7 +198,8 @@ def keep_settings(comparison: Comparison) -> None:
 def _check_settings(comparison: Comparison) -> None:
     output_dir, settings = comparison.output_dir, comparison.settings()
     path = output_dir / SETTINGS_NAME
-    if not path.is_file() or not any(any(output_dir.glob(cells)) for cells in ("p*_seed*", "*/p*_seed*")):
+    folders = [*output_dir.glob("p*_seed*"), *output_dir.glob("*/p*_seed*")]
+    if not path.is_file() or not any(map(is_bound, folders)):
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     for name in settings | found:
@@ -205,11 +211,36 @@ def _check_settings(comparison: Comparison) -> None:
             )
 
 
+def check_file(name: str, path: Path, accepted: str = "a YAML file") -> None:
+    """Check that the file exists that a flag names.
+
+    Raises:
+        ValueError: it does not exist.
+    """
+    if not path.is_file():
+        raise ValueError(f"{name}={str(path)!r} is no file: there is no {path.resolve()}; accepted: {accepted}")
+
+
+def read_yaml(name: str, path: Path | None) -> Any:
+    """Read the YAML file that a flag names; None where the flag is not given.
+
+    Raises:
+        ValueError: the file does not exist or is not YAML.
+    """
+    if path is None:
+        return None
+    check_file(name, path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{name}={str(path)!r} cannot be read: {error}; accepted: a YAML file") from error
+
+
 def flag_name(flag: str) -> str:
-    """Of `--flag-name=value`: flag_name."""
+    """The name in `--flag-name=value`: flag_name."""
     return flag.partition("=")[0].lstrip("-").replace("-", "_")
 
 
 def folder_name(values: Iterable[str]) -> str:
-    """Of the combination of these values."""
+    """The name of the folder of a combination."""
     return "_".join(values).replace("/", "-")

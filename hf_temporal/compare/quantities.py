@@ -1,4 +1,4 @@
-"""What a comparison over p found: each p tested against p = 0 on the same seeds, and said in words."""
+"""The statistics of a comparison: each p is tested against p = 0 on the same seeds, and the result said in words."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .cells import Cell, Evaluations, curve, power_name
 
 ALPHA = 0.05
 THIRDS = ("short", "middle", "long")
-SAME = 1e-9  # differences that spread by less than this share of the values are one and the same
+SAME = 1e-9  # Differences whose range is less than this share of the values count as equal.
 LOWER_IS_BETTER = ("loss", "error", "perplexity", "empty")
 NEITHER_IS_BETTER = ("gen_len", "grad_norm", "grad_norm_spread")
-RATIOS = ("memory_error", "gradient_error", "grad_norm")  # what spans orders of magnitude is compared by ratio
+RATIOS = ("memory_error", "gradient_error", "grad_norm")  # These span orders of magnitude.
+# Metrics that are reported beside the one that decides, where every run measured them, with their titles.
 BESIDE = {
     **{f"{third}_{kind}_error": f"{kind} error, {third} lags" for kind in ("memory", "gradient") for third in THIRDS},
     "loss": "loss",
@@ -30,22 +31,22 @@ BESIDE = {
     "empty": "empty texts",
     "grad_norm": "gradient norm",
     "grad_norm_spread": "spread of the gradient norm",
-}  # what stands beside the metric where it was measured, with its title
+}
 
 Values = dict[float, dict[int, float]]
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is compared over p.
+    """One measured quantity of all runs.
 
     Args:
-        title: as it is shown.
-        direction: 1 where higher is better, −1 where lower is, 0 where neither.
+        title: its name in the report.
+        direction: 1 where higher is better, −1 where lower is better, 0 where neither is.
         values: by p, then by seed.
-        bounds: p and seed of the runs that did not get there, whose value is the budget.
-        budget: of steps.
-        is_ratio: whether means are geometric and p is compared with 0 by ratio: everything happens on logarithms.
+        bounds: p and seed of the runs that did not reach the goal; their value is the budget.
+        budget: the number of steps that counts for such runs.
+        is_ratio: compute means and tests on logarithms, so that means are geometric and differences are ratios.
     """
 
     title: str
@@ -57,7 +58,7 @@ class Quantity:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Quantity:
-        """One of the `quantities` of a `summary.json`."""
+        """Read one of the `quantities` of a `summary.json`."""
         values = {
             float(row["power"]): {int(seed): number_of(value) for seed, value in row["values"].items()}
             for row in record["by_power"]
@@ -74,7 +75,7 @@ class Quantity:
         return found and (self._back(found[0]), self._back(found[1]))
 
     def against_0(self, power: float) -> Difference:
-        """This p against p = 0, not judged yet."""
+        """Compare this p with p = 0; the verdict is left open."""
         found = paired_difference(self._scaled(power), self._scaled(0.0))
         if not self.is_ratio or found.mean is None or found.usual is None or found.difference is None:
             return found
@@ -84,33 +85,31 @@ class Quantity:
 
     def _scaled(self, power: float) -> dict[int, float]:
         values = self.values.get(power, {})
-        return {seed: _log(value) for seed, value in values.items()} if self.is_ratio else values
+        if not self.is_ratio:
+            return values
+        return {seed: math.log(value) if value > 0 else math.nan for seed, value in values.items()}
 
     def _back(self, value: float) -> float:
         return float(f"{math.exp(value):.12g}") if self.is_ratio else value  # 20, not 20.000000000000004
 
 
 def number_of(value: float | str | None) -> float:
-    """A number of a `summary.json`, where "inf" stands for infinity and null for NaN."""
+    """Read a number of a `summary.json`, where "inf" stands for infinity and null for NaN."""
     return math.nan if value is None else float(value)
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else math.nan
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A p against p = 0 on the seeds that both have; None for what these cannot say.
+    """A p compared with p = 0 on the seeds that both have; None stands for what these seeds cannot tell.
 
     - difference: mean over seeds of (value at p − value at p = 0), with its 95 % t interval;
-    - ratio: in its place, where quantities are compared so, the geometric mean of (value at p / value at p = 0), with
-      its interval; d_z and P-value are those of the logarithms;
-    - d_z: that mean divided by the differences' standard deviation;
-    - p_value: of the paired t-test, two-sided; where the difference is the same on every seed of its sign alone,
-      2^(1 − seeds), as the t-test does not exist;
-    - holm: corrected for the number of p compared;
-    - verdict: better, worse (higher, lower where neither is better), not told apart, or not compared.
+    - ratio: takes its place where quantities are compared by ratio: the geometric mean of (value at p / value at
+      p = 0) with its interval; d_z and P-value are then those of the logarithms;
+    - d_z: the mean difference divided by the standard deviation of the differences;
+    - p_value: of the two-sided paired t-test; where the difference is the same on every seed, of its sign alone,
+      2^(1 − seeds), because the t-test is undefined;
+    - holm: the P-value corrected for the number of p compared;
+    - verdict: better or worse (higher or lower where neither is better), not told apart, or not compared.
     """
 
     seeds: list[int]
@@ -127,12 +126,12 @@ class Difference:
 
 
 def direction_of(metric: str) -> int:
-    """1 where higher is better, −1 where lower is, 0 where neither."""
+    """Return 1 where higher is better, −1 where lower is better, 0 where neither is."""
     return 0 if metric in NEITHER_IS_BETTER else -1 if metric.endswith(LOWER_IS_BETTER) else 1
 
 
 def title_of(metric: str) -> str:
-    """As it is shown."""
+    """The metric's name in reports and pictures."""
     return BESIDE.get(metric, metric)
 
 
@@ -140,7 +139,7 @@ def title_of(metric: str) -> str:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """x̄ ± t_{0.975, n−1} · s/√n, None for one value or where one is not finite."""
+    """The 95 % t interval x̄ ± t_{0.975, n−1} · s/√n; None for a single value or where one is not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
         return None
     if np.ptp(values) <= SAME * np.abs(values).max():
@@ -150,7 +149,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def paired_difference(values: Mapping[int, float], usual: Mapping[int, float]) -> Difference:
-    """Values by seed at a p against those at p = 0; verdict, words and correction are left open."""
+    """Compare values by seed with those at p = 0; verdict, words and correction are left open."""
     seeds = sorted(values.keys() & usual.keys())
     pairs = np.array([(values[seed], usual[seed]) for seed in seeds]).reshape(-1, 2)
     if not seeds or not np.isfinite(pairs).all():
@@ -163,14 +162,19 @@ def paired_difference(values: Mapping[int, float], usual: Mapping[int, float]) -
     same = SAME * np.abs(pairs).max()
     if np.ptp(differences) <= same:
         return replace(found, p_value=1.0 if np.abs(differences).max() <= same else 2.0 ** (1 - len(seeds)))
-    test = stats.ttest_rel(pairs[:, 0], pairs[:, 1])
-    low, high = test.confidence_interval(1 - ALPHA)
-    d_z = float(differences.mean() / differences.std(ddof=1))
-    return replace(found, interval=(float(low), float(high)), d_z=d_z, p_value=float(test.pvalue))
+    return replace(
+        found,
+        interval=mean_interval(differences.tolist()),
+        d_z=float(differences.mean() / differences.std(ddof=1)),
+        p_value=float(stats.ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue),
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p_(k) → max_{j ≤ k} min(1, (m − j + 1) p_(j)), p_(1) ≤ … ≤ p_(m) (Holm, 1979)."""
+    """Correct P-values for their number (Holm, 1979).
+
+    With p_(1) ≤ … ≤ p_(m): p_(k) → max_{j ≤ k} min(1, (m − j + 1) p_(j)).
+    """
     order = np.argsort(p_values)
     stepped = np.maximum.accumulate(np.sort(p_values) * np.arange(len(p_values), 0, -1))
     corrected = np.empty(len(p_values))
@@ -179,33 +183,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def compare(quantity: Quantity) -> dict[float, Difference]:
-    """Every p but 0 against p = 0."""
+    """Test every other p against p = 0, and correct for their number."""
     found = {power: quantity.against_0(power) for power in quantity.values if power != 0}
     tested = {power: each.p_value for power, each in found.items() if each.p_value is not None}
-    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
-    judged = {power: _judged(each, quantity.direction, corrected.get(power)) for power, each in found.items()}
-    return {power: replace(each, words=_words(quantity, power, each)) for power, each in judged.items()}
+    for power, corrected in zip(tested, holm([*tested.values()]), strict=True):
+        verdict = _verdict(found[power], quantity.direction) if corrected < ALPHA else "not told apart"
+        found[power] = replace(found[power], holm=corrected, verdict=verdict)
+    return {power: replace(each, words=_words(quantity, power, each)) for power, each in found.items()}
 
 
-def _judged(found: Difference, direction: int, corrected: float | None) -> Difference:
-    if corrected is None or found.mean is None or found.usual is None:
-        return found
-    if corrected >= ALPHA:
-        return replace(found, holm=corrected, verdict="not told apart")
-    rises = found.mean > found.usual
-    verdict = ("higher" if rises else "lower") if direction == 0 else "better" if rises == (direction > 0) else "worse"
-    return replace(found, holm=corrected, verdict=verdict)
+def _verdict(found: Difference, direction: int) -> str:
+    rises = (found.mean or 0.0) > (found.usual or 0.0)
+    if direction == 0:
+        return "higher" if rises else "lower"
+    return "better" if rises == (direction > 0) else "worse"
 
 
 # ---- what is compared
 
 
 def quantities(runs: Mapping[Cell, Evaluations], metric: str, reach: float | None) -> list[Quantity]:
-    """The metric at the end of every run; steps until it reaches `reach`; then what stands `BESIDE` it where it is.
+    """The metric at the end of every run, the steps until it reaches `reach`, and the metrics of `BESIDE`.
 
-    Steps count within a budget: the last step that every run was evaluated at. A run that does not get there counts
-    with the whole budget, so that means and tests are of min(steps, budget), which every run tells exactly; one that
-    is there before the first step, with 1. They are compared by ratio.
+    Steps are counted up to a budget, the last step at which every run was evaluated. A run that does not reach the
+    value counts with the whole budget, so that means and tests are of min(steps, budget), which is known exactly for
+    every run. A run that is there before its first step counts with 1. Steps are compared by ratio.
     """
     last = {cell: evaluations[max(evaluations)] for cell, evaluations in runs.items()}
     everywhere = set.intersection(*map(set, last.values()))
@@ -273,14 +275,14 @@ def _words(quantity: Quantity, power: float, found: Difference) -> str:
 
 
 def _effect(found: Difference) -> tuple[str, Callable[[float], str]]:
-    """The size of the effect, and how the ends of its interval are shown."""
+    """The size of the effect in words, and the function that formats the ends of its interval."""
     if found.ratio is not None:
         return f"{number(found.ratio)} times that", number
     return _signed(found.difference or 0.0), _signed
 
 
 def number(value: float) -> str:
-    """Digits by size: 0.0004, 0.983, 27.3, 1,234; none behind the point of a whole number."""
+    """Round by size: 0.0004, 0.983, 27.3, 1,234; a whole number gets no decimals."""
     value = float(f"{value:.9g}")
     size = abs(value)
     if not math.isfinite(value):

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
 from hf_temporal.finetuning.tables import table
-from hf_temporal.power_plots import PowerPanel, plot_metrics_by_power
+from hf_temporal.power_plots import (
+    PowerPanel,
+    plot_curves_by_power,
+    plot_loss_by_position_and_power,
+    plot_memory_by_power,
+    plot_metrics_by_power,
+)
 
 from .cells import power_name
-from .pictures import PICTURES, draw_comparison, panel_of
-from .quantities import ALPHA, RATIOS, Difference, Quantity, compare, number
+from .quantities import ALPHA, RATIOS, Difference, Quantity, compare, number, number_of, title_of
 
 REPORT_NAME = "summary.md"
-PICTURE = "metric_by_power.png"
+BY_POWER = "metric_by_power.png"
+PICTURES = {
+    BY_POWER: "What each p ends at",
+    "loss_by_position.png": "Loss by position in the target at the last evaluation, mean over seeds",
+    "memory.png": "Memory at the last evaluation, each seed thin, the mean thick, and its distance from the target's",
+    "curves.png": "Every evaluation on the way",
+}
 MOST_COLUMNS = 5
 HARDWARE = ("processor", "cores", "accelerator")
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
@@ -46,24 +58,27 @@ _ROWS_NOTE = """
   one on average tells a p apart."""
 
 
+Compared = tuple[Quantity, dict[float, Difference]]
+
+
 @dataclass(frozen=True)
 class Part:
-    """One comparison of a summary: its only one, or that of one combination of what is varied.
+    """The comparison of one combination of the varied values, or the only one of a summary where nothing is varied.
 
     Args:
-        title: of its report and pictures, and with combinations the name of its folder.
-        values: of what is varied, by name.
-        cells: the whole grid.
-        found: the quantities, and each p compared with p = 0; none where no cell is finished.
-        decisive: how many of them decide.
+        title: of its report and pictures, and the name of its folder.
+        values: the varied values by name.
+        cells: all of its cells, as in the summary.
+        found: each quantity with the comparison of each p with p = 0; empty where no cell is finished.
+        decisive: those of the metric that decides.
         command: of the first cell.
     """
 
     title: str
     values: Mapping[str, str]
     cells: Sequence[Mapping[str, Any]]
-    found: Sequence[tuple[Quantity, dict[float, Difference]]]
-    decisive: int
+    found: Sequence[Compared]
+    decisive: Sequence[Compared]
     command: str
 
     @property
@@ -76,17 +91,17 @@ def parts_of(summary: Mapping[str, Any]) -> list[Part]:
     alone = {**summary, "folder": summary["title"], "values": {}, "command": summary["commands"][1]}
     parts = []
     for each in summary.get("combinations", [alone]):
-        quantities = map(Quantity.of_record, each["quantities"])
-        found = [(quantity, compare(quantity)) for quantity in quantities]
-        decisive = 1 if summary["reach"] is None else 2
+        found = [(quantity, compare(quantity)) for quantity in map(Quantity.of_record, each["quantities"])]
+        decisive = found[: 1 if summary["reach"] is None else 2]
         parts.append(Part(each["folder"], each["values"], each["cells"], found, decisive, each["command"]))
     return parts
 
 
 def write_report(summary: Mapping[str, Any], output_dir: Path) -> str:
-    """Write `summary.md` and the pictures that there are data for; the words and the table.
+    """Write `summary.md` and the pictures that there are data for; with combinations, those of each of them, too.
 
-    With combinations they are written into a folder for each of them, too.
+    Returns:
+        The words and the table of the report.
     """
     parts = parts_of(summary)
     if "combinations" not in summary:
@@ -94,58 +109,64 @@ def write_report(summary: Mapping[str, Any], output_dir: Path) -> str:
     for part in parts:
         if part.found:
             _write_part(summary, part, output_dir / part.title)
-    _draw_side_by_side(summary["title"], parts, output_dir / PICTURE)
+    _draw_side_by_side(summary["title"], parts, output_dir / BY_POWER)
     findings = "\n".join(map(_conclusions_of_part, parts)) + f"\n\n{_table_of_parts(parts)}"
     missing = [f"- {part.name}: {_missing(part.cells)}" for part in parts if _unfinished(part.cells)]
-    sections = [
-        findings,
-        "\n".join(missing) or _missing([cell for part in parts for cell in part.cells]),
-        f"![{PICTURES[PICTURE]}]({PICTURE})",
-        _how_to_read(summary, uncorrected="rows") + _ROWS_NOTE,
-        _how_it_was_made(summary, parts[0].command),
-    ]
-    _write(summary["title"], sections, output_dir)
+    status = "\n".join(missing) or _missing([cell for part in parts for cell in part.cells])
+    notes = _notes(summary, uncorrected="rows") + _ROWS_NOTE
+    _write(replace(parts[0], title=summary["title"]), [findings, status], [BY_POWER], notes, summary, output_dir)
     return findings
 
 
 def _write_part(summary: Mapping[str, Any], part: Part, output_dir: Path) -> str:
-    decisive = part.found[: part.decisive]
-    pictures = draw_comparison(part.title, part.cells, [quantity for quantity, _ in decisive], output_dir)
-    findings = f"{_conclusions(decisive)}\n\n{_table(part)}"
-    sections = [
-        findings,
-        _missing(part.cells),
-        *(f"![{PICTURES[name]}]({name})" for name in pictures),
-        _how_to_read(summary, uncorrected="columns"),
-        _how_it_was_made(summary, part.command),
-    ]
-    _write(part.title, sections, output_dir)
+    pictures = _draw(part, output_dir)
+    findings = f"{_conclusions(part.decisive)}\n\n{_table(part)}"
+    notes = _notes(summary, uncorrected="columns")
+    _write(part, [findings, _missing(part.cells)], pictures, notes, summary, output_dir)
     return findings
 
 
-def _write(title: str, sections: Sequence[str], output_dir: Path) -> None:
-    report = "\n\n".join([f"# {title}: which p?", *sections])
-    (output_dir / REPORT_NAME).write_text(f"{report}\n", encoding="utf-8")
+def _write(
+    part: Part,
+    words: Sequence[str],
+    pictures: Sequence[str],
+    notes: str,
+    summary: Mapping[str, Any],
+    output_dir: Path,
+) -> None:
+    about = summary["environment"]
+    hardware = ", ".join(f"{name} {value}" for name, value in about["hardware"].items() if name in HARDWARE)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    sections = [
+        f"# {part.title}: which p?",
+        *words,
+        *(f"![{PICTURES[name]}]({name})" for name in pictures),
+        f"## How to read it\n\n{notes}",
+        f"## How it was made\n\n```\n{summary['commands'][0]}\n```",
+        "Each cell is one command with its own p, seed and folder, `--dry_run` prints them all; the first:",
+        f"```\n{part.command}\n```",
+        f"- seeds: {', '.join(map(str, summary['seeds']))}\n- hardware: {hardware}\n- versions: {versions}\n"
+        f"- summary of {about['date']}\n",
+    ]
+    (output_dir / REPORT_NAME).write_text("\n\n".join(sections), encoding="utf-8")
 
 
 # ---- words
 
 
-def _conclusions(found: Sequence[tuple[Quantity, Mapping[float, Difference]]]) -> str:
-    """One line per quantity that sorts the p by verdict, then one sentence per p."""
-    lines = []
+def _conclusions(found: Sequence[Compared]) -> str:
+    """For each quantity a line that sorts the p by verdict, then a sentence for each p."""
+    paragraphs = []
     for quantity, differences in found:
-        lines.append(f"**{quantity.title}**, compared with p = 0: {_conclusion(differences)}.\n")
-        lines += [f"- {difference.words}" for difference in differences.values()]
-        lines.append("")
-    return "\n".join(lines).rstrip()
+        paragraphs.append(f"**{quantity.title}**, compared with p = 0: {_conclusion(differences)}.")
+        paragraphs += ["\n".join(f"- {each.words}" for each in differences.values())] if differences else []
+    return "\n\n".join(paragraphs)
 
 
 def _conclusions_of_part(part: Part) -> str:
     if not part.found:
         return f"- {part.name}: no cell is finished."
-    decisive = part.found[: part.decisive]
-    found = "; ".join(f"**{quantity.title}** {_conclusion(differences)}" for quantity, differences in decisive)
+    found = "; ".join(f"**{quantity.title}** {_conclusion(differences)}" for quantity, differences in part.decisive)
     return f"- [{part.name}]({quote(part.title)}/{REPORT_NAME}), compared with p = 0: {found}."
 
 
@@ -172,27 +193,10 @@ def _missing(cells: Sequence[Mapping[str, Any]]) -> str:
     return f"Not finished, {len(missing)} of {len(cells)} cells: {'; '.join(names)}."
 
 
-def _how_to_read(summary: Mapping[str, Any], *, uncorrected: str) -> str:
-    """The section on statistics; P-values are not corrected for the number of `uncorrected`."""
+def _notes(summary: Mapping[str, Any], *, uncorrected: str) -> str:
+    """How the statistics are to be read; P-values are not corrected for the number of `uncorrected`."""
     notes = _NOTES.format(other=uncorrected) + (_STEPS_NOTE if summary["reach"] is not None else "")
-    notes += _ERRORS_NOTE if summary["metric"].endswith(RATIOS) else ""
-    return f"## How to read it\n\n{notes}"
-
-
-def _how_it_was_made(summary: Mapping[str, Any], cell: str) -> str:
-    about = summary["environment"]
-    hardware = ", ".join(f"{name} {value}" for name, value in about["hardware"].items() if name in HARDWARE)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return "\n\n".join(
-        [
-            "## How it was made",
-            f"```\n{summary['commands'][0]}\n```",
-            "Each cell is one command with its own p, seed and folder, `--dry_run` prints them all; the first:",
-            f"```\n{cell}\n```",
-            f"- seeds: {', '.join(map(str, summary['seeds']))}\n- hardware: {hardware}\n- versions: {versions}\n"
-            f"- summary of {about['date']}",
-        ]
-    )
+    return notes + (_ERRORS_NOTE if summary["metric"].endswith(RATIOS) else "")
 
 
 # ---- tables
@@ -211,7 +215,7 @@ def _table_of_parts(parts: Sequence[Part]) -> str:
     powers = sorted({float(cell["power"]) for part in parts for cell in part.cells})
     rows = []
     for part in parts:
-        for quantity, differences in part.found[: part.decisive]:
+        for quantity, differences in part.decisive:
             counts = {len(values) for values in quantity.values.values()}
             row = {**part.values, "compared": f"{quantity.title}{ARROWS[quantity.direction]}"}
             row["seeds"] = " to ".join(map(str, sorted({min(counts), max(counts)})))
@@ -222,7 +226,7 @@ def _table_of_parts(parts: Sequence[Part]) -> str:
 
 
 def _table_cell(quantity: Quantity, power: float, difference: Difference | None) -> str:
-    """Mean, interval and, where it is told apart from p = 0, the verdict."""
+    """The mean, its interval and, where it is told apart from p = 0, the verdict."""
     values = quantity.values[power]
     missed = sum((power, seed) in quantity.bounds for seed in values)
     if missed == len(values):
@@ -237,17 +241,83 @@ def _table_cell(quantity: Quantity, power: float, difference: Difference | None)
     return f"{text} **{difference.verdict}**" if difference is not None and told else text
 
 
+# ---- pictures
+
+
 def _draw_side_by_side(title: str, parts: Sequence[Part], path: Path) -> None:
-    """What decides as small multiples, a block of rows each; the values of the last varied setting go along a row."""
+    """Draw each deciding quantity as a block of small panels, the values of the last varied flag along a row."""
     titles = ["\n".join(part.values.values()) for part in parts]
     along = len({list(part.values.values())[-1] for part in parts})
     columns = min(along, MOST_COLUMNS)
     blocks: list[PowerPanel | None] = []
-    for index in range(parts[0].decisive):
+    for index in range(max(len(part.decisive) for part in parts)):
         block = [
-            panel_of(part.found[index][0], title) if part.found else PowerPanel("", {}, {}, title=title)
+            _panel(part.decisive[index][0], title) if part.found else PowerPanel("", {}, {}, title=title)
             for part, title in zip(parts, titles, strict=True)
         ]
-        label = max((panel.label for panel in block), key=len)  # tells of hollow dots where one panel has some
+        label = max((panel.label for panel in block), key=len)  # The longest explains hollow dots.
         blocks += [*(replace(panel, label=label) for panel in block), *([None] * (-len(block) % columns))]
     plot_metrics_by_power(blocks, path, title=f"{title}: {' / '.join(parts[0].values)}", columns=columns)
+
+
+def _panel(quantity: Quantity, title: str | None = None) -> PowerPanel:
+    return PowerPanel(
+        quantity.title + ("\n(hollow: not reached)" if quantity.bounds else ""),
+        quantity.values,
+        {power: (quantity.mean(power), quantity.interval(power)) for power in quantity.values},
+        quantity.bounds,
+        quantity.is_ratio,
+        title,
+    )
+
+
+def _draw(part: Part, output_dir: Path) -> list[str]:
+    """Draw the pictures that all finished cells hold the data for.
+
+    Returns:
+        The names of the pictures.
+    """
+    _, by_position, by_lag, on_the_way = PICTURES
+    plot_metrics_by_power([_panel(each) for each, _ in part.decisive], output_dir / BY_POWER, title=part.title)
+    drawn = {BY_POWER}
+    if curves := _by_power(part.cells, "curves"):
+        all_runs = [run for runs in curves.values() for run in runs]
+        panels = {
+            title_of(name): {
+                power: [{int(step): number_of(value) for step, value in run[name].items()} for run in runs]
+                for power, runs in curves.items()
+            }
+            for name in all_runs[0]
+            if all(name in run for run in all_runs)
+        }
+        plot_curves_by_power(panels, output_dir / on_the_way, title=part.title)
+        drawn.add(on_the_way)
+    if profiles := _by_power(part.cells, "bins"):
+        means = {power: _mean_profile(each) for power, each in profiles.items()}
+        plot_loss_by_position_and_power(means, output_dir / by_position, title=part.title)
+        drawn.add(by_position)
+    if memories := _by_power(part.cells, "memory"):
+        ((target, *_), *_) = _by_power(part.cells, "target_memory").values()
+        plot_memory_by_power(memories, target, output_dir / by_lag, title=part.title)
+        drawn.add(by_lag)
+    return [name for name in PICTURES if name in drawn]
+
+
+def _by_power(cells: Sequence[Mapping[str, Any]], name: str) -> dict[float, list[Any]]:
+    """What the finished cells hold under this name, by p; nothing unless all of them have it."""
+    finished = [cell for cell in cells if cell["state"] == "finished"]
+    if not all(cell.get(name) for cell in finished):
+        return {}
+    found: dict[float, list[Any]] = {}
+    for cell in sorted(finished, key=lambda cell: float(cell["power"])):
+        found.setdefault(float(cell["power"]), []).append(cell[name])
+    return found
+
+
+def _mean_profile(profiles: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The mean over seeds of the loss in each bin; None where no seed has a token."""
+    bins = []
+    for same_bin in zip(*profiles, strict=True):
+        losses = [number_of(each["loss"]) for each in same_bin if each["loss"] is not None]
+        bins.append({**same_bin[0], "loss": fmean(losses) if losses else None})
+    return {"bins": bins}

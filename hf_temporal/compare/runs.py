@@ -1,8 +1,7 @@
-"""The cells of a comparison as processes: started, watched, ended."""
+"""The cells of a comparison as processes: they are started, watched and ended."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -16,32 +15,31 @@ from huggingface_hub.utils import tqdm
 
 from hf_temporal.hub.privacy import without_tokens
 
-from .cells import Cell
+from .cells import Cell, lock
 from .grid import Comparison
 from .quantities import number, title_of
 from .server import Forked, Server, may_fork
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 LOG_LINES = 20
-INTERVAL = 0.1  # seconds between two looks at the running cells
-GRACE = 30  # seconds that a cell has to end when it is told to
+INTERVAL = 0.1  # Seconds between two looks at the running cells.
+GRACE = 30  # Seconds that a cell has to end when it is told to.
 
 Process = subprocess.Popen[bytes] | Forked
 
 
 def start(comparison: Comparison, cell: Cell, server: Server | None) -> Process | None:
-    """Run a cell in a session of its own; None where a process of an earlier comparison still runs it.
+    """Start a cell in a session of its own, forked by the server if there is one, else by `accelerate launch`.
 
-    The server forks it, where there is one; otherwise it is launched.
+    The log file is locked. Every process of the cell writes there and so inherits the lock, which is held for as long
+    as one of them lives.
 
-    The lock is on the log file and goes with its descriptor to every process of the cell, which write there: it is
-    held for as long as one of them lives, whoever started them.
+    Returns:
+        The process; None where a process of an earlier comparison still runs the cell.
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
     with cell.log.open("ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(log):
             return None
         log.write(f"$ {without_tokens(comparison.shown(cell))}\n".encode())
         log.flush()
@@ -58,9 +56,9 @@ def start(comparison: Comparison, cell: Cell, server: Server | None) -> Process 
 
 
 def cell_environment(max_parallel: int) -> dict[str, str]:
-    """This process's, with each cell's share of the cores, which its recipe spreads over its own processes.
+    """The environment of a cell: that of this process, and in HF_TEMPORAL_CORES the cell's share of the cores.
 
-    OMP_NUM_THREADS, the threads of one process, is as `accelerate launch` would set it, unless the user has.
+    OMP_NUM_THREADS, the threads of one process, is what `accelerate launch` sets, unless the user has set it.
     """
     share = str(max(1, (os.cpu_count() or 1) // max_parallel))
     return {"OMP_NUM_THREADS": "1", "HF_TEMPORAL_CORES": os.environ.get("OMP_NUM_THREADS", share), **os.environ}
@@ -68,9 +66,9 @@ def cell_environment(max_parallel: int) -> dict[str, str]:
 
 @contextmanager
 def ending(running: Mapping[Cell, Process]) -> Iterator[None]:
-    """Whatever ends this process, but SIGKILL, ends the cells that are still running, with all their processes.
+    """End the cells that are still running, with all their processes, when this process ends, unless by SIGKILL.
 
-    A signal that is ignored, as SIGHUP is under `nohup`, stays so.
+    A signal that is ignored, such as SIGHUP under `nohup`, stays ignored.
     """
     handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
     for each, handler in handlers.items():
@@ -94,48 +92,45 @@ def ending(running: Mapping[Cell, Process]) -> Iterator[None]:
 
 def _signal(process: Process, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
-        process.send_signal(number)  # to it alone, as a cell that was only just forked has no session yet
+        process.send_signal(number)  # A cell that was only just forked has no session of its own yet.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 class Runs:
-    """The cells of a comparison, those of all its combinations together, run `max_parallel` at a time.
+    """Runs the cells of a comparison, those of all its combinations in one queue, `max_parallel` at a time.
 
-    A failed cell leaves the others alone, unless none has ever come to its end: then no other is started.
+    When a cell fails, the others go on, unless none has been finished yet: then no further cell is started.
 
     Attributes:
-        failed: exit status of the cells that failed.
+        failed: the exit statuses of the cells that failed.
     """
 
     def __init__(self, comparison: Comparison) -> None:
         self.failed: dict[Cell, int] = {}
-        self._comparison = comparison
+        self._arguments = arguments = comparison.arguments
+        self._output_dir = comparison.output_dir
         self._cells = cells = comparison.cells()
         self._done = [cell for cell in cells if cell.finished]
         self._waiting = [cell for cell in cells if not cell.finished]
         self._busy: set[Cell] = set()
         self._begun: dict[Cell, float] = {}
         self._running: dict[Cell, Process] = {}
-        arguments = comparison.arguments
         self._server = None
         if self._waiting and arguments.max_parallel and not arguments.accelerate_config and may_fork():
             self._server = Server(comparison.recipe, cell_environment(arguments.max_parallel))
 
     def run(self) -> None:
-        """Until each cell is finished or has failed.
+        """Run until each cell is finished or has failed.
 
         Raises:
             ValueError: a finished cell has no evaluation with the metric.
         """
-        metric = self._comparison.arguments.metric
         for cell in self._done:
-            cell.evaluations(metric)
-        total = len(self._done) + len(self._waiting)
-        with tqdm(total=total, initial=len(self._done), unit="cell") as bar, ending(self._running):
+            cell.evaluations(self._arguments.metric)
+        with tqdm(total=len(self._cells), initial=len(self._done), unit="cell") as bar, ending(self._running):
             while self._waiting or self._running:
-                ended = [cell for cell, process in self._running.items() if process.poll() is not None]
-                for cell in ended:
+                for cell in [cell for cell, process in self._running.items() if process.poll() is not None]:
                     bar.write(self._end(cell))
                     bar.update()
                 if self.failed and not self._done:
@@ -144,30 +139,29 @@ class Runs:
                 time.sleep(INTERVAL)
 
     def _start(self, bar: Any) -> None:
-        """Fill the free places; a cell that is run by an earlier comparison's process takes one, too."""
-        free = self._comparison.arguments.max_parallel - len(self._running)
+        """Fill the free places; a cell that a process of an earlier comparison runs takes one, too."""
+        free = self._arguments.max_parallel - len(self._running)
         for cell in self._waiting[: max(0, free)]:
             process = None if cell.finished else start(self._cells[cell], cell, self._server)
-            if cell.finished and process is None:
-                self._waiting.remove(cell)
-                self._done.append(cell)
-                bar.update()
-            elif process is not None:
+            if process is not None:
                 self._waiting.remove(cell)
                 self._running[cell] = process
                 self._begun[cell] = time.monotonic()
+            elif cell.finished:
+                self._waiting.remove(cell)
+                self._done.append(cell)
+                bar.update()
             elif cell not in self._busy:
                 self._busy.add(cell)
-                bar.write(
-                    f"{self._name(cell)} is still being run by a process of an earlier comparison: waiting for it"
-                )
+                name = self._name(cell)
+                bar.write(f"{name} is still being run by a process of an earlier comparison: waiting for it")
 
     def _end(self, cell: Cell) -> str:
-        """Book the end of a cell; a line that tells it."""
+        """Book the end of a cell, and say in a line how it ended."""
         status = self._running.pop(cell).wait()
         if cell.finished:
             self._done.append(cell)
-            metric = self._comparison.arguments.metric
+            metric = self._arguments.metric
             evaluations = cell.evaluations(metric)
             step, minutes = max(evaluations), (time.monotonic() - self._begun[cell]) / 60
             value = number(evaluations[step][metric])
@@ -182,4 +176,4 @@ class Runs:
         return line
 
     def _name(self, cell: Cell) -> str:
-        return cell.folder.relative_to(self._comparison.output_dir).as_posix()
+        return cell.folder.relative_to(self._output_dir).as_posix()

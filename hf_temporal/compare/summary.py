@@ -22,23 +22,22 @@ VERSION = 3
 
 
 def summary_of(comparison: Comparison, command: str, failed: Mapping[Cell, int]) -> dict[str, Any]:
-    """The summary of the cells that are finished, in terms of JSON.
+    """The summary of the finished cells, ready to be written as JSON.
 
-    In it "inf" stands for infinity, and null for NaN and for what the data cannot say:
+    In it "inf" stands for infinity, and null for NaN and for what the data cannot tell:
 
     - `version` 3, `title`, `metric`, `reach`, `powers`, `seeds`, `commands` (of the comparison and of its first cell),
-      `settings` (the recipe, its configuration and the flags beside it), `environment` (date, system, hardware,
-      versions);
-    - `cells`: of each p and seed `power`, `seed`, `folder`, `state` ("finished", "failed" or "not run") and
-      `exit_status` (of one that failed). Of a finished one `step` and `metrics` of the last evaluation and, for the
-      pictures, `curves` (of the metric and of the loss, by step) and, where the run has them, `bins` (its loss by
-      position) and `memory` with `target_memory`;
-    - `quantities`: of each `title`, `direction` (1: higher is better, −1: lower, 0: neither), `scale` ("difference" or
-      "ratio") and `by_power`: `power`, `values` (by seed), `not_reached` (the seeds whose value is the budget of
-      steps), `mean` (geometric where the scale is that of ratios), `interval` (95 %), and for p ≠ 0 `against_0` with
-      the fields of `hf_temporal.compare.quantities.Difference`.
+      `settings` (the recipe, its configuration and further flags), `environment` (date, system, hardware, versions);
+    - `cells`: for each p and seed `power`, `seed`, `folder`, `state` ("finished", "failed" or "not run") and
+      `exit_status` (if it failed). A finished one has `step` and `metrics` of its last evaluation and, for the
+      pictures, `curves` (the metric and the loss by step) and, where the run has them, `bins` (the loss by position)
+      and `memory` with `target_memory`;
+    - `quantities`: for each `title`, `direction` (1: higher is better, −1: lower, 0: neither), `scale` ("difference"
+      or "ratio") and `by_power`: `power`, `values` (by seed), `not_reached` (the seeds whose value is the budget of
+      steps), `mean` (geometric on the scale of ratios), `interval` (95 %), and for p ≠ 0 `against_0` with the fields
+      of `hf_temporal.compare.quantities.Difference`.
 
-    Where flags are varied, `combinations` takes the place of these two: of each `values` (of what is varied, by name),
+    Where flags are varied, `combinations` takes the place of these two. Each has `values` (the varied values by name),
     `folder`, `cells`, `quantities` and `command` (of its first cell).
 
     Raises:
@@ -64,17 +63,21 @@ def summary_of(comparison: Comparison, command: str, failed: Mapping[Cell, int])
 
 
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:
-    """Write it, what has no further lists or mappings inside in one line."""
+    """Write the summary; a list or mapping without further ones inside takes one line."""
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
-    text = re.sub(r"([\[{])\n([^\[\]{}]*?)\n\s*([\]}])", lambda found: found[1] + _one_line(found[2]) + found[3], text)
+    text = re.sub(
+        r"([\[{])\n([^\[\]{}]*?)\n\s*([\]}])",
+        lambda found: found[1] + re.sub(r"\n\s*", " ", found[2]) + found[3],
+        text,
+    )
     path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """Read what `write_summary` wrote.
+    """Read a file of `write_summary`.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is not a summary, or one of another version.
     """
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -89,7 +92,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def _part(comparison: Comparison, failed: Mapping[Cell, int]) -> dict[str, Any]:
-    """Cells and quantities of a comparison in which nothing is varied."""
+    """The cells and quantities of one combination."""
     metric, cells = comparison.arguments.metric, list(comparison.cells())
     runs = {cell: cell.evaluations(metric) for cell in cells if cell.finished}
     compared = quantities(runs, metric, comparison.arguments.reach) if runs else []
@@ -97,7 +100,7 @@ def _part(comparison: Comparison, failed: Mapping[Cell, int]) -> dict[str, Any]:
         "values": comparison.values,
         "folder": comparison.output_dir.name,
         "quantities": [_quantity(each) for each in compared],
-        "cells": [_cell(cell, runs.get(cell), failed, dict.fromkeys([metric, "loss"])) for cell in cells],
+        "cells": [_cell(cell, metric, runs.get(cell), failed.get(cell)) for cell in cells],
         "command": without_tokens(comparison.shown(cells[0])),
     }
 
@@ -119,27 +122,25 @@ def _quantity(quantity: Quantity) -> dict[str, Any]:
     return {"title": quantity.title, "direction": quantity.direction, "scale": scale, "by_power": by_power}
 
 
-def _cell(
-    cell: Cell, evaluations: Evaluations | None, failed: Mapping[Cell, int], names: Mapping[str, Any]
-) -> dict[str, Any]:
-    state: dict[str, Any] = {"power": cell.power, "seed": cell.seed, "folder": cell.name}
-    if evaluations:
-        step = max(evaluations)
-        curves = {name: curve(evaluations, name) for name in names}
-        return state | {
-            "state": "finished",
-            "step": step,
-            "metrics": evaluations[step],
-            "curves": {name: values for name, values in curves.items() if values},
-            **cell.drawn(),
-        }
-    if cell in failed:
-        return state | {"state": "failed", "exit_status": failed[cell]}
-    return state | {"state": "not run"}
+def _cell(cell: Cell, metric: str, evaluations: Evaluations | None, exit_status: int | None) -> dict[str, Any]:
+    about: dict[str, Any] = {"power": cell.power, "seed": cell.seed, "folder": cell.name}
+    if not evaluations:
+        failed = exit_status is not None
+        return {**about, **({"state": "failed", "exit_status": exit_status} if failed else {"state": "not run"})}
+    last = max(evaluations)
+    curves = {name: curve(evaluations, name) for name in dict.fromkeys([metric, "loss"])}
+    return {
+        **about,
+        "state": "finished",
+        "step": last,
+        "metrics": evaluations[last],
+        "curves": {name: values for name, values in curves.items() if values},
+        **cell.drawn(),
+    }
 
 
 def _plain(value: Any) -> Any:
-    """The value in terms of JSON, which has no infinity ("inf" stands for it) and no NaN (null)."""
+    """The value as JSON has it: "inf" for infinity, null for NaN."""
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -147,7 +148,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
-
-
-def _one_line(text: str) -> str:
-    return " ".join(line.strip() for line in text.split("\n"))

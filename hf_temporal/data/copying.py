@@ -1,28 +1,29 @@
-"""Copying: what stood in front of a long blank is to be repeated after it. Examples are made on the fly.
+"""The copying problem: what stands in front of a long blank is to be repeated after it. Examples are drawn on the fly.
 
-Two forms: digits, as in the literature, for models from scratch, and passages of real text for pretrained tokenizers.
+There are two forms: digits, as in the literature, for models from scratch, and passages of text for pretrained ones.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_temporal.positions import IGNORE_INDEX
 
-from . import HELD_OUT_SEED, SPLITS
+from . import check_counts
+from .drawn import DrawnDataset
+from .rows import Row, learned_after, tokens_without
 
 FORMS = ("digits", "text")
 BLANK, CUE = 0, 9  # digits that are not copied: the filling, and the signal to repeat
 PAD, END = 10, 11  # tokens beside the digits
 
-PASSAGE, DISTRACTOR = "\ue000", "\ue001"  # private characters: they stand for the two texts in a rendered prompt
+PASSAGE, DISTRACTOR = "\ue000", "\ue001"  # private characters, in place of the two texts in a rendered prompt
 PROMPT = (
     f"Remember this passage:\n\n{PASSAGE}\n\nNow read this other text:\n\n{DISTRACTOR}\n\n"
     "Repeat the passage that you were to remember, word for word, and nothing else."
@@ -43,71 +44,45 @@ class CopyingArguments:
 
     def __post_init__(self) -> None:
         if self.copying_form not in FORMS:
-            raise ValueError(f"copying_form={self.copying_form!r}: {', '.join(FORMS)} are accepted")
-        for name in ("copy_length", "blank_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 1 is accepted")
+            raise ValueError(f"copying_form={self.copying_form!r}; accepted: {', '.join(map(repr, FORMS))}.")
+        check_counts(copy_length=self.copy_length, blank_length=self.blank_length)
 
     @property
     def answer_length(self) -> int:
-        """Target tokens of an example, an end token aside: T + 2L digits, or the L tokens of the passage."""
+        """Target tokens of an example without an end token: T + 2L digits, or the L tokens of the passage."""
         blank = self.blank_length + self.copy_length if self.copying_form == "digits" else 0
         return blank + self.copy_length
 
 
-class CopyingDataset(Dataset[dict[str, list[int]]]):
-    """`size` examples; the i-th is a function of (seed, split, i) alone, however often and wherever it is asked for.
+@dataclass(eq=False)
+class CopyingDataset(DrawnDataset[dict[str, list[int]]]):
+    """Examples of the copying problem, of two sequences for an encoder–decoder, else of one."""
 
-    Args:
-        arguments: lengths.
-        split: "train", "validation" or "test".
-        size: number of examples.
-        seed: the run's; it changes the training examples alone.
-        is_encoder_decoder: whether input and target are two sequences, or one.
-    """
-
-    def __init__(
-        self, arguments: CopyingArguments, *, split: str, size: int, seed: int, is_encoder_decoder: bool
-    ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r}: {', '.join(SPLITS)} are accepted")
-        if size < 1:
-            raise ValueError(f"size={size!r}: a whole number of at least 1 is accepted")
-        self.arguments = arguments
-        self.size = size
-        self.is_encoder_decoder = is_encoder_decoder
-        self._seed = [seed if split == "train" else HELD_OUT_SEED, SPLITS.index(split)]
-
-    def __len__(self) -> int:
-        return self.size
+    arguments: CopyingArguments
+    is_encoder_decoder: bool = field(kw_only=True)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        index = range(self.size)[index]
-        input_ids, labels = self._example(np.random.default_rng([*self._seed, index]))
+        input_ids, labels = self._example(self._generator(index))
         return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        return (self[index] for index in range(self.size))
-
-    def _example(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """input_ids and labels."""
+    def _example(self, rng: np.random.Generator) -> Row:
         raise NotImplementedError
 
 
 class DigitCopies(CopyingDataset):
-    """The copying memory problem: both sequences of length T + 2L, digits drawn from 1..8.
+    """The copying memory problem with digits drawn from 1..8; both sequences have the length T + 2L.
 
         x = d_1 … d_L, T−1 zeros, L+1 nines        y = T+L zeros, d_1 … d_L
 
     - Encoder–decoder: input_ids = x, labels = y. There is no end token; generate T + 2L new tokens.
-    - Decoder-only: y[i] is to be answered at x[i], at once. The model's own loss compares the logits at i with
-      labels[i+1], so labels = −100, y[0], …, y[T+2L−1], and input_ids = x and an end token, which only fills the last
-      place: no answer sees it, and the answer there is not asked for.
+    - Decoder-only: y[i] is the answer at x[i]. The model's own loss compares the logits at i with labels[i+1], so
+      labels = −100, y[0], …, y[T+2L−1], and input_ids = x and an end token, which only fills the last place: no answer
+      depends on it, and its own is not scored.
 
-    Either way the t-th target token is y[t−1], t = 1..T+2L. Token ids are those of `digit_tokenizer`.
+    In both, the t-th target token is y[t−1], t = 1..T+2L. Token ids are those of `digit_tokenizer`.
     """
 
-    def _example(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def _example(self, rng: np.random.Generator) -> Row:
         L, T = self.arguments.copy_length, self.arguments.blank_length
         digits = rng.integers(BLANK + 1, CUE, L).tolist()
         x = digits + [BLANK] * (T - 1) + [CUE] * (L + 1)
@@ -116,7 +91,7 @@ class DigitCopies(CopyingDataset):
 
 
 def digit_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each digit, its id the digit itself, and `PAD` and `END`."""
+    """A tokenizer with one token for each digit, whose id is the digit itself, and `PAD` and `END`."""
     vocabulary = {str(digit): digit for digit in range(10)} | {"<pad>": PAD, "</s>": END}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -124,12 +99,13 @@ def digit_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
+@dataclass(eq=False)
 class TextCopies(CopyingDataset):
-    """Prompt: L tokens of a text, then T tokens of others, then the request to repeat the first; completion: them.
+    """Copying of text: the prompt has a passage of L tokens, T tokens of other texts, and asks to repeat the passage.
 
-    The texts are joined; passage and distractor are cut from that stream between two tokens, and
-    the prompt around them is tokenized in the pieces that they leave of it. So the labels are the very tokens that
-    stand in the prompt; where two pieces meet, tokens may differ from those of the whole prompt as one text.
+    Passage and distractor are cut from the tokenized texts, and the pieces of the prompt around them are tokenized by
+    themselves. So the labels are exactly the tokens in the prompt; where two pieces meet, tokens may differ from those
+    of the whole prompt as one text.
 
     - Decoder-only: input_ids = prompt + passage + end token, labels −100 on the prompt. The prompt is the user's turn
       of the tokenizer's chat template where it has one.
@@ -137,73 +113,62 @@ class TextCopies(CopyingDataset):
       around a source and around a target.
 
     Args:
-        texts: of this split, as `tokenize_texts` gives them. The passage is from one with L tokens or more, the
+        texts: of this split, as `tokenize_texts` returns them. The passage is from one with L tokens or more, the
             distractor from all others.
-        tokenizer: of the model.
+        tokenizer: that of the model.
 
     Raises:
-        ValueError: no text is long enough for a passage, or the others not for a distractor.
+        ValueError: no text is long enough for a passage, or the others are too short for a distractor.
     """
 
-    def __init__(
-        self,
-        arguments: CopyingArguments,
-        texts: Sequence[Sequence[int]],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        split: str,
-        size: int,
-        seed: int,
-        is_encoder_decoder: bool,
-    ) -> None:
-        super().__init__(arguments, split=split, size=size, seed=seed, is_encoder_decoder=is_encoder_decoder)
+    texts: InitVar[Sequence[Sequence[int]]]
+    tokenizer: InitVar[PreTrainedTokenizerBase]
+
+    def __post_init__(self, texts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__post_init__()
         rows = [np.array(row, dtype=np.int64) for row in texts]
         self._stream = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
         self._ends = np.cumsum([0, *map(len, rows)])
         lengths = np.diff(self._ends)
-        self._candidates = np.flatnonzero(lengths >= arguments.copy_length)
-        if not len(self._candidates):
-            raise ValueError(
-                f"copy_length={arguments.copy_length}: the longest {split} text has {lengths.max(initial=0)} tokens, "
-                "which is the most that is accepted"
-            )
-        others = len(self._stream) - int(lengths.max())
-        if others < arguments.blank_length:
-            raise ValueError(
-                f"blank_length={arguments.blank_length}: the {split} texts beside the longest have {others} tokens, "
-                "which is the most that is accepted"
-            )
-        self._before, self._between, self._after = prompt_pieces(tokenizer, is_encoder_decoder=is_encoder_decoder)
-        before, after = _special_tokens_around(tokenizer, target=True)
-        self._answer_around = (before, after) if is_encoder_decoder else ([], [tokenizer.eos_token_id])
+        L, T, longest = self.arguments.copy_length, self.arguments.blank_length, int(lengths.max(initial=0))
+        others, split = len(self._stream) - longest, self.split
+        if longest < L:
+            raise ValueError(f"copy_length={L}; accepted: at most {longest}, the tokens of the longest {split} text.")
+        if others < T:
+            most = f"at most {others}, the tokens of the {split} texts beside the longest"
+            raise ValueError(f"blank_length={T}; accepted: {most}.")
+        self._candidates = np.flatnonzero(lengths >= L)
+        self._pieces = prompt_pieces(tokenizer, is_encoder_decoder=self.is_encoder_decoder)
+        around = _special_tokens_around(tokenizer, target=True)
+        self._answer_around = around if self.is_encoder_decoder else ([], [tokenizer.eos_token_id])
 
-    def _example(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def _example(self, rng: np.random.Generator) -> Row:
         L, T = self.arguments.copy_length, self.arguments.blank_length
         text = rng.choice(self._candidates)
         start, end = self._ends[text], self._ends[text + 1]
         first = rng.integers(start, end - L + 1)
         passage = self._stream[first : first + L].tolist()
-        # the other texts, in a circle that begins behind this one
+        # from the other texts, which follow this one in a circle
         first = end + rng.integers(len(self._stream) - (end - start) - T + 1)
         distractor = self._stream.take(range(first, first + T), mode="wrap").tolist()
-        prompt = [*self._before, *passage, *self._between, *distractor, *self._after]
-        answer = [*self._answer_around[0], *passage, *self._answer_around[1]]
-        return (
-            (prompt, answer) if self.is_encoder_decoder else (prompt + answer, [IGNORE_INDEX] * len(prompt) + answer)
-        )
+        before, between, after = self._pieces
+        prompt = [*before, *passage, *between, *distractor, *after]
+        opening, closing = self._answer_around
+        answer = [*opening, *passage, *closing]
+        return (prompt, answer) if self.is_encoder_decoder else learned_after(prompt, answer)
 
 
 def tokenize_texts(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
-    """The "tokens" of each "text", without special ones."""
-    special = set(tokenizer.all_special_ids)
+    """The "tokens" of each "text" without special ones."""
     rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids
-    return {"tokens": [[token for token in row if token not in special] for row in rows]}
+    return {"tokens": tokens_without(set(tokenizer.all_special_ids), rows)}
 
 
 def prompt_pieces(tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool) -> tuple[list[int], ...]:
     """The tokens of the prompt before the passage, between passage and distractor, and after the distractor.
 
-    Raises ValueError where the tokenizer's chat template does not show a user's turn as it is, and once.
+    Raises:
+        ValueError: a chat template that does not show a user's turn exactly once.
     """
     has_template = tokenizer.chat_template is not None and not is_encoder_decoder
     if has_template:
@@ -213,7 +178,7 @@ def prompt_pieces(tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: boo
         rendered = PROMPT + WITHOUT_TEMPLATE
     texts = re.split(f"{PASSAGE}|{DISTRACTOR}", rendered)
     if len(texts) != 3:
-        raise ValueError(f"chat_template renders as {rendered!r}: one that shows a user's turn once is accepted")
+        raise ValueError(f"chat_template renders as {rendered!r}; accepted: one that shows a user's turn once.")
     before, between, after = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
     if not has_template:
         opening, closing = _special_tokens_around(tokenizer)

@@ -1,7 +1,7 @@
-"""Reads (rest, first paragraph) of docstrings from Python files, which are parsed and never imported.
+"""Reads (rest, first paragraph) of docstrings from Python files, which are parsed and not imported.
 
-Uses the standard library alone, so that it can be run as a script by many processes at once, each ready in no time:
-JSON lists of paths come in on standard input, JSON lists of pairs go out, a line for a file.
+Run as a script it takes a JSON list of paths on standard input and prints a JSON list of pairs per file. It needs the
+standard library alone, so that many processes of it start at once in little time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NO_SUMMARY = re.compile(r"\w+:( |$)|\w+ \(")  # a section's title, a parameter'
 
 
 def pairs_of_file(path: Path) -> list[tuple[str, str]]:
-    """(body, summary) of the docstrings in a file; a file that is missing or cannot be parsed has none."""
+    """(body, summary) of the docstrings in a file; none if it is missing or cannot be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler, about invalid escapes in other people's code
@@ -37,16 +37,15 @@ def pairs_of_file(path: Path) -> list[tuple[str, str]]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """(body, summary), or None where there is no body or one of them does not read like a text."""
+    """(body, summary), or None if there is no body or one of them does not read like a text."""
     summary, _, body = _PARAGRAPH_BREAK.sub("\n\n", cleandoc(docstring)).partition("\n\n")
     summary, body = " ".join(summary.split()), body.strip()
     if len(summary.split()) not in SUMMARY_WORDS or len(body.split()) < MIN_BODY_WORDS:
         return None
     if not summary[0].isalpha() or summary.endswith((":", ",")) or _NO_SUMMARY.match(summary):
         return None
-    if min(_share_of_words(summary), _share_of_words(body)) < MIN_SHARE_OF_WORDS:
-        return None
-    return body, summary
+    share = min(_share_of_words(summary), _share_of_words(body))
+    return (body, summary) if share >= MIN_SHARE_OF_WORDS else None
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
@@ -67,5 +66,5 @@ def _share_of_words(text: str) -> float:
 
 
 if __name__ == "__main__":
-    for name in json.loads(sys.stdin.read()):
+    for name in json.load(sys.stdin):
         sys.stdout.write(json.dumps(pairs_of_file(Path(name))) + "\n")

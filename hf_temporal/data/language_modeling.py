@@ -11,16 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_temporal.positions import IGNORE_INDEX
 
-from .loading import (
-    EMBEDDED_DATA,
-    DataArguments,
-    TaskData,
-    check_column,
-    check_texts,
-    load_splits,
-    named_columns,
-    sha256_of,
-)
+from . import check_counts
+from .loading import DataArguments, TaskData, check_column, load_columns
+from .rows import Row, as_batch, learned_after
 
 
 @dataclass
@@ -37,41 +30,34 @@ class LanguageModelingArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise ValueError(f"block_size={self.block_size!r}: a whole number of at least 2 is accepted")
+        check_counts(2, block_size=self.block_size)
 
 
 def load_texts(data_args: DataArguments, text_column: str | None = None) -> TaskData:
-    """Load the columns "messages", "prompt" and "completion", or the text, whichever the train data have.
+    """Load the columns "messages", "prompt" and "completion", or "text", whichever the train data have.
 
-    The text is in `text_column`, or else in "text"; the embedded data's are the docstrings' bodies.
+    The text is in `text_column` where it is given; that of the embedded data is the docstring's body.
 
-    Raises ValueError where there is none of these, or not in every split, or no texts in it.
+    Raises:
+        ValueError: none of these columns, or not in every split, or one that holds no texts.
     """
-    splits, name, provenance = load_splits(data_args)
-    columns = _columns(next(iter(splits.values())), text_column or ("body" if name == EMBEDDED_DATA else None))
-    chosen = {}
-    for split, examples in splits.items():
-        for column in columns:
-            argument = "text_column" if column == text_column else "column"
-            check_column(argument, column, examples, split)
-            if column != "messages" or column == text_column:
-                check_texts(argument, column, examples, split)
-        chosen[split] = named_columns(examples, split, columns, data_args.limits[split])
-    return TaskData(chosen, name, sha256_of(chosen), provenance)
 
+    def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:
+        if text_column is not None:
+            check_column("text_column", text_column, splits[split], split)
+            return {text_column: "text"}
+        if embedded:
+            return {"body": "text"}
+        there = next(iter(splits.values())).column_names
+        for columns in (["messages"], ["prompt", "completion"], ["text"]):
+            if all(column in there for column in columns):
+                for column in columns:
+                    check_column("column", column, splits[split], split, holds_texts=column != "messages")
+                return {column: column for column in columns}
+        accepted = "messages; prompt and completion; text; or --text_column"
+        raise ValueError(f"the data have the columns {', '.join(there)}; accepted: {accepted}.")
 
-def _columns(examples: Dataset, text_column: str | None) -> dict[str, str]:
-    """The columns that are read, and what they are called from there on."""
-    if text_column is not None:
-        return {text_column: "text"}
-    for columns in (["messages"], ["prompt", "completion"], ["text"]):
-        if all(column in examples.column_names for column in columns):
-            return {column: column for column in columns}
-    raise ValueError(
-        f"the data have the columns {', '.join(examples.column_names)}; accepted: messages; prompt and completion; "
-        "text; or --text_column"
-    )
+    return load_columns(data_args, choose)
 
 
 def encode_texts(
@@ -79,27 +65,24 @@ def encode_texts(
 ) -> dict[str, list[list[int]]]:
     """Rows of at most `arguments.block_size` tokens, with their labels.
 
-    Of a text every token is a target, the end token behind it too; of prompt and completion the completion and its
-    end token; of messages what the assistant says, up to the end token of each turn.
+    In a text every token is a target, and so is the end token behind it; in prompt and completion, the completion and
+    its end token; in messages, what the assistant says, up to the end token of each turn.
 
-    Raises ValueError for a chat template from which the assistant's tokens cannot be told, and for messages of which
-    it makes nothing.
+    Raises:
+        ValueError: a chat template that does not tell the assistant's tokens, or messages that it cannot render.
     """
-    size = arguments.block_size
+    size, end = arguments.block_size, tokenizer.eos_token_id
     if "messages" in batch:
         rows = [_chat(messages, tokenizer) for messages in batch["messages"]]
     elif "prompt" in batch:
-        texts = zip(batch["prompt"], batch["completion"], strict=True)
-        rows = [_completion(prompt, completion, tokenizer) for prompt, completion in texts]
+        prompts = [_without_end(prompt, tokenizer) for prompt in batch["prompt"]]
+        completions = tokenizer(batch["completion"], add_special_tokens=False, verbose=False).input_ids
+        rows = [learned_after(prompt, [*row, end]) for prompt, row in zip(prompts, completions, strict=True)]
     else:
-        closed = [[*_without_end(text, tokenizer), tokenizer.eos_token_id] for text in batch["text"]]
+        closed = [[*_without_end(text, tokenizer), end] for text in batch["text"]]
         blocks = [tokens[start : start + size] for tokens in closed for start in range(0, len(tokens), size)]
         rows = [(block, block) for block in blocks]
-    return {
-        "input_ids": [tokens[:size] for tokens, _ in rows],
-        "attention_mask": [[1] * len(tokens[:size]) for tokens, _ in rows],
-        "labels": [labels[:size] for _, labels in rows],
-    }
+    return as_batch((tokens[:size], labels[:size]) for tokens, labels in rows)
 
 
 def _without_end(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -107,27 +90,20 @@ def _without_end(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
 
 
-def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    given = _without_end(prompt, tokenizer)
-    target = [*tokenizer(completion, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
-    return given + target, [IGNORE_INDEX] * len(given) + target
-
-
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Each turn is tokenized apart, as it is when the model has to answer what came before."""
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Each turn is tokenized by itself, as it is when the model has to answer what came before."""
     if tokenizer.chat_template is None:
-        raise ValueError("the data hold messages, and the tokenizer has no chat template; accepted: one that has it")
+        raise ValueError("the data hold messages, and the tokenizer has no chat template; accepted: one that has it.")
+    accepted = "accepted: a list of mappings with role and content."
     if not (isinstance(messages, list) and all(isinstance(each, Mapping) and "role" in each for each in messages)):
-        raise ValueError(f"messages hold {messages!r}; accepted: a list of mappings with role and content")
+        raise ValueError(f"messages hold {messages!r}; {accepted}")
 
     def rendered(turns: int, *, answer: bool = False) -> str:
         try:
             return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=answer))
         except Exception as error:  # a template may raise anything
-            raise ValueError(
-                f"messages hold {messages[:turns]!r}, of which the tokenizer's chat template makes nothing ({error}); "
-                "accepted: a list of mappings with role and content"
-            ) from error
+            reason = f"of which the tokenizer's chat template makes nothing ({error})"
+            raise ValueError(f"messages hold {messages[:turns]!r}, {reason}; {accepted}") from error
 
     tokens: list[int] = []
     labels: list[int] = []
@@ -137,15 +113,12 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) ->
             continue
         asked, answered = rendered(index, answer=True), rendered(index + 1)
         if not (asked.startswith(before) and answered.startswith(asked)):
-            raise ValueError(
-                "the tokenizer's chat template renders earlier turns anew with every further one, so that what the "
-                "assistant says cannot be told apart; accepted: a template that only adds, or prompt and completion"
-            )
+            given = "the tokenizer's chat template renders earlier turns anew with every further one"
+            raise ValueError(f"{given}; accepted: one that only adds to them, or data of prompt and completion.")
         given = tokenizer(asked[len(before) :], add_special_tokens=False, verbose=False).input_ids
         target = tokenizer(answered[len(asked) :], add_special_tokens=False, verbose=False).input_ids
-        end = len(target) - target[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in target else None
-        learned = target[:end]
+        behind = target[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in target else 0
         tokens += given + target
-        labels += [IGNORE_INDEX] * len(given) + learned + [IGNORE_INDEX] * (len(target) - len(learned))
+        labels += [IGNORE_INDEX] * len(given) + target[: len(target) - behind] + [IGNORE_INDEX] * behind
         before = answered
     return tokens, labels

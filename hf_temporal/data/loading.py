@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from . import SPLITS
+from . import SPLITS, check_counts
 from .docstrings import docstring_files
 
 logger = logging.get_logger(__name__)
@@ -39,39 +39,34 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is accepted")
-        if self.dataset_name and self.files:
-            first = next(f"{split}_file" for split in self.files)
-            raise ValueError(f"dataset_name={self.dataset_name!r} and {first} are given: one of them is accepted")
+            check_counts(**{name: getattr(self, name)})
         for split, path in self.files.items():
+            given = f"{split}_file={str(path)!r}"
+            if self.dataset_name:
+                raise ValueError(f"dataset_name={self.dataset_name!r} and {given}; accepted: one of them.")
             if path.suffix not in FILE_TYPES:
-                raise ValueError(f"{split}_file={str(path)!r}: {', '.join(FILE_TYPES)} are accepted")
+                raise ValueError(f"{given}; accepted: a file of type {', '.join(FILE_TYPES)}.")
             if not path.is_file() or path.stat().st_size == 0:
                 what = "is empty" if path.is_file() else "does not exist"
-                raise ValueError(f"{split}_file={str(path)!r} {what}; accepted: a file with at least one example")
+                raise ValueError(f"{given} {what}; accepted: a file with at least one example.")
 
     @property
     def files(self) -> dict[str, Path]:
         """The files that are given, by split."""
-        named = {split: getattr(self, f"{split}_file") for split in SPLITS}
-        return {split: Path(name) for split, name in named.items() if name}
+        return {split: Path(name) for split in SPLITS if (name := getattr(self, f"{split}_file"))}
 
     @property
     def limits(self) -> dict[str, int | None]:
         """How many examples are kept, by split; None: all."""
-        return dict(
-            zip(SPLITS, (self.max_train_samples, self.max_eval_samples, self.max_predict_samples), strict=True)
-        )
+        return {"train": self.max_train_samples, "validation": self.max_eval_samples, "test": self.max_predict_samples}
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """Examples by split, and what a model card has to say about them.
+    """The examples in use by split, and what a model card says about them.
 
-    `sha256` is that of the examples in use, split by split; `provenance` holds the package versions of the embedded
-    data.
+    `sha256` is that of the splits' names and the examples' values; `provenance` has the versions of the packages that
+    the embedded data are from.
     """
 
     splits: dict[str, Any]
@@ -80,11 +75,35 @@ class TaskData:
     provenance: dict[str, Any] | None = None
 
 
-def load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dict[str, Any] | None]:
-    """The train, validation and test split that there are, the data's name, and the provenance of the embedded ones.
+def load_columns(
+    arguments: DataArguments, choose: Callable[[dict[str, Dataset], str, bool], Mapping[str, str]]
+) -> TaskData:
+    """Load of every split the columns that a task needs, cut to its `max_…_samples`.
 
-    Raises ValueError where a split has no example.
+    Examples that have nothing in one of these columns are left out, with a warning.
+
+    Args:
+        arguments: which data.
+        choose: maps all splits, the name of one, and whether the data are the embedded ones, to the columns of that
+            split, each with the name that the task has for it.
+
+    Raises:
+        ValueError: a file that cannot be read, or a split without examples.
     """
+    splits, name, provenance = _load_splits(arguments)
+    chosen: dict[str, Dataset] = {}
+    digest = hashlib.sha256()
+    for split, examples in splits.items():
+        columns = choose(splits, split, provenance is not None)
+        chosen[split] = _named_columns(examples, split, columns, arguments.limits[split])
+        for batch in chosen[split].iter(batch_size=1000):  # faster than row by row
+            for values in zip(*batch.values(), strict=True):
+                digest.update(json.dumps([split, *values]).encode())
+    return TaskData(chosen, name, digest.hexdigest(), provenance)
+
+
+def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dict[str, Any] | None]:
+    """The train, validation and test split that there are, the data's name, and the provenance of embedded ones."""
     download = "force_redownload" if arguments.overwrite_cache else None
     name, provenance, files = arguments.dataset_name, None, arguments.files
     loaded: DatasetDict = DatasetDict()
@@ -99,44 +118,35 @@ def load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dict
             read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), download_mode=download)["train"]
             read.data.validate(full=True)  # pyarrow takes JSON in any encoding, and a text fails only when it is read
         except (ValueError, DatasetGenerationError) as error:
-            accepted = f"accepted: {path.suffix} in UTF-8 with at least one example"
-            reason = f"{split}_file={str(path)!r} gives no examples ({error.__cause__ or error})"
-            raise ValueError(f"{reason}; {accepted}") from error
+            given = f"{split}_file={str(path)!r} gives no examples ({error.__cause__ or error})"
+            raise ValueError(f"{given}; accepted: {path.suffix} in UTF-8 with at least one example.") from error
         loaded[split] = read
     splits = {split: loaded[split] for split in SPLITS if split in loaded}
-    for split, examples in splits.items():
-        if not len(examples):
-            raise ValueError(
-                f"the {split} split of {name or files[split].name} is empty; accepted: an example or more"
-            )
     return splits, name or ", ".join(path.name for path in files.values()), provenance
 
 
-def check_column(argument: str, column: str, examples: Dataset, split: str) -> None:
-    """Raise ValueError, with the columns there are, where `column` is none of them."""
-    if column not in examples.column_names:
-        accepted = ", ".join(examples.column_names)
-        raise ValueError(f"{argument}={column!r} is no column of the {split} data; accepted: {accepted}")
+def check_column(argument: str, column: str, examples: Dataset, split: str, *, holds_texts: bool = True) -> None:
+    """Check that a split has a column, and that it holds texts.
 
-
-def check_texts(argument: str, column: str, examples: Dataset, split: str) -> None:
-    """Raise ValueError where a column holds anything but texts."""
-    kind = getattr(examples.features[column], "dtype", examples.features[column])
-    if kind not in ("string", "large_string", "null"):
-        raise ValueError(f"{argument}={column!r} of the {split} data holds {kind}; accepted: a column of texts")
-
-
-def named_columns(examples: Dataset, split: str, columns: Mapping[str, str], limit: int | None) -> Dataset:
-    """The first `limit` examples that have something in every one of `columns`, under the names that these map to.
-
-    Says how many are left out, and raises ValueError where that is all of them.
+    Raises:
+        ValueError: no such column, with the columns there are, or, under `holds_texts`, one of something else.
     """
+    given = f"{argument}={column!r}"
+    if column not in examples.column_names:
+        raise ValueError(f"{given} is no column of the {split} data; accepted: {', '.join(examples.column_names)}.")
+    kind = getattr(examples.features[column], "dtype", examples.features[column])
+    if holds_texts and kind not in ("string", "large_string", "null"):
+        raise ValueError(f"{given} of the {split} data holds {kind}; accepted: a column of texts.")
+
+
+def _named_columns(examples: Dataset, split: str, columns: Mapping[str, str], limit: int | None) -> Dataset:
+    """The first `limit` examples that have something in every column, with the columns renamed."""
     chosen = examples.select_columns([*columns])
     kept = chosen.filter(_is_complete, fn_kwargs={"columns": [*columns]}, desc=f"Looking through the {split} split")
-    left_out = len(examples) - len(kept)
     if not len(kept):
-        raise ValueError(f"no example of the {split} split has a value in {' and '.join(columns)}")
-    if left_out:
+        names = " and ".join(columns)
+        raise ValueError(f"no example of the {split} split has a value in {names}; accepted: at least one.")
+    if left_out := len(examples) - len(kept):
         logger.warning(f"{split}: {left_out} of {len(examples)} examples have no {' or no '.join(columns)}; left out.")
     named = kept.rename_columns({column: name for column, name in columns.items() if column != name})
     return named if limit is None else named.select(range(min(limit, len(named))))
@@ -145,13 +155,3 @@ def named_columns(examples: Dataset, split: str, columns: Mapping[str, str], lim
 def _is_complete(example: Mapping[str, Any], columns: Sequence[str]) -> bool:
     values = [example[column] for column in columns]
     return all(value.strip() if isinstance(value, str) else value for value in values)
-
-
-def sha256_of(splits: Mapping[str, Dataset]) -> str:
-    """Of every split's name and every example's values, in the order of the columns."""
-    digest = hashlib.sha256()
-    for split, examples in splits.items():
-        for batch in examples.iter(batch_size=1000):  # rows by themselves take three times as long
-            for values in zip(*batch.values(), strict=True):
-                digest.update(json.dumps([split, *values]).encode())
-    return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Summarization: (text, summary) pairs, how a model sees them, and how its summaries are scored.
+"""Summarization: pairs of text and summary, how they are encoded for a model, and how its summaries are scored.
 
-Arguments and column names are those of Hugging Face's summarization example; the default data are the docstrings of
-this Python environment.
+Arguments are named as in Hugging Face's summarization example; the default data are the docstrings of this Python
+environment.
 """
 
 from __future__ import annotations
@@ -14,24 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_temporal.positions import IGNORE_INDEX
-
-from .loading import (
-    EMBEDDED_DATA,
-    DataArguments,
-    TaskData,
-    check_column,
-    check_texts,
-    load_splits,
-    named_columns,
-    sha256_of,
-)
-from .rouge import needs_characters
+from . import check_counts
+from .loading import DataArguments, TaskData, check_column, load_columns
+from .rouge import ROUGE_TOKENIZERS, needs_characters
+from .rows import as_batch, learned_after, length_metrics, texts_of, tokens_without
 
 logger = logging.get_logger(__name__)
 
@@ -53,64 +43,49 @@ class SummarizationArguments:
         metadata={
             "help": "default: words of Latin letters and digits; char: for Chinese and Japanese, where the default "
             "finds no words.",
-            "choices": ["default", "char"],
+            "choices": [*ROUGE_TOKENIZERS],
         },
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_source_length", "max_target_length", "num_beams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 1 is accepted")
+        check_counts(max_source_length=self.max_source_length, max_target_length=self.max_target_length)
+        check_counts(num_beams=self.num_beams)
 
 
 def load_pairs(data_args: DataArguments, arguments: SummarizationArguments) -> TaskData:
     """Load pairs in the columns "text" and "summary", each split cut to its `max_…_samples`.
 
-    Raises ValueError with the columns there are where a column is missing, and where a split is empty.
+    Raises:
+        ValueError: a missing column, with the columns there are; one that holds no texts; a split without pairs.
     """
-    splits, name, provenance = load_splits(data_args)
-    pairs = {
-        split: named_columns(
-            examples, split, _columns(examples, split, arguments, name == EMBEDDED_DATA), data_args.limits[split]
-        )
-        for split, examples in splits.items()
-    }
-    return TaskData(pairs, name, sha256_of(pairs), provenance)
 
+    def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:
+        examples = splits[split]
+        first, second = ("body", "summary") if embedded else (*examples.column_names, "", "")[:2]
+        wanted = {"text": arguments.text_column or first, "summary": arguments.summary_column or second}
+        for name, column in wanted.items():
+            check_column(f"{name}_column", column, examples, split)
+        if wanted["text"] == wanted["summary"]:
+            raise ValueError(f"text_column and summary_column are both {wanted['text']!r}; accepted: two columns.")
+        return {column: name for name, column in wanted.items()}
 
-def _columns(examples: Dataset, split: str, arguments: SummarizationArguments, embedded: bool) -> dict[str, str]:
-    """The columns of text and summary, and what they are called from there on."""
-    first, second = ("body", "summary") if embedded else (*examples.column_names, "", "")[:2]
-    wanted = {"text": arguments.text_column or first, "summary": arguments.summary_column or second}
-    for name, column in wanted.items():
-        check_column(f"{name}_column", column, examples, split)
-        check_texts(f"{name}_column", column, examples, split)
-    if wanted["text"] == wanted["summary"]:
-        raise ValueError(f"text_column and summary_column are both {wanted['text']!r}; accepted: two columns")
-    return {column: name for name, column in wanted.items()}
+    return load_columns(data_args, choose)
 
 
 def encode_for_causal_lm(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, arguments: SummarizationArguments
 ) -> dict[str, list[list[int]]]:
-    """input_ids = prompt + summary + end token; labels are those of the summary and its end token, else −100.
+    """Rows of prompt, summary and end token; the labels are those of the summary and its end token, −100 before.
 
     The prompt is the user's turn of the tokenizer's chat template where it has one. A summary that is cut at
     `max_target_length` has no end token.
     """
     texts = [arguments.source_prefix + text for text in _first_tokens(batch["text"], tokenizer, arguments)]
-    prompts = _prompts(texts, tokenizer)
-    end = tokenizer.eos_token_id
-    summaries = [
-        [*tokens, end][: arguments.max_target_length]
-        for tokens in tokenizer(batch["summary"], add_special_tokens=False, verbose=False).input_ids
-    ]
-    rows = [*zip(prompts, summaries, strict=True)]
-    return {
-        "input_ids": [prompt + summary for prompt, summary in rows],
-        "attention_mask": [[1] * (len(prompt) + len(summary)) for prompt, summary in rows],
-        "labels": [[IGNORE_INDEX] * len(prompt) + summary for prompt, summary in rows],
-    }
+    summaries = tokenizer(batch["summary"], add_special_tokens=False, verbose=False).input_ids
+    return as_batch(
+        learned_after(prompt, [*summary, tokenizer.eos_token_id][: arguments.max_target_length])
+        for prompt, summary in zip(_prompts(texts, tokenizer), summaries, strict=True)
+    )
 
 
 def encode_for_seq2seq_lm(
@@ -119,11 +94,11 @@ def encode_for_seq2seq_lm(
     arguments: SummarizationArguments,
     decoder_start_token_id: int | None = None,
 ) -> dict[str, list[list[int]]]:
-    """input_ids of the prefixed text, labels of the summary, each cut to its length and closed by the tokenizer.
+    """input_ids of the text with its prefix, labels of the summary; the tokenizer cuts and closes both.
 
     The token that the decoder starts with is no label, though BERT's tokenizer puts it in front of a summary.
     """
-    # truncation is part of a fast tokenizer's state, and its state part of the key of the cache of `datasets`
+    # truncation would change the tokenizer's state, which is part of the key in the cache of `datasets`
     tokenizer = copy.deepcopy(tokenizer)
     texts = [arguments.source_prefix + text for text in batch["text"]]
     source = tokenizer(texts, truncation=True, max_length=arguments.max_source_length)
@@ -135,15 +110,12 @@ def encode_for_seq2seq_lm(
 def _first_tokens(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, arguments: SummarizationArguments
 ) -> list[str]:
-    length = arguments.max_source_length
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-
-    def cut(text: str, tokens: list[int]) -> str:
-        if len(tokens) <= length:
-            return text
-        return str(tokenizer.decode(tokens[:length], clean_up_tokenization_spaces=False)).rstrip("\ufffd")
-
-    return [cut(text, tokens) for text, tokens in zip(texts, encoded, strict=True)]
+    length, kept = arguments.max_source_length, [*texts]
+    for index, tokens in enumerate(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids):
+        if len(tokens) > length:
+            first = str(tokenizer.decode(tokens[:length], clean_up_tokenization_spaces=False))
+            kept[index] = first.rstrip("\ufffd")  # of a character that is cut in two
+    return kept
 
 
 def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -157,15 +129,15 @@ def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
 
 
 class SummaryScores:
-    """ROUGE-1/2/L/Lsum in percent with 95 % intervals, `gen_len`, the mean number of tokens of a summary, and
-    `empty`, the summaries without any in percent.
+    """ROUGE-1/2/L/Lsum of generated summaries in percent, with 95 % intervals.
 
-    `record` keeps the texts it scored last. Called with an `EvalPrediction` of generated tokens it is a Trainer's
-    `compute_metrics`.
+    Beside them `gen_len`, the mean number of tokens of a summary, and `empty`, the summaries without any in percent.
+    Called with an `EvalPrediction` of generated tokens it is a Trainer's `compute_metrics`. `record` keeps the texts
+    that were scored last.
 
     Args:
-        tokenizer: the model's.
-        rouge_tokenizer: `"default"` or `"char"`; texts with hardly any Latin letters are scored by `"char"` anyway.
+        tokenizer: that of the model.
+        rouge_tokenizer: "default", or "char"; texts with hardly any Latin letters are scored by "char" in any case.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rouge_tokenizer: str = "default") -> None:
@@ -175,40 +147,29 @@ class SummaryScores:
 
     @functools.cached_property
     def rouge(self) -> Any:
-        """The metric, loaded for the first evaluation."""
         import evaluate  # takes as long as all of a recipe's other imports beside transformers
 
         return evaluate.load(str(Path(__file__).parent / "metrics" / "rouge"), keep_in_memory=True)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Score the generated tokens `prediction.predictions` against `prediction.label_ids`."""
         return self.score(prediction.predictions, prediction.label_ids)
 
     def score(self, generated: Any, labels: Any) -> dict[str, float]:
         """Score rows of generated tokens against rows of labels; special and negative ones do not count."""
-        tokens = self._without_special_tokens(generated)
-        generated, references = self._texts(tokens), self._texts(self._without_special_tokens(labels))
-        self.record = {"generated": generated, "references": references}
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        tokens = tokens_without(special, generated)
+        predictions = texts_of(self.tokenizer, tokens)
+        references = texts_of(self.tokenizer, tokens_without(special, labels))
+        self.record = {"generated": predictions, "references": references}
         if self.rouge_tokenizer == "default" and needs_characters(references):
             logger.warning("The references have hardly any Latin letters: ROUGE compares characters.")
             self.rouge_tokenizer = "char"
         rouge = self.rouge.compute(
-            predictions=[_one_sentence_per_line(text) for text in generated],
+            predictions=[_one_sentence_per_line(text) for text in predictions],
             references=[_one_sentence_per_line(text) for text in references],
             tokenizer=self.rouge_tokenizer,
         )
-        lengths = np.array([*map(len, tokens)])
-        return {name: 100 * value for name, value in rouge.items()} | {
-            "gen_len": float(lengths.mean()),
-            "empty": 100 * float((lengths == 0).mean()),
-        }
-
-    def _without_special_tokens(self, rows: Any) -> list[list[int]]:
-        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        return [[int(token) for token in row if token >= 0 and int(token) not in special] for row in rows]
-
-    def _texts(self, rows: list[list[int]]) -> list[str]:
-        return [text.strip() for text in self.tokenizer.batch_decode(rows)]
+        return {name: 100 * value for name, value in rouge.items()} | length_metrics(tokens)
 
 
 def _one_sentence_per_line(text: str) -> str:

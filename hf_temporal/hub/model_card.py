@@ -68,68 +68,50 @@ def _hardware() -> str:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a model card says of a run; what is not given is left out.
+    """What a model card says of a run; what is not given is left out."""
 
-    Args:
-        weighting: as the trainer resolved it; its `power` is the final one.
-        metrics: by name, one value or (before, after); natural units, losses in nats.
-        command: what was typed.
-        task: the Hub's identifier of the task, such as `"summarization"`; results go into the model index where it and
-            `dataset` are given.
-        dataset: Hub id or name of the data.
-        data: a sentence on the data.
-        data_hash: sha256 of the examples.
-        seed: of the run.
-        data_versions: versions of the packages that the data were made from.
-        schedule: of p, one of `hf_temporal.schedules.SCHEDULES`, from `power_start` over `power_warmup_ratio` of the
-            steps.
-        base_model: the model that was trained: its Hub id, which stands in the card wherever its folder did, or that
-            folder, of which the card gives the name.
-        base_model_note: a sentence on where those weights come from.
-        picture: name of a picture in the card's folder, such as `"loss_by_position.png"`.
-        hardware: that of this machine unless given.
-        license: the Hub's identifier of it, such as `"apache-2.0"`; unless given, what the card says already.
-        effective_sample_size: (Σw)²/Σw² as a share of the target tokens, as last logged.
-    """
-
-    weighting: TemporalWeighting
-    metrics: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
+    weighting: TemporalWeighting  # at its final power
+    metrics: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)  # one value, or (before, after)
     command: str | None = None
-    task: str | None = None
-    dataset: str | None = None
-    data: str | None = None
-    data_hash: str | None = None
+    task: str | None = None  # the Hub's identifier; with `dataset`, the results go into the model index
+    dataset: str | None = None  # its Hub id, or a name
+    data: str | None = None  # a sentence on the data
+    data_hash: str | None = None  # sha256 of the examples
     seed: int | None = None
-    data_versions: Mapping[str, str] = field(default_factory=dict)
-    schedule: str = "constant"
+    data_versions: Mapping[str, str] = field(default_factory=dict)  # of the packages that the data were made from
+    schedule: str = "constant"  # of p, from `power_start` over `power_warmup_ratio` of the steps
     power_start: float = 0.0
     power_warmup_ratio: float = 1.0
-    base_model: str | None = None
-    base_model_note: str | None = None
-    picture: str | None = None
+    base_model: str | None = None  # its Hub id, which replaces its folder in the card; or that folder
+    base_model_note: str | None = None  # a sentence on where those weights come from
+    picture: str | None = None  # the name of one in the card's folder
     hardware: str = field(default_factory=_hardware)
-    license: str | None = None
-    effective_sample_size: float | None = None
+    license: str | None = None  # the Hub's identifier; unless given, the card keeps its own
+    effective_sample_size: float | None = None  # (Σw)²/Σw² as a share of the target tokens, as last logged
 
     @classmethod
-    def of(cls, trainer: Any) -> TrainingRun:
-        """What a `TemporalWeightTrainer` knows of itself: weighting, schedule, model, seed and what it last logged."""
+    def of(cls, trainer: Any, **known: Any) -> TrainingRun:
+        """What a `TemporalWeightTrainer` knows of itself: weighting, schedule, model, seed and what it last logged.
+
+        The fields in `known` replace these, unless they are None.
+        """
         args = trainer.args
         logged = {name: value for logs in trainer.state.log_history for name, value in logs.items()}
-        return cls(
-            weighting=trainer.weighting,
-            metrics={
+        own = {
+            "weighting": trainer.weighting,
+            "metrics": {
                 name: value
                 for name, value in logged.items()
                 if name.startswith("eval_") and isinstance(value, int | float) and not _SPEED.search(name)
             },
-            seed=args.seed,
-            base_model=getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None,
-            effective_sample_size=logged.get("effective_sample_size"),
-            schedule=getattr(args, "temporal_power_schedule", cls.schedule),
-            power_start=getattr(args, "temporal_power_start", cls.power_start),
-            power_warmup_ratio=getattr(args, "temporal_power_warmup_ratio", cls.power_warmup_ratio),
-        )
+            "seed": args.seed,
+            "base_model": getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None,
+            "effective_sample_size": logged.get("effective_sample_size"),
+            "schedule": getattr(args, "temporal_power_schedule", cls.schedule),
+            "power_start": getattr(args, "temporal_power_start", cls.power_start),
+            "power_warmup_ratio": getattr(args, "temporal_power_warmup_ratio", cls.power_warmup_ratio),
+        }
+        return cls(**own | {name: value for name, value in known.items() if value is not None})
 
 
 def temporal_section(run: TrainingRun) -> str:
@@ -158,7 +140,7 @@ def temporal_section(run: TrainingRun) -> str:
 def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> None:
     """Put the section, tags and results of a run into a folder's README.md, in place of those of an earlier call.
 
-    The card may come from `Trainer.create_model_card`, from PEFT or from nowhere; all of it becomes a `public_card`.
+    A card that is there already keeps its text, as a `public_card`; otherwise one is made.
     """
     path = Path(folder) / CARD_NAME
     name = path.resolve().parent.name
@@ -169,22 +151,25 @@ def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> No
     data.license = run.license or data.license
     data.model_name = data.model_name or name
     if "/" in (run.dataset or "") and hub_id(run.dataset):
-        data.datasets = sorted({*listed(data.datasets), str(run.dataset)})
-    data.eval_results = [*_results_on_other_data(data, run), *_eval_results(run)]
+        known = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
+        data.datasets = sorted({*known, str(run.dataset)})
+    this = (run.task, without_private(run.dataset or ""))
+    others = [result for result in data.eval_results or [] if (result.task_type, result.dataset_type) != this]
+    data.eval_results = [*others, *_eval_results(run)]
     card.text = f"{_SECTION.sub(_BLANK, card.text).rstrip()}\n\n{_BEGIN}\n{temporal_section(run)}\n{_END}\n"
     path.write_text(public_card(str(card), run.base_model), encoding="utf-8")
 
 
 def draw_loss_by_position(folder: str | os.PathLike[str]) -> str | None:
-    """Draw the first and the last evaluation's profile; the picture's name, or None where there is no profile.
+    """Draw the profiles of the first and the last evaluation, and return the picture's name.
 
-    Where matplotlib is not installed there is a warning and no picture: the card of a finished training is not lost.
+    Returns None if there is no profile, or, with a warning, if matplotlib is not installed.
     """
     profiles = evaluation_profiles(folder)
     if not profiles:
         return None
     try:
-        from hf_temporal.plots import plot_loss_by_position  # matplotlib takes its time
+        from hf_temporal.plots import plot_loss_by_position  # only here: matplotlib is slow to import
     except ModuleNotFoundError as error:
         logger.warning(f"The model card gets no picture. {error}")
         return None
@@ -203,16 +188,11 @@ def _eval_results(run: TrainingRun) -> list[EvalResult]:
             dataset_name=run.dataset,
             metric_type=name.removeprefix("eval_"),
             metric_name=name,
-            metric_value=value,
+            metric_value=float(value),
         )
-        for name, value in ((name, float(values[-1])) for name, values in _by_time(run.metrics).items())
+        for name, (*_, value) in _by_time(run.metrics).items()
         if math.isfinite(value)
     ]
-
-
-def _results_on_other_data(data: ModelCardData, run: TrainingRun) -> list[EvalResult]:
-    this = (run.task, without_private(run.dataset or ""))
-    return [result for result in data.eval_results or [] if (result.task_type, result.dataset_type) != this]
 
 
 def _by_time(metrics: Mapping[str, float | tuple[float, float]]) -> dict[str, tuple[float, ...]]:
@@ -222,10 +202,9 @@ def _by_time(metrics: Mapping[str, float | tuple[float, float]]) -> dict[str, tu
 def _settings(run: TrainingRun) -> list[tuple[str, str]]:
     weighting = run.weighting
     if weighting.weight_fn is None:
-        rows = [("p", f"{weighting.power:g}"), ("schedule of p", run.schedule)]
-        if run.schedule != "constant":
-            span = f"from {run.power_start:g} over {run.power_warmup_ratio:.0%} of the steps"
-            rows[-1] = ("schedule of p", f"{run.schedule}, {span}")
+        span = f", from {run.power_start:g} over {run.power_warmup_ratio:.0%} of the steps"
+        schedule = run.schedule + (span if run.schedule != "constant" else "")
+        rows = [("p", f"{weighting.power:g}"), ("schedule of p", schedule)]
     else:
         rows = [("weights, in place of t^p", f"`{weighting.to_dict()['weight_fn']}`")]
     rows += [
@@ -243,7 +222,7 @@ def _settings(run: TrainingRun) -> list[tuple[str, str]]:
 
 def _results(metrics: Mapping[str, float | tuple[float, float]]) -> str:
     values = _by_time(metrics)
-    columns = max(map(len, values.values()), default=1)
+    columns = max(map(len, values.values()))
     header = ("metric", "before", "after") if columns == 2 else ("metric", "value")
     return _table(header, [(name, *[""] * (columns - len(row)), *map(_number, row)) for name, row in values.items()])
 
@@ -271,8 +250,3 @@ def _number(value: float) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
-
-
-def listed(names: str | list[str] | None) -> list[str]:
-    """Names of the metadata, which may be one, several or none."""
-    return [names] if isinstance(names, str) else names or []

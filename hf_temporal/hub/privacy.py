@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME as CARD_NAME
 
 from hf_temporal.weighting import WEIGHTING_NAME
 
@@ -29,14 +30,13 @@ _LOCAL_PATH = re.compile(
 
 _QUOTED_PATH = re.compile(r"(['\"](?:--?[\w-]+=)?)~?(?:/(?!/)[^\n'\"`/\\]+){2,}/?(?=['\"])")
 
-CARD_NAME = "README.md"
 # vocabularies hold what looks like a path and is none
 FILES_WITH_PATHS = ("*config.json", "trainer_state.json", WEIGHTING_NAME)
 KEPT_AT_HOME = "training_args.bin"  # holds the token
 
 
 def is_local_path(text: str) -> bool:
-    """Whether a text is as a whole the path of something here, or an absolute one of two components or more."""
+    """Whether a whole text is the path of something on this machine, or absolute and of two components or more."""
     if "\n" in text or not {"/", "\\"} & set(text):
         return False
     if re.match(r"/|[A-Za-z]:[/\\]", text):
@@ -45,41 +45,33 @@ def is_local_path(text: str) -> bool:
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name if it can be one of the Hub's, None for a path or what is a file or folder here."""
+    """The name if it can be one of the Hub's; None for a path, or the name of a file or folder on this machine."""
     return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def last_component(path: str) -> str:
-    """What stands behind the last slash, or backslash, of a path."""
+    """The part of a path after its last slash or backslash."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def without_tokens(text: str) -> str:
-    """The text with tokens blotted out, and the home folder written as ~."""
+    """The text with `<token>` in place of every token, and ~ in place of the home folder."""
     text = _TOKEN.sub("<token>", _TOKEN_ARGUMENT.sub(r"\1<token>", text))
     home = str(Path.home())
     return text.replace(home, "~") if len(Path(home).parts) > 1 else text
 
 
 def without_private(text: str, *, folder: str = "") -> str:
-    """The text with tokens blotted out and `folder` in place of that of every absolute path."""
+    """`without_tokens`, and with `folder` in place of the folder of every absolute path."""
     text = _QUOTED_PATH.sub(lambda found: found[1] + folder + last_component(found[0]), without_tokens(text))
     return _LOCAL_PATH.sub(lambda found: folder + last_component(found[0]), text)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def public_card(content: str, base_model: str | None = None) -> str:
     """The card without tokens and without paths of this machine.
 
     An absolute path becomes `path/to/` and its last component, in the metadata that component alone. A base model
-    recorded by its folder becomes `base_model` if that is a Hub id; otherwise its name stays in the text, and the
-    metadata say nothing of it.
+    recorded by its folder becomes `base_model` if that is a Hub id; otherwise only the text keeps the folder's name.
     """
     card = ModelCard(content)
     data = cast("ModelCardData", card.data)
@@ -99,18 +91,13 @@ def public_card(content: str, base_model: str | None = None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PublicCopies:
-    """Makes copies in which a base model recorded by its folder is named by its Hub id, or by that folder's name.
+    """Copies files, with Hub ids or last components in place of the paths of this machine."""
 
-    Args:
-        recorded: what the model was loaded from.
-        base_model: the Hub id of that, if known.
-    """
-
-    recorded: str | None = None
-    base_model: str | None = None
+    recorded: str | None = None  # what the base model was loaded from
+    base_model: str | None = None  # the Hub id of that, if known
 
     def make(self, source: Path, target: Path, patterns: Iterable[str]) -> None:
-        """Put the files of a folder that match one of the patterns into another; what needs no change is linked."""
+        """Copy the files of a folder that match one of the patterns; those that need no change are linked."""
         patterns = list(patterns)
         for path in sorted(source.iterdir()) if source.is_dir() else []:
             if path.is_file() and path.name != KEPT_AT_HOME and any(fnmatch(path.name, each) for each in patterns):
@@ -118,7 +105,7 @@ class PublicCopies:
                 self._copy(path, target / path.name)
 
     def make_all(self, source: Path, target: Path) -> None:
-        """Put all files of a folder and of the folders in it into another."""
+        """Copy all files of a folder and of the folders in it."""
         for folder in [source, *(path for path in source.rglob("*") if path.is_dir())]:
             self.make(folder, target / folder.relative_to(source), ["*"])
 
@@ -134,7 +121,10 @@ class PublicCopies:
                 target.write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
                 return
         if source != target:
-            _link(source, target)
+            try:
+                target.hardlink_to(source)
+            except OSError:
+                shutil.copyfile(source, target)
 
     def public(self, value: Any, clean: Callable[[str], str] = without_private) -> Any:
         """A JSON value without paths of this machine, at any depth; `clean` is for texts that are more than a path."""

@@ -1,33 +1,26 @@
-"""Pushes to the Hub: a copy of what belongs there, in which nothing tells of this machine, is what is uploaded."""
+"""Pushes to the Hub: uploaded is a copy of what belongs there, without tokens and paths of this machine."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import inspect
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, run_as_future, upload_folder
+from huggingface_hub.constants import REPOCARD_NAME as CARD_NAME
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from hf_temporal._peft import adapter_names
-from hf_temporal._transformers import (
-    init_hub_repository,
-    pushes_in_progress,
-    set_pushes_in_progress,
-    wait_for_pushes,
-)
+from hf_temporal._transformers import init_hub_repository, pushes_in_progress, set_pushes_in_progress, wait_for_pushes
 from hf_temporal.evaluation import PROFILE_NAME
 from hf_temporal.weighting import WEIGHTING_NAME
-
-from .model_card import TrainingRun, add_temporal_section, draw_loss_by_position, listed
-from .privacy import CARD_NAME, PublicCopies
 
 logger = logging.get_logger(__name__)
 
@@ -53,29 +46,38 @@ else:
 
 
 class HubMixin(_Trainer):
-    """Put in front of a `Trainer`, its pushes to the Hub carry the model's card and nothing of this machine.
+    """Put in front of a `Trainer`, makes its pushes to the Hub carry the model's card, and no path of this machine.
 
-    Uploaded are the model or adapter, tokenizer, card, `temporal_weighting.json`, `loss_by_position.json` and the
-    pictures in `output_dir`, and what `hub_strategy` says of checkpoints. `training_args.bin` and logs are not; paths
-    in the others are cut down to their last component, in the copy that is uploaded.
+    It uploads the model or adapter, tokenizer, card, `temporal_weighting.json`, `loss_by_position.json`, the pictures
+    in `output_dir` and the checkpoints that `hub_strategy` names, but neither `training_args.bin` nor logs. In the
+    copy that is uploaded, paths are cut down to their last component.
     """
+
+    _is_handed_over = False  # to the trainer's own push: model and card are made already
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if output_dir is not None or not self._is_handed_over:
+            super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The trainer's own card with a section on the weighting, and the picture of the loss by position."""
+        if self._is_handed_over:
+            return
         given = inspect.signature(super().create_model_card).bind_partial(*args, **kwargs).arguments
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
-        run = TrainingRun.of(self)
-        run = dataclasses.replace(
-            run,
-            base_model=given.get("finetuned_from") or run.base_model,
+        from . import model_card
+
+        run = model_card.TrainingRun.of(
+            self,
+            base_model=given.get("finetuned_from"),
             license=given.get("license"),
-            dataset=_first(given.get("dataset")),
-            task=_first(given.get("tasks")),
-            picture=draw_loss_by_position(str(self.args.output_dir)),
+            dataset=next(iter(_listed(given.get("dataset"))), None),
+            task=next(iter(_listed(given.get("tasks"))), None),
+            picture=model_card.draw_loss_by_position(str(self.args.output_dir)),
         )
-        add_temporal_section(str(self.args.output_dir), run)
+        model_card.add_temporal_section(str(self.args.output_dir), run)
 
     def push_to_hub(
         self,
@@ -86,32 +88,37 @@ class HubMixin(_Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save the model and its card in `output_dir` and upload both, with the arguments of `Trainer.push_to_hub`.
+        """Save the model and its card in `output_dir` and upload a copy, with the arguments of `Trainer.push_to_hub`.
 
-        Args:
-            commit_message: of the commit.
-            blocking: whether to return when all is uploaded, otherwise at once.
-            token: overrides `args.hub_token`.
-            revision: overrides `args.hub_revision`.
-            private: whether a repository made for this is private.
-            kwargs: those of `create_model_card`; `finetuned_from` names a base model that was loaded from a folder.
+        A trainer behind this mixin with a `push_to_hub` of its own uploads the copy itself: while that runs,
+        `args.output_dir` is the folder of the copy. `Trainer.push_to_hub` is replaced, since it can neither delete an
+        adapter that a whole model takes the place of, nor say what to do after an upload that failed.
+
+        Among the arguments of `create_model_card`, `finetuned_from` names a base model that was loaded from a folder.
 
         Returns:
             The commit, or its `Future` where `blocking` is False; None on all processes but the first.
 
         Raises:
-            RuntimeError: the upload broke off; says what to run again.
+            RuntimeError: the upload failed; the message says what to run again.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token if token is not None else self.args.hub_token
+        own = super().push_to_hub
+        is_own = getattr(own, "__func__", None) is not Trainer.push_to_hub
+        if not is_own:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            tags = [*_listed(kwargs.pop("tags", None)), *_listed(getattr(self.model, "model_tags", None))]
+            kwargs |= {"tags": list(dict.fromkeys(tags))} if tags else {}
+            kwargs.setdefault("model_name", self._repository_name)
+            self.create_model_card(**kwargs)
+        if is_own:
+            kwargs |= {} if private is None else {"private": private}
+            push = functools.partial(own, commit_message, blocking, token, revision, **kwargs)
+            return self._hand_over(push, base_model=kwargs.get("finetuned_from"))
         if not self.is_world_process_zero():
             return None
-        tags = [*listed(kwargs.pop("tags", None)), *listed(getattr(self.model, "model_tags", None))]
-        if tags:
-            kwargs["tags"] = list(dict.fromkeys(tags))
-        kwargs.setdefault("model_name", self._repository_name)
-        self.create_model_card(**kwargs)
+        token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
             with _what_to_run_again(self._repository_name, str(commit_message), str(self.args.output_dir)):
                 init_hub_repository(self, token=token, private=private)
@@ -125,6 +132,24 @@ class HubMixin(_Trainer):
             token=token,
             revision=revision if revision is not None else self.args.hub_revision,
         )
+
+    def _hand_over(self, push: Callable[[], Any], base_model: str | None) -> Any:
+        """Call the trainer's own push, which takes a copy of `output_dir` for `output_dir`."""
+        output_dir = str(self.args.output_dir)
+        self._is_handed_over = True
+        try:
+            if not self.is_world_process_zero():
+                return push()
+            staging = self._staged(Path(output_dir), base_model)
+            self.args.output_dir = str(Path(staging.name) / self._repository_name)
+            pushed = push()
+        finally:
+            self.args.output_dir, self._is_handed_over = output_dir, False
+        if isinstance(pushed, Future):
+            pushed.add_done_callback(lambda _: staging.cleanup())
+        else:
+            staging.cleanup()
+        return pushed
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint in the background, as `hub_strategy` says; where that fails, training goes on."""
@@ -173,8 +198,22 @@ class HubMixin(_Trainer):
         **upload: Any,
     ) -> Any:
         """Upload the model in `source` with what else belongs to it, and all of `source` under `checkpoint_name`."""
-        output_dir = Path(str(self.args.output_dir))
-        copies = PublicCopies(TrainingRun.of(self).base_model, base_model)
+        staging = self._staged(source, base_model, checkpoint_name)
+        upload |= {"repo_id": self.hub_model_id, "folder_path": Path(staging.name) / self._repository_name}
+        if not adapter_names(self.model):
+            upload["delete_patterns"] = ADAPTER_FILES  # from_pretrained would put an adapter there on the whole model
+        send = functools.partial(_send, staging, str(self.args.output_dir), **upload)
+        return send() if blocking else run_as_future(send)
+
+    def _staged(
+        self, source: Path, base_model: str | None, checkpoint_name: str | None = None
+    ) -> tempfile.TemporaryDirectory[str]:
+        """A folder that holds one named as the repository, with public copies of what is to be uploaded."""
+        from .model_card import TrainingRun, add_temporal_section
+        from .privacy import PublicCopies
+
+        output_dir, run = Path(str(self.args.output_dir)), TrainingRun.of(self)
+        copies = PublicCopies(run.base_model, base_model)
         staging = tempfile.TemporaryDirectory(prefix="_hub_", dir=output_dir, ignore_cleanup_errors=True)
         folder = Path(staging.name) / self._repository_name
         folder.mkdir()
@@ -186,20 +225,14 @@ class HubMixin(_Trainer):
             copies.make(folder, folder, ["*"])
         copies.make(output_dir, folder, OUTPUT_FILES)
         copies.make(source, folder, MODEL_FILES)
-        adapters = adapter_names(self.model)
-        for adapter in adapters:
+        for adapter in adapter_names(self.model):
             copies.make(source / adapter, folder / adapter, MODEL_FILES)
         if source != output_dir:
             copies.make(source, folder, [] if (folder / CARD_NAME).exists() else [CARD_NAME])
-            add_temporal_section(folder, TrainingRun.of(self))
+            add_temporal_section(folder, run)
         if checkpoint_name is not None:
             copies.make_all(source, folder / checkpoint_name)
-        upload |= {"repo_id": self.hub_model_id, "folder_path": folder}
-        if not adapters:
-            upload["delete_patterns"] = ADAPTER_FILES  # from_pretrained would put an adapter there on the whole model
-        if blocking:
-            return _send(staging, str(output_dir), **upload)
-        return run_as_future(_send, staging, str(output_dir), **upload)
+        return staging
 
 
 def _send(staging: tempfile.TemporaryDirectory[str], output_dir: str, **upload: Any) -> CommitInfo:
@@ -225,5 +258,6 @@ def _warn_of_failure(push: Future[CommitInfo]) -> None:
         logger.warning(f"Training goes on, but {push.exception()}")
 
 
-def _first(names: str | list[str] | None) -> str | None:
-    return next(iter(listed(names)), None)
+def _listed(names: str | list[str] | None) -> list[str]:
+    """Names of the metadata, which may be one, several or none."""
+    return [names] if isinstance(names, str) else names or []

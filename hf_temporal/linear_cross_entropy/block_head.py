@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ LARGEST_UNIT = 2.0**60  # of sums of exponentials
 LOG2_E = 1 / math.log(2)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class BlockHead(Head):
     """The head in PyTorch alone, for CPUs and for GPUs without Triton.
 
@@ -32,16 +32,11 @@ class BlockHead(Head):
     block of the vocabulary at a time, so that a block stays in the cache. The first sweep over the blocks replaces
     them by exp(l − m). The second sweep makes the gradients; a factor that is common to a column is applied to its
     few x and ∂/∂x instead. Logits with a soft cap are computed again there, for the slope of the tanh.
-
-    Attributes:
-        is_shifted: whether m has to bound the logits.
-        positions: how many positions the logits' memory holds.
-        logits: that memory, flat.
     """
 
-    is_shifted: bool = field(init=False)
-    positions: int = field(init=False)
-    logits: Tensor = field(init=False)
+    is_shifted: bool = field(init=False)  # whether m has to bound the logits
+    positions: int = field(init=False)  # that the logits' memory holds
+    logits: Tensor = field(init=False)  # that memory, flat
     _scratch: dict[Any, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,7 +49,6 @@ class BlockHead(Head):
 
     @property
     def smoothed(self) -> float:
-        """ε / V, what label smoothing gives to every word."""
         return self.label_smoothing / self.vocabulary
 
     @property
@@ -172,14 +166,7 @@ class BlockHead(Head):
         return None if _may_leave_range(total) else _Swept(bound, total, chosen, plain, [(bound, self._blocks())])
 
     def _second_sweep(
-        self,
-        xs: Sequence[Tensor],
-        targets: _Targets,
-        w: Tensor,
-        swept: _Swept,
-        *,
-        is_first: bool,
-        is_last: bool,
+        self, xs: Sequence[Tensor], targets: _Targets, w: Tensor, swept: _Swept, *, is_first: bool, is_last: bool
     ) -> list[Tensor | None]:
         """Make the gradients of what the first sweep has left: add to those of b and the W, return those of the x."""
         grads_x: list[Tensor | None] = [
@@ -273,13 +260,12 @@ class BlockHead(Head):
 def block_chunk_size(
     vocabulary: int, itemsize: int, device_type: str, *, width: int, positions: int, summed: int
 ) -> int:
-    """How many positions make a chunk, at most, where a logit takes `itemsize` bytes and the head is [V, width].
+    """The largest number of positions in a chunk, where a logit takes `itemsize` bytes and the head is [V, width].
 
     On CPUs these are 160 positions in 32 bits and 384 in 16 bits: the products run nearly as fast as with more, and
     the logits take less than a tenth of what 2,048 positions take in float32. Wide heads in 16 bits get 288, since
     their other buffers are larger. Small vocabularies get what fits into 16 MiB, other devices eight times as much.
-    Half of the positions make a chunk where the memory that this takes beyond the usual is no more than that of the
-    float32 sums [V, summed], which two chunks do without.
+    Half of all positions make a chunk where this takes no more memory than the float32 sums [V, summed] that it saves.
     """
     usual = LOGIT_BYTES
     if itemsize == 2:
@@ -305,42 +291,24 @@ class _Targets:
         return inside, torch.where(inside, self.places - rows.start * len(self.y), self.columns)
 
 
-@dataclass
-class _Swept:
-    """What the first sweep finds for each position.
+class _Swept(NamedTuple):
+    """What the first sweep finds for each position."""
 
-    Attributes:
-        bound: m.
-        total: Σ_v exp(l_v − m).
-        chosen: the target's logit.
-        plain: Σ_v l_v, where label smoothing needs it.
-        groups: each m with the blocks whose exponentials were computed with it.
-    """
-
-    bound: Tensor
-    total: Tensor
-    chosen: Tensor
-    plain: Tensor
-    groups: list[tuple[Tensor, list[slice]]]
+    bound: Tensor  # m
+    total: Tensor  # Σ_v exp(l_v − m)
+    chosen: Tensor  # the target's logit
+    plain: Tensor  # Σ_v l_v, where label smoothing needs it
+    groups: list[tuple[Tensor, list[slice]]]  # each m with the blocks whose exponentials were computed with it
 
 
-@dataclass(frozen=True)
-class _Units:
-    """The units in which the gradient of blocks with a common m is computed.
+class _Units(NamedTuple):
+    """The units in which the gradient of blocks with a common m is computed."""
 
-    Attributes:
-        bound: m.
-        scale: to multiply exp(l − m) by; None for 1.
-        one: what a probability of 1 is then.
-        own: ∂ℓ/∂l of the targets.
-        factor: w s / one.
-    """
-
-    bound: Tensor
-    scale: Tensor | None
-    one: Tensor
-    own: Tensor
-    factor: Tensor
+    bound: Tensor  # m
+    scale: Tensor | None  # exp(l − m) is multiplied by it; None stands for 1
+    one: Tensor  # what a probability of 1 is then
+    own: Tensor  # ∂ℓ/∂l of the targets
+    factor: Tensor  # w s / one
 
 
 def _bound(logits: Tensor, stored: torch.dtype) -> Tensor:
@@ -353,10 +321,8 @@ def _bound(logits: Tensor, stored: torch.dtype) -> Tensor:
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two bounds are known to be equal; only on the CPU does asking cost nothing."""
-    if a.device.type != "cpu":
-        return False
-    return torch.equal(a, b)
+    """Whether two bounds are known to be equal; looked at on the CPU alone, to avoid a device sync."""
+    return a.device.type == "cpu" and torch.equal(a, b)
 
 
 def _may_leave_range(total: Tensor) -> bool:
@@ -365,7 +331,5 @@ def _may_leave_range(total: Tensor) -> bool:
 
 
 def _may_exceed(values: Tensor, largest: float) -> bool:
-    """Whether one of the values is not known to be at most `largest`; only on the CPU does asking cost nothing."""
-    if values.device.type != "cpu":
-        return True
-    return not bool((values <= largest).all())
+    """Whether a value may exceed `largest`; looked at on the CPU alone, to avoid a device sync."""
+    return values.device.type != "cpu" or not bool((values <= largest).all())

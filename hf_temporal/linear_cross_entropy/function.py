@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from hf_temporal.losses import check_vocabulary
+from hf_temporal.losses import check_label_smoothing, check_vocabulary
 from hf_temporal.positions import IGNORE_INDEX, SIGNED_INTEGERS
 from hf_temporal.weighting import check_weights
 
-from . import triton_kernel
 from .block_head import BlockHead
 from .head import Head, Term, product_dtype
-from .row_head import RowHead
 
 ROUNDING = 64
 
@@ -63,9 +60,8 @@ def weighted_linear_cross_entropy(
         differentiated once.
 
     Raises:
-        ValueError: an argument of the wrong shape or type or out of its range; a label outside the
-            vocabulary, or a weight of a target that is negative or not finite (looked for on the CPU only, elsewhere
-            it would wait for the device).
+        ValueError: an argument of the wrong shape or type or out of its range; on the CPU alone, to avoid a device
+            sync elsewhere, also a label outside the vocabulary, or a target's weight that is negative or not finite.
         RuntimeError: a second backward pass through the same result, or one with `create_graph=True`.
     """
     return weighted_linear_cross_entropy_terms(
@@ -98,24 +94,12 @@ def weighted_linear_cross_entropy_terms(
     A low-rank adapter on the head is a second term, x_1 = A h and W_1 = B times the adapter's scale: with W_0 frozen,
     no V×H gradient is made.
 
+    Result, errors and the other arguments are those of `weighted_linear_cross_entropy`.
+
     Args:
         terms: the pairs (x_i [N, H_i], W_i [V, H_i]); the first names `hidden` and `head_weight` in the errors.
-        targets: see `weighted_linear_cross_entropy`, as for all that follow.
-        weights: [N].
         positions: n of all that have a target, any order, [M]; where `weights` needs no gradient, others of weight 0
             may be among them. With None they are searched for, which synchronises with the device.
-        bias: [V].
-        logit_scale: s.
-        softcap: c.
-        label_smoothing: ε.
-        chunk_size: positions at a time.
-
-    Returns:
-        The weighted sum, 0-dim.
-
-    Raises:
-        ValueError: as `weighted_linear_cross_entropy`.
-        RuntimeError: as `weighted_linear_cross_entropy`.
     """
     _check_options(softcap, label_smoothing, chunk_size)
     bias = None if bias is None else _gathered(bias)
@@ -124,37 +108,34 @@ def weighted_linear_cross_entropy_terms(
     if not torch.is_grad_enabled():
         flat, weights = [tensor.detach() for tensor in flat], weights.detach()
         bias = None if bias is None else bias.detach()
-    dtypes = _product_dtypes(flat, flat[0].device.type)
-    options = _Options(logit_scale, softcap, label_smoothing, chunk_size, dtypes)
+    make_head = partial(
+        _head,
+        dtypes=_product_dtypes(flat, flat[0].device.type),
+        logit_scale=logit_scale,
+        softcap=softcap,
+        label_smoothing=label_smoothing,
+    )
     with torch.autocast(flat[0].device.type, enabled=False):  # the dtypes of the products are settled
-        return _WeightedLinearCrossEntropy.apply(options, targets, weights, positions, bias, *flat)
-
-
-@dataclass(frozen=True)
-class _Options:
-    logit_scale: float
-    softcap: float | None
-    label_smoothing: float
-    chunk_size: int | None
-    product_dtypes: list[torch.dtype]
+        return _WeightedLinearCrossEntropy.apply(make_head, chunk_size, targets, weights, positions, bias, *flat)
 
 
 class _WeightedLinearCrossEntropy(torch.autograd.Function):
-    """apply(options, targets, weights, positions, bias, x_0, W_0, x_1, W_1, ...)."""
+    """apply(make_head, chunk_size, targets, weights, positions, bias, x_0, W_0, x_1, W_1, ...)."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        options: _Options,
+        make_head: Callable[..., Head],
+        chunk_size: int | None,
         targets: Tensor,
         weights: Tensor,
         positions: Tensor | None,
         bias: Tensor | None,
         *flat: Tensor,
     ) -> Tensor:
-        _, _, needs_weights, _, needs_bias, *needs = ctx.needs_input_grad
+        _, _, _, needs_weights, _, needs_bias, *needs = ctx.needs_input_grad
         xs = flat[0::2]
-        head = _head(options, bias, needs_bias, flat, needs)
+        head = make_head(flat, bias, needs, needs_bias)
         if positions is None:
             chosen = targets != IGNORE_INDEX
             if not needs_weights:
@@ -163,11 +144,13 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         y = targets.index_select(0, positions).long().clamp_(min=0)
         w = weights.index_select(0, positions).to(head.exact)
         losses = torch.empty_like(w)
-        # Divided by the largest weight, it is not the weights that take the gradients out of float16's range.
-        peak = _largest(w) if torch.float16 in {*options.product_dtypes, *(tensor.dtype for tensor in flat)} else None
+        peak = None
+        if len(w) and torch.float16 in {*(term.dtype for term in head.terms), *(tensor.dtype for tensor in flat)}:
+            peak = w.abs().amax()  # divided by it, weights do not take the gradients out of float16's range
+            peak = torch.where(peak > 0, peak, 1)
         shares = w if peak is None else w / peak
 
-        largest = options.chunk_size or head.chunk_size(len(positions))
+        largest = chunk_size or head.chunk_size(len(positions))
         count = -(-len(positions) // largest)
         size = min(largest, -(-len(positions) // (ROUNDING * max(count, 1))) * ROUNDING)
         head.make_gradients(count)
@@ -207,50 +190,48 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         factor = grad_output if ctx.peak is None else grad_output * ctx.peak
-        if factor.device.type == "cpu" and factor == 1:
-            factor = None
-        elif factor.device.type != "cpu":
-            factor = factor.view(1)  # CUDA would round a 0-dim factor to the gradient's dtype
-        for gradient in gradients:
-            if gradient is not None and factor is not None:
-                gradient.mul_(factor)
-        return (
-            None,
-            None,
-            *(None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
-        )
+        on_cpu = factor.device.type == "cpu"
+        if not on_cpu or factor != 1:
+            factor = factor if on_cpu else factor.view(1)  # CUDA would round a 0-dim factor to the gradient's dtype
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(factor)
+        typed = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return None, None, None, *typed
 
 
-def _head(options: _Options, bias: Tensor | None, needs_bias: bool, flat: Sequence[Tensor], needs: list[bool]) -> Head:
+def _head(
+    flat: Sequence[Tensor],
+    bias: Tensor | None,
+    needs: Sequence[bool],
+    needs_bias: bool,
+    *,
+    dtypes: Sequence[torch.dtype],
+    logit_scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+) -> Head:
+    from . import triton_kernel  # only here: it imports Triton
+    from .row_head import RowHead
+
     exact = reduce(torch.promote_types, (tensor.dtype for tensor in flat), torch.float32)
-    dtypes = options.product_dtypes
     stored = exact if len(set(dtypes)) > 1 else dtypes[0]
     has_kernel = stored in triton_kernel.DTYPES and triton_kernel.is_available(flat[0].device)
+    terms = []
+    for matrix, dtype, needs_x, needs_matrix in zip(flat[1::2], dtypes, needs[0::2], needs[1::2], strict=True):
+        # a matrix that is wider than its products is converted once, a narrower one where it is used
+        converted = matrix.to(dtype) if dtype.itemsize < matrix.dtype.itemsize else matrix
+        terms.append(Term(converted, dtype, needs_x, matrix.dtype if needs_matrix else None))
     return (RowHead if has_kernel else BlockHead)(
-        [
-            Term(_narrowed(matrix, dtype), dtype, needs_grad_x, matrix.dtype if needs_grad_matrix else None)
-            for matrix, dtype, needs_grad_x, needs_grad_matrix in zip(
-                flat[1::2], dtypes, needs[0::2], needs[1::2], strict=True
-            )
-        ],
+        terms,
         bias=bias,
         grad_bias=torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None,
-        logit_scale=options.logit_scale,
-        softcap=options.softcap,
-        label_smoothing=options.label_smoothing,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        label_smoothing=label_smoothing,
         exact=exact,
         stored=stored,
     )
-
-
-def _largest(w: Tensor) -> Tensor:
-    peak = w.abs().amax() if len(w) else w.new_zeros(())
-    return torch.where(peak > 0, peak, 1)
-
-
-def _narrowed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix in the dtype of its products, where that is narrower; a wider one is made where it is used."""
-    return matrix.to(dtype) if dtype.itemsize < matrix.dtype.itemsize else matrix
 
 
 def _gathered(parameter: Tensor) -> Tensor:
@@ -272,38 +253,33 @@ def _product_dtypes(flat: Sequence[Tensor], device_type: str) -> list[torch.dtyp
 def _check_options(softcap: float | None, label_smoothing: float, chunk_size: int | None) -> None:
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap!r} is out of range; accepted: 0 < softcap < ∞, or None for no cap.")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing!r} is out of range; accepted: 0 ≤ label_smoothing < 1.")
+    check_label_smoothing(label_smoothing)
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
         raise ValueError(f"chunk_size={chunk_size!r} is out of range; accepted: an integer ≥ 1, or None.")
 
 
 def _check_tensors(flat: Sequence[Tensor], targets: Tensor, weights: Tensor, bias: Tensor | None) -> None:
-    hidden, head_weight = flat[:2]
+    hidden, (N, V) = flat[0], map(len, flat[:2])
     for x, weight in zip(flat[0::2], flat[1::2], strict=True):
         if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or not len(weight):
             raise ValueError(
                 f"hidden has shape {tuple(x.shape)} and head_weight {tuple(weight.shape)}; accepted: [N, H] "
                 "and [V, H], V > 0."
             )
-        if len(x) != len(hidden) or len(weight) != len(head_weight):
+        if len(x) != N or len(weight) != V:
             raise ValueError(
                 f"terms hold x of shape {tuple(x.shape)} and W of shape {tuple(weight.shape)}; accepted: "
-                f"[{len(hidden)}, H_i] and [{len(head_weight)}, H_i], as in the first term."
+                f"[{N}, H_i] and [{V}, H_i], as in the first term."
             )
     if targets.shape != hidden.shape[:1] or targets.dtype not in SIGNED_INTEGERS:
         raise ValueError(
             f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; accepted: integers with a sign, of "
-            f"shape ({len(hidden)},), one per row of hidden."
+            f"shape ({N},), one per row of hidden."
         )
     if weights.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)}; accepted: ({len(hidden)},), one per row of hidden."
-        )
-    if bias is not None and bias.shape != head_weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; accepted: ({len(head_weight)},), one per row of head_weight."
-        )
-    check_vocabulary(targets, len(head_weight))
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; accepted: ({N},), one per row of hidden.")
+    if bias is not None and bias.shape != (V,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; accepted: ({V},), one per row of head_weight.")
+    check_vocabulary(targets, V)
     if weights.device.type == "cpu":
         check_weights("weights", weights[targets.to(weights.device) != IGNORE_INDEX])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,50 +15,30 @@ NATIVE = {
 }
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Term:
-    """A summand x Wᵀ of the logits, with the gradients that are wanted of it.
+    """One product x Wᵀ in the sum of the logits, and the gradients that it needs."""
 
-    Attributes:
-        matrix: W, [V, H].
-        dtype: that of the products.
-        needs_grad_x: whether ∂/∂x is wanted.
-        grad_dtype: that of ∂/∂W; None where it is not wanted.
-        grad_matrix: holds ∂/∂W after the last chunk.
-        sums: holds ∂/∂W between the chunks, where `grad_matrix` has too few digits for that.
-    """
-
-    matrix: Tensor
-    dtype: torch.dtype
+    matrix: Tensor  # W, [V, H]
+    dtype: torch.dtype  # of the products
     needs_grad_x: bool
-    grad_dtype: torch.dtype | None
-    grad_matrix: Tensor | None = None
-    sums: Tensor | None = None
+    grad_dtype: torch.dtype | None  # of ∂/∂W; None where it is not needed
+    grad_matrix: Tensor | None = None  # ∂/∂W after the last chunk
+    sums: Tensor | None = None  # ∂/∂W between the chunks, where `grad_matrix` has too few digits to accumulate it
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Head(ABC):
-    """z = c tanh(s (Σ x Wᵀ + b) / c), the loss on it, and the gradients of b and the W, to which each chunk adds.
+    """The logits z = c tanh(s (Σ x Wᵀ + b) / c), their loss, and the gradients of b and the W, chunk after chunk."""
 
-    Attributes:
-        terms: the x Wᵀ.
-        bias: b, [V], or None.
-        grad_bias: ∂/∂b so far; None where it is not wanted.
-        logit_scale: s.
-        softcap: c, or None for no tanh.
-        label_smoothing: ε.
-        exact: the dtype of what is neither a matrix nor a logit.
-        stored: the dtype in which the logits of a chunk are held.
-    """
-
-    terms: Sequence[Term]
-    bias: Tensor | None
-    grad_bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    label_smoothing: float
-    exact: torch.dtype
-    stored: torch.dtype
+    terms: Sequence[Term]  # the x Wᵀ
+    bias: Tensor | None  # b, [V]
+    grad_bias: Tensor | None  # ∂/∂b so far; None where it is not needed
+    logit_scale: float  # s
+    softcap: float | None  # c; None for no tanh
+    label_smoothing: float  # ε
+    exact: torch.dtype  # of what is neither a matrix nor a logit
+    stored: torch.dtype  # of the logits of a chunk
 
     @property
     def vocabulary(self) -> int:
@@ -67,7 +46,6 @@ class Head(ABC):
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether anything but the losses is wanted."""
         return self.grad_bias is not None or any(t.needs_grad_x or t.grad_dtype for t in self.terms)
 
     @property
@@ -76,7 +54,7 @@ class Head(ABC):
         return [term for term in self.terms if term.grad_dtype not in (None, self.exact)]
 
     def make_gradients(self, chunks: int) -> None:
-        """Allocate the gradients of the W, which so many chunks will write; zeros where there is no chunk."""
+        """Allocate the gradients of the W that this many chunks will write; zeros if there is no chunk."""
         make = torch.empty_like if chunks else torch.zeros_like
         for term in self.terms:
             if term.grad_dtype is not None:
@@ -87,17 +65,17 @@ class Head(ABC):
 
     @abstractmethod
     def chunk_size(self, positions: int) -> int:
-        """How many of so many positions make a chunk, at most."""
+        """The largest number of positions in a chunk, where there are so many in all."""
 
     @abstractmethod
     def reserve(self, positions: int) -> None:
-        """Allocate memory for the logits of the largest chunk, which has so many positions."""
+        """Allocate memory for the logits of the largest chunk, which has this many positions."""
 
     @abstractmethod
     def losses(
         self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The losses and gradients of a chunk of n positions, at most as many as were reserved.
+        """Compute the losses and gradients of a chunk of n positions, at most as many as were reserved.
 
         Args:
             xs: x of each term, [n, H] in the dtype of its products.
@@ -111,15 +89,10 @@ class Head(ABC):
         """
 
 
-def cpu_capabilities() -> Mapping[str, Any]:
-    """What the processor can do, by torch's names; nothing where torch is too old to tell, as 2.6 is."""
-    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
-    return get_capabilities() if get_capabilities is not None else {}
-
-
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The dtype for products of operands of `dtype`: float32 for 16 bits that the processor would have to emulate."""
     if device_type != "cpu" or dtype not in NATIVE:
         return dtype
-    capabilities = cpu_capabilities()
+    # torch 2.6 is too old to tell
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return dtype if any(capabilities.get(name) for name in NATIVE[dtype]) else torch.float32

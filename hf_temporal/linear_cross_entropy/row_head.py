@@ -12,29 +12,19 @@ from . import triton_kernel
 from .head import Head
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class RowHead(Head):
-    """The head on NVIDIA GPUs: logits of a chunk are held as [n, V], and `triton_kernel` makes gradients of them.
+    """The head on NVIDIA GPUs: logits of a chunk are held as [n, V], and `triton_kernel` makes gradients of them."""
 
-    Attributes:
-        logits: the memory of the largest chunk's logits.
-    """
+    logits: Tensor = field(init=False)  # the memory of the largest chunk's
 
-    logits: Tensor = field(init=False)
-
-    @property
-    def row_length(self) -> int:
-        """V rounded up to a multiple of 16, for loads of 16 bytes."""
-        return -(-self.vocabulary // 16) * 16
-
-    def chunk_size(self, positions: int) -> int:
-        """See `triton_kernel.row_chunk_size`; the number of positions does not matter."""
-        del positions
+    def chunk_size(self, positions: int) -> int:  # noqa: ARG002
         matrix = self.terms[0].matrix
         return triton_kernel.row_chunk_size(len(matrix), self.stored.itemsize, matrix.device, width=matrix.shape[1])
 
     def reserve(self, positions: int) -> None:
-        self.logits = self.terms[0].matrix.new_empty(positions, self.row_length, dtype=self.stored)
+        row = -(-self.vocabulary // 16) * 16  # for loads of 16 bytes
+        self.logits = self.terms[0].matrix.new_empty(positions, row, dtype=self.stored)
 
     def losses(
         self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool

@@ -41,11 +41,8 @@ ADDS_16_BITS_TO_32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 def is_available(device: torch.device) -> bool:
     """Whether `losses_and_gradient_` runs on this device: NVIDIA's, compute capability 8.0 or above, with Triton.
 
-    The first call for a device runs the kernel on one row. Where it cannot be built, for want of a C compiler perhaps,
-    there is a warning, and no.
-
-    In Triton's interpreter (TRITON_INTERPRET=1, set before this module is imported) `losses_and_gradient_` runs on CPU
-    tensors too, for tests; they get a no here all the same.
+    The first call for a device runs the kernel on one row; where it cannot be built, perhaps for want of a C compiler,
+    a warning says so. CPU tensors, which the kernel takes in Triton's interpreter (TRITON_INTERPRET=1), get False.
     """
     if triton is None or device.type != "cuda" or torch.version.hip:
         return False
@@ -74,9 +71,8 @@ def losses_and_gradient_(
     """ℓ_n = (1 − ε) (−log p_n[y_n]) + ε mean_v(−log p_n[v]), p_n = softmax(l_n), l_n = c tanh(s (z_n + b) / c).
 
     Every row of z becomes w_n ∂ℓ_n/∂z_n, in place: one kernel, which reads z twice and writes it once, in float32
-    inside. The losses themselves are not weighted. Their maximum and their sum of exponentials are found in one sweep,
-    as by Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; the second sweep goes backwards, so
-    that it begins with what the first has left in the cache.
+    inside. The losses themselves are not weighted. Maximum and sum of exponentials are found in one sweep (Milakov and
+    Gimelshein, Online normalizer calculation for softmax, 2018); the second goes backwards, to begin in the cache.
 
     Args:
         z: [n, V] in float32, bfloat16 or float16; its rows may lie further apart than V.
@@ -119,17 +115,14 @@ def losses_and_gradient_(
 def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> None:
     """accumulator ← beta · accumulator + a b; a 16-bit product is not rounded before it is added to float32.
 
-    cuBLAS reads and writes the accumulator itself: with `out` the very same tensor as the first argument, PyTorch
-    neither copies it nor makes another of its size (`addmm_out_cuda_impl` in ATen/native/cuda/Blas.cpp).
+    With `out` the very same tensor as the first argument, PyTorch lets cuBLAS read and write the accumulator, without
+    a copy of its size (`addmm_out_cuda_impl` in ATen/native/cuda/Blas.cpp).
 
     Args:
         accumulator: [V, H], in float32 or the dtype of a and b; in any other, a b takes memory of its own.
         a: [V, n]; the transpose of a matrix with contiguous rows is as good.
         b: [n, H].
-        beta: 0 overwrites, whatever the accumulator holds, and spares its being read.
-
-    Raises:
-        RuntimeError: from PyTorch, for shapes or dtypes that do not fit, or a 16-bit product that is not on CUDA.
+        beta: 0 overwrites the accumulator without reading it.
     """
     if a.dtype == accumulator.dtype:
         torch.addmm(accumulator, a, b, beta=beta, out=accumulator)
@@ -143,29 +136,24 @@ def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0
 
 
 def row_chunk_size(vocabulary: int, itemsize: int, device: torch.device, *, width: int | None = None) -> int:
-    """Positions n whose logits are held at a time: H within [2048, 4096], less where memory is short.
+    """Positions n whose logits are held at a time, a multiple of 128: H within [2048, 4096], less in short memory.
 
-    Lower bound of the usual case. Each chunk adds a product a [V, n] b [n, H] to a float32 [V, H]: 2 n V H operations,
+    Fewer than 2048 take time. Each chunk adds a product a [V, n] b [n, H] to a float32 [V, H]: 2 n V H operations,
     8 V H bytes read and written. An H100 does some 790 Tflop/s and 3.35 TB/s, so that the bytes take 943 / n times as
-    long as the operations, hidden behind them in part; at n = 2048 it is under a half of one of three products, at
-    n = 4096 under a quarter. The gradient of the hidden states, n × H, has 128 tiles of 128 × 256 at n = H = 2048,
-    for 132 processors; with fewer positions some are idle. The logits, n × V, have tiles enough.
+    long as the operations: at n = 2048 under a half of one of three products, at n = 4096 under a quarter. The
+    gradient of the hidden states, n × H, has 128 tiles of 128 × 256 at n = H = 2048, for 132 processors.
 
-    Upper bound. A float32 gradient of the head takes 4 V H bytes, and its copy in 16 bits, at the end, 2 V H more,
-    when the logits are gone. Logits of n ≤ H positions, 2 n V bytes, are never what makes the peak: that is 6 V H
-    bytes, as in Liger with `accum_dtype=torch.float32`. A narrower head takes 2048 positions all the same.
+    More than H take memory. A float32 gradient of the head and its copy in 16 bits, once the logits are gone, take
+    6 V H bytes, as in Liger with `accum_dtype=torch.float32`; logits of n ≤ H positions do not add to that peak.
 
-    Memory. At most a quarter of what is free on the device or in PyTorch's cache, and 128 positions at least. Only
-    then does the size, and so the rounding of the sums, depend on what else is in memory.
+    They get at most a quarter of what is free on the device or in PyTorch's cache, since what is allocated later is
+    not known here. Only then do the size, and so the rounding of the sums, depend on what else is in memory.
 
     Args:
         vocabulary: V.
         itemsize: bytes of a logit.
-        device: of type CUDA; what is allocated on it later is not known here, hence a quarter.
+        device: of type CUDA.
         width: H, if known.
-
-    Returns:
-        A multiple of 128 in [128, 4096].
     """
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + cached
@@ -276,13 +264,7 @@ def _online(top: tensor, total: tensor, logit: tensor) -> tensor:
 
 @_jit
 def _probability_less_target(
-    logit: tensor,
-    largest: tensor,
-    inverse: tensor,
-    columns: tensor,
-    target: tensor,
-    smoothing: tensor,
-    share: tensor,
+    logit: tensor, largest: tensor, inverse: tensor, columns: tensor, target: tensor, smoothing: tensor, share: tensor
 ) -> tensor:
     """p_v − (1 − ε) [v = y] − ε / V."""
     probability = tl.exp(logit - largest) * inverse

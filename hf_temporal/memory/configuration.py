@@ -1,16 +1,15 @@
-"""Configurations of the model families: width, depth, normalisation, skip connections, and what each family adds."""
+"""Configurations of the model families: width, depth, normalization, skip connections, and what each family adds."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-LAYER_NORMALIZATIONS = ("none", "layer")
-ACTIVATIONS = ("linear", "relu", "gelu")
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "normalization": LAYER_NORMALIZATIONS,
-    "hidden_act": ACTIVATIONS,
+    "normalization": ("none", "layer"),
+    "hidden_act": ("linear", "relu", "gelu"),
     "skip_connections": (True, False),
     "use_bias": (True, False),
 }
@@ -26,7 +25,7 @@ if TYPE_CHECKING or hasattr(PreTrainedConfig, "__post_init__"):
 else:
 
     class _Config(PreTrainedConfig):
-        """Before transformers 5.4 configurations are no dataclasses: this one sets its annotated fields itself."""
+        """Before transformers 5.4, configurations are no dataclasses: this one sets its annotated fields itself."""
 
         def __init__(self, **kwargs: Any) -> None:
             for each in type(self).__mro__:
@@ -37,21 +36,20 @@ else:
             self.__post_init__()
 
         def __post_init__(self) -> None:
-            """Nothing of its own is checked."""
+            """Where a subclass checks its fields."""
 
 
 class MemoryModelConfig(_Config):
-    """What all families have in common: input → `num_hidden_layers` blocks → head.
+    """What the families have in common: a linear map or embedding, `num_hidden_layers` blocks, and a head.
 
-    A block maps x to act(mix(norm(x))), plus x under `skip_connections`, all of width `hidden_size`.
+    A block maps x to mix(norm(x)), plus x under `skip_connections`; everything between input and head has the width
+    `hidden_size`.
 
     Args:
         vocab_size: number of tokens; needed by the models for tokens alone.
-        input_size: numbers per time in `input_values`, of the models for regression.
+        input_size: numbers per time in `input_values`, for the models for regression.
         output_size: numbers per time in the output of the models for regression.
-        hidden_size: width of everything between input and head.
-        num_hidden_layers: number of blocks.
-        normalization: "none", or "layer": a layer norm in front of each mixer and of the head.
+        normalization: "none", or "layer" for a layer norm in front of each mixer and of the head.
         skip_connections: whether a block's input is added to its output.
         use_bias: whether the linear maps have biases.
 
@@ -71,32 +69,24 @@ class MemoryModelConfig(_Config):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name, value in vars(self).items():
-            if name in COUNTS and not _is_count(value) and (name, value) != ("vocab_size", None):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name in COUNTS and not (type(value) is int and value >= 1) and (name, value) != ("vocab_size", None):
                 raise ValueError(f"{name}={value!r}; accepted: a whole number of at least 1.")
-            if name in POSITIVE and not _is_positive(value):
+            if name in POSITIVE and not (is_number and 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r}; accepted: a positive number.")
-            # 1 equals True, and is refused
+            # types are compared because 1 equals True
             if name in CHOICES and (type(value), value) not in [(type(each), each) for each in CHOICES[name]]:
                 raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, CHOICES[name]))}.")
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 class LinearRnnConfig(MemoryModelConfig):
     """A linear RNN, h_t = W h_{t−1} + U x_t, as in the paper's theory.
 
-    As it stands the model is linear and time-invariant: y_t = Σ_s C W^s U x_{t−s}.
+    With its defaults the model is linear and time-invariant: y_t = Σ_s C W^s U x_{t−s}.
 
     Args:
         hidden_act: "linear", "relu" or "gelu", applied to the states of each layer but not within the recurrence.
-        recurrent_scale: W starts as an orthogonal matrix times this number, so that all of its eigenvalues have this
-            modulus.
+        recurrent_scale: W starts as an orthogonal matrix times this number, the modulus of all its eigenvalues.
     """
 
     model_type = "memory_linear_rnn"
@@ -119,9 +109,9 @@ class TanhRnnConfig(MemoryModelConfig):
 
 
 class TcnConfig(MemoryModelConfig):
-    """A temporal convolutional network: in layer i, two causal convolutions of dilation 2^i, weight-normalised.
+    """A temporal convolutional network: in layer i, two causal, weight-normalized convolutions of dilation 2^i.
 
-    An output sees 1 + 2 (kernel_size − 1) (2^num_hidden_layers − 1) inputs: itself and those before.
+    An output sees 1 + 2 (kernel_size − 1) (2^num_hidden_layers − 1) inputs: its own and those before it.
 
     Args:
         hidden_act: "linear", "relu" or "gelu", after each of the two convolutions.
@@ -139,12 +129,12 @@ class TcnConfig(MemoryModelConfig):
 
 
 class StateSpaceConfig(MemoryModelConfig):
-    """A diagonal state-space model, one of `state_size` complex states for each of the `hidden_size` channels.
+    """A diagonal state-space model with `state_size` complex states for each of the `hidden_size` channels.
 
     Args:
         hidden_act: "linear", "relu" or "gelu", between the state-space model and the linear map of its channels.
         state_size: complex states per channel, each standing for itself and its conjugate.
-        smallest_step: lower end of the range in which time steps Δ start, log-uniformly; a channel begins with a
+        smallest_step: lower end of the range in which the time steps Δ start, log-uniformly; a channel begins with a
             memory of about 2/Δ times.
         largest_step: its upper end.
 
@@ -165,14 +155,14 @@ class StateSpaceConfig(MemoryModelConfig):
         super().__post_init__(**kwargs)
         if self.smallest_step > self.largest_step:
             raise ValueError(
-                f"smallest_step={self.smallest_step!r}; accepted: at most largest_step={self.largest_step!r}."
+                f"smallest_step={self.smallest_step}; accepted: at most largest_step={self.largest_step}."
             )
 
 
 class AttentionConfig(MemoryModelConfig):
-    """Causal self-attention, each layer followed by a feed-forward one in a block of its own.
+    """Causal self-attention, each layer followed by a feed-forward layer in a block of its own.
 
-    Sinusoidal positions are added to the input, so that any length can be run.
+    Sinusoidal positions are added to the input, so that inputs of any length are accepted.
 
     Args:
         hidden_act: "linear", "relu" or "gelu", inside the feed-forward layer.
@@ -192,7 +182,5 @@ class AttentionConfig(MemoryModelConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads!r}; accepted: a divisor of hidden_size="
-                f"{self.hidden_size!r}."
-            )
+            heads = self.num_attention_heads
+            raise ValueError(f"num_attention_heads={heads}; accepted: a divisor of hidden_size={self.hidden_size}.")

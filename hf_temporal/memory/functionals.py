@@ -1,20 +1,22 @@
-"""Targets with a known memory: y_t = Σ_s ρ(s) x_{t−s}, nonlinear ones around it, and data sets of them."""
+"""Functionals with a known memory, y_t = Σ_s ρ(s) x_{t−s} and nonlinear ones around it, and data sets of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
-from hf_temporal.data import HELD_OUT_SEED, SPLITS
+from hf_temporal.data import check_counts
+from hf_temporal.data.drawn import DrawnDataset
 from hf_temporal.installed import require
 from hf_temporal.weighting import wide_dtype
+
+from .mixers import depthwise_convolution
 
 MemoryFunction = Callable[[Tensor], Tensor]
 
@@ -40,7 +42,7 @@ MEMORY_FUNCTIONS: Mapping[str, MemoryFunction] = MappingProxyType(
 
 
 def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
-    """ρ(0), …, ρ(length − 1), float64 `[length]`.
+    """Values of a memory function, ρ(0), …, ρ(length − 1), float64 `[length]`.
 
     Args:
         target: a name of `MEMORY_FUNCTIONS`, or ρ itself, called with the lags as a float64 tensor `[length]`.
@@ -53,8 +55,7 @@ def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
 
     Source: the targets of Wang & Yan, arXiv 2307.11462.
     """
-    if length < 1:
-        raise ValueError(f"length={length!r} is out of range; accepted: a whole number of at least 1.")
+    check_counts(length=length)
     memory = _function(target)(torch.arange(length, dtype=torch.float64))
     if not isinstance(memory, Tensor) or memory.shape != (length,):
         shape = tuple(memory.shape) if isinstance(memory, Tensor) else type(memory).__name__
@@ -66,7 +67,7 @@ def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
 
 
 def causal_convolution(inputs: Tensor, memory: Tensor) -> Tensor:
-    """y_t = Σ_{s=0..t} ρ(s) x_{t−s}, by FFT of zero-padded series, so nothing comes round from the end.
+    """y_t = Σ_{s=0..t} ρ(s) x_{t−s}, computed by FFT.
 
     Args:
         inputs: `[..., time, dimension]`; every dimension is convolved by itself.
@@ -82,18 +83,14 @@ def causal_convolution(inputs: Tensor, memory: Tensor) -> Tensor:
     if memory.shape != (length,):
         raise ValueError(f"memory has shape {tuple(memory.shape)}; accepted: {(length,)}, a value per time of inputs.")
     dtype = wide_dtype(inputs.device)
-    size = 1 << (2 * length - 2).bit_length()  # the power of two that holds 2·time − 1 lags
-    spectrum = torch.fft.rfft(inputs.to(dtype), size, dim=-2)
-    response = torch.fft.rfft(memory.to(inputs.device, dtype), size)[:, None]
-    return torch.fft.irfft(spectrum * response, size, dim=-2)[..., :length, :].to(inputs.dtype)
+    return depthwise_convolution(inputs.to(dtype).mT, memory.to(inputs.device, dtype)).mT.to(inputs.dtype)
 
 
 @dataclass(frozen=True)
 class Functional:
     """y = φ_after(ρ ∗ φ_before(x)), with (ρ ∗ x)_t = Σ_{s=0..t} ρ(s) x_{t−s} and φ_α(z) = (1 − α)·z + α·tanh(z).
 
-    φ is applied at each time. φ_0 is the identity, so with both α = 0 this is the paper's linear functional; φ_1 is
-    tanh.
+    φ is applied at each time. φ_0 is the identity and φ_1 is tanh, so both α = 0 give the paper's linear functional.
 
     Args:
         target: ρ, see `memory_function`.
@@ -101,7 +98,8 @@ class Functional:
         after: α of the one after it.
 
     Raises:
-        ValueError, TypeError: `before` or `after` out of range; an unknown `target`.
+        ValueError: `before` or `after` out of range; an unknown name of a target.
+        TypeError: `target` is neither a name nor callable.
 
     Source: linear functionals, Wang & Yan, arXiv 2307.11462; nonlinear ones are the question it leaves open.
     """
@@ -114,7 +112,7 @@ class Functional:
         _function(self.target)
         for name in ("before", "after"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is out of range; accepted: 0 ≤ {name} ≤ 1.")
+                raise ValueError(f"{name}={getattr(self, name)!r}; accepted: a number from 0 to 1.")
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """y of x `[..., time, dimension]`; shape, dtype and errors are those of `causal_convolution`."""
@@ -126,17 +124,16 @@ class Functional:
         return memory_function(self.target, length)
 
 
-class FunctionalDataset(Dataset[dict[str, Tensor]]):
-    """`size` examples x ~ N(0, 1) and y of a functional; the i-th is a function of (seed, split, i) alone.
+@dataclass(eq=False)
+class FunctionalDataset(DrawnDataset[dict[str, Tensor]]):
+    """Examples `{"input_values": x, "labels": y}` of x ~ N(0, 1) and a functional's y, float32 `[time, dimension]`.
 
-    An example is `{"input_values": x, "labels": y}`, both float32 `[time, dimension]`; y is the float64 result for
-    the float32 x, rounded. A loader's batch is made by one FFT. Batch examples of several lengths by `pad_series`.
+    y is computed in float64 from the float32 x, and rounded; a data loader's batch is computed by one FFT. Batch
+    examples of several lengths by `pad_series`.
 
     Args:
         functional: what is to be learned.
-        split: "train", "validation" or "test".
-        size: number of examples.
-        seed: the run's; it changes the training examples alone.
+        split, size, seed: as for `DrawnDataset`.
         length: time of an example, the longest where they differ.
         min_length: with it, the time of each example is drawn evenly from min_length..length.
         dimension: of x and of y, each of which is a series of its own.
@@ -145,33 +142,16 @@ class FunctionalDataset(Dataset[dict[str, Tensor]]):
         ValueError: a number below 1, `min_length` above `length`, an unknown split.
     """
 
-    def __init__(
-        self,
-        functional: Functional,
-        *,
-        split: str,
-        size: int,
-        seed: int,
-        length: int = 100,
-        min_length: int | None = None,
-        dimension: int = 1,
-    ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r} is not known; accepted: {', '.join(map(repr, SPLITS))}.")
-        for name, value in (("size", size), ("length", length), ("dimension", dimension)):
-            if value < 1:
-                raise ValueError(f"{name}={value!r} is out of range; accepted: a whole number of at least 1.")
-        if min_length is not None and not 1 <= min_length <= length:
-            raise ValueError(f"min_length={min_length!r} is out of range; accepted: 1 to length={length}.")
-        self.functional = functional
-        self.size = size
-        self.length = length
-        self.min_length = min_length
-        self.dimension = dimension
-        self._seed = [seed if split == "train" else HELD_OUT_SEED, SPLITS.index(split)]
+    functional: Functional
+    length: int = field(default=100, kw_only=True)
+    min_length: int | None = field(default=None, kw_only=True)
+    dimension: int = field(default=1, kw_only=True)
 
-    def __len__(self) -> int:
-        return self.size
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(length=self.length, dimension=self.dimension)
+        if self.min_length is not None and not 1 <= self.min_length <= self.length:
+            raise ValueError(f"min_length={self.min_length!r}; accepted: 1 to length={self.length}.")
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.__getitems__([index])[0]
@@ -180,23 +160,19 @@ class FunctionalDataset(Dataset[dict[str, Tensor]]):
         inputs = np.zeros((len(indices), self.length, self.dimension), dtype=np.float32)
         times = []
         for row, index in zip(inputs, indices, strict=True):
-            rng = np.random.default_rng([*self._seed, range(self.size)[index]])
+            rng = self._generator(index)
             time = self.length if self.min_length is None else int(rng.integers(self.min_length, self.length + 1))
             rng.standard_normal(out=row[:time], dtype=np.float32)
             times.append(time)
         x = torch.from_numpy(inputs)
         y = self.functional(x.double()).float()
-        rows = zip(x, y, times, strict=True)
-        return [{"input_values": x[:time], "labels": y[:time]} for x, y, time in rows]
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self[index] for index in range(self.size))
+        return [{"input_values": x[i, :time], "labels": y[i, :time]} for i, time in enumerate(times)]
 
 
 def pad_series(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch `[batch, longest time, dimension]`: `input_values` end in zeros, `labels` in NaN, which is no target.
+    """A batch `[batch, longest time, dimension]`: `input_values` are padded by zeros, `labels` by NaN, no target.
 
-    The stock evaluation loop pads batches of different length with −100: `compute_metrics` meets it beside NaN.
+    The Trainer's evaluation loop pads batches of different lengths by −100, so `compute_metrics` sees it beside NaN.
     """
     return {
         key: pad_sequence([example[key] for example in examples], batch_first=True, padding_value=padding)
@@ -205,21 +181,18 @@ def pad_series(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _function(target: str | MemoryFunction) -> MemoryFunction:
-    if not isinstance(target, str):
-        if not callable(target):
-            raise TypeError(f"target={target!r} is neither a name nor a function; accepted: a str or ρ(lags).")
+    if callable(target):
         return target
-    if target not in MEMORY_FUNCTIONS:
-        names = ", ".join(map(repr, MEMORY_FUNCTIONS))
-        raise ValueError(f"target={target!r} is not known; accepted: {names}, or a function of the lags.")
-    return MEMORY_FUNCTIONS[target]
+    if target in MEMORY_FUNCTIONS:
+        return MEMORY_FUNCTIONS[target]
+    error, names = ValueError if isinstance(target, str) else TypeError, ", ".join(map(repr, MEMORY_FUNCTIONS))
+    raise error(f"target={target!r}; accepted: {names}, or a function of the lags.")
 
 
 def _duration(inputs: Tensor) -> int:
     if inputs.dim() < 2 or not inputs.is_floating_point():
-        raise ValueError(
-            f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; accepted: floats [..., time, dimension]."
-        )
+        given = f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}"
+        raise ValueError(f"{given}; accepted: floats [..., time, dimension].")
     return inputs.shape[-2]
 
 

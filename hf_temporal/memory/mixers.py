@@ -1,7 +1,4 @@
-"""What mixes the times of a sequence, `[batch, time, width]` to the same: one module for each family of models.
-
-Each is causal and takes any length.
-"""
+"""The causal modules that mix the times of a sequence of any length, `[batch, time, width]` to the same."""
 
 from __future__ import annotations
 
@@ -16,15 +13,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from .configuration import AttentionConfig, LinearRnnConfig, StateSpaceConfig, TanhRnnConfig, TcnConfig
 from .recurrences import linear_recurrence, tanh_recurrence
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-}
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"linear": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
 class RnnMixer(nn.Module):
-    """A recurrence over u_t = U x_t + b; in the first layer, u is the model's own map, or embedding, of its input."""
+    """A recurrence over u_t = U x_t + b; in the first layer u = x, the mapped or embedded input of the model."""
 
     def __init__(self, config: LinearRnnConfig | TanhRnnConfig, layer: int) -> None:
         super().__init__()
@@ -52,10 +45,10 @@ class TanhRnnMixer(RnnMixer):
 
 
 class CausalConvolution(nn.Module):
-    """y_t = b + Σ_{k<K} W_k x_{t−(K−1−k)d} with dilation d, W weight-normalised: W = g V/‖V‖ for each output.
+    """y_t = b + Σ_{k<K} W_k x_{t−(K−1−k)d} with dilation d and weight normalization, W = g V/‖V‖ for each output.
 
-    The parameters are those of an `nn.Conv1d`. It is run as a convolution of images of height 1, which take the
-    layout `[batch, time, width]` as it is ("channels last") and are the faster ones.
+    The parameters are those of an `nn.Conv1d`. It is computed as a convolution of images of height 1, which is faster
+    since these take the layout `[batch, time, width]` as it is ("channels last").
     """
 
     def __init__(self, width: int, kernel_size: int, dilation: int, *, bias: bool) -> None:
@@ -89,7 +82,7 @@ class TcnMixer(nn.Module):
 class StateSpaceMixer(nn.Module):
     """M act(y) with, in each channel, s_t = e^{ΔA} s_{t−1} + A⁻¹(e^{ΔA} − 1) x_t and y_t = 2 Re(C·s_t) + D x_t.
 
-    A is complex and diagonal, Re A < 0, and discretised with a zero-order hold; the states are never made, y is the
+    A is complex and diagonal, Re A < 0, and discretized with a zero-order hold. The states are not computed: y is the
     convolution of x with the kernel K_l = 2 Re Σ_n C_n A_n⁻¹ (e^{ΔA_n} − 1) e^{lΔA_n}, by FFT.
     """
 
@@ -107,7 +100,7 @@ class StateSpaceMixer(nn.Module):
     def kernel(self, length: int) -> Tensor:
         """K_l for l = 0..length−1, `[width, length]`, in float32 at least.
 
-        With l = jc + i the exponentials e^{jcΔA} and e^{iΔA} alone are made, and K is their product as matrices.
+        For l = jc + i, K is a matrix product of the exponentials e^{jcΔA} and e^{iΔA}, of which there are far fewer.
         """
         dtype = torch.promote_types(torch.float32, self.frequency.dtype)
         a = torch.complex(-self.log_decay.to(dtype).exp(), self.frequency.to(dtype))
@@ -136,7 +129,7 @@ def depthwise_convolution(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 class SelfAttentionMixer(nn.Module):
-    """Multi-head attention of each time to itself and those before it."""
+    """Multi-head attention of each time to itself and to those before it."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -151,7 +144,7 @@ class SelfAttentionMixer(nn.Module):
 
 
 class FeedForwardMixer(nn.Module):
-    """M₂ act(M₁ x_t), at each time by itself: what follows attention in a block of its own."""
+    """M₂ act(M₁ x_t) at each time by itself; follows attention in a block of its own."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()

@@ -1,17 +1,20 @@
 """The model families of the paper's laboratory, each for regression and for tokens.
 
-Saved models hold a copy of this file and of those that it imports, and load without the package, with
+Saved models hold a copy of this file and of those that it imports, so they load without the package if
 `trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput, TokenClassifierOutput
 
 from .configuration import (
@@ -22,9 +25,16 @@ from .configuration import (
     TanhRnnConfig,
     TcnConfig,
 )
-from .initialization import initialize
-from .mixers import FeedForwardMixer, LinearRnnMixer, SelfAttentionMixer, StateSpaceMixer, TanhRnnMixer, TcnMixer
-from .recurrences import linear_recurrence  # noqa: F401  older transformers load what this file imports, no deeper
+from .mixers import (
+    FeedForwardMixer,
+    LinearRnnMixer,
+    RnnMixer,
+    SelfAttentionMixer,
+    StateSpaceMixer,
+    TanhRnnMixer,
+    TcnMixer,
+)
+from .recurrences import linear_recurrence  # noqa: F401  older transformers copy what this file imports, but no deeper
 
 MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
     LinearRnnConfig.model_type: lambda config, layer: [LinearRnnMixer(config, layer)],
@@ -37,7 +47,7 @@ PACKED_KEYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "document_ids")
 
 
 class MemoryBlock(nn.Module):
-    """x → mix(norm(x)), plus x under `skip_connections`."""
+    """Maps x to mix(norm(x)), plus x under `skip_connections`; `[batch, time, hidden_size]` to the same."""
 
     def __init__(self, config: MemoryModelConfig, mixer: nn.Module) -> None:
         super().__init__()
@@ -46,13 +56,15 @@ class MemoryBlock(nn.Module):
         self.skips = config.skip_connections
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, hidden_size]` to the same."""
         mixed: Tensor = self.mixer(self.norm(x))
         return x + mixed if self.skips else mixed
 
 
 class MemoryBackbone(nn.Module):
-    """The blocks of a family and the norm in front of the head; attention is given positions first."""
+    """The blocks of a family and the norm in front of the head, `[batch, time, hidden_size]` to the same.
+
+    Under attention the positions are added first.
+    """
 
     def __init__(self, config: MemoryModelConfig) -> None:
         super().__init__()
@@ -62,7 +74,6 @@ class MemoryBackbone(nn.Module):
         self.norm = _normalization(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, hidden_size]` to the same."""
         if self.takes_positions:
             x = x + sinusoidal_positions(x.shape[1], x.shape[2], device=x.device).to(x.dtype)
         for block in self.blocks:
@@ -72,16 +83,46 @@ class MemoryBackbone(nn.Module):
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
-    """What all families share: how parameters start, see `initialize`."""
+    """How the parameters of all families are initialized.
+
+    - Linear maps and convolutions are uniform in ±1/√inputs, weight and bias, as in torch; the norms of a
+      weight-normalized convolution are those of the direction.
+    - Recurrent matrices are orthogonal, times `recurrent_scale`.
+    - State-space models are S4D-Lin: A = −1/2 + iπn, Δ log-uniform between the configured steps, C complex normal of
+      variance 1, D = 1.
+    - Embeddings are standard normal, layer norms the identity.
+    """
 
     config_class = MemoryModelConfig
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        initialize(module, self.config)
+        config = self.config
+        if isinstance(module, nn.Linear):
+            _uniform(module.in_features, module.weight, module.bias)
+        elif isinstance(module, nn.Conv1d):
+            _uniform(module.in_channels * module.kernel_size[0], module.bias)
+        elif isinstance(module, ParametrizationList):
+            norm, direction = module.parameters()
+            _uniform(direction[0].numel(), direction)
+            init.copy_(norm, direction.norm(dim=(1, 2), keepdim=True))
+        elif isinstance(module, RnnMixer):
+            init.orthogonal_(module.recurrent, gain=config.recurrent_scale)
+        elif isinstance(module, StateSpaceMixer):
+            init.uniform_(module.log_step, math.log(config.smallest_step), math.log(config.largest_step))
+            init.constant_(module.log_decay, math.log(0.5))
+            init.copy_(module.frequency, math.pi * torch.arange(config.state_size).expand_as(module.frequency))
+            init.normal_(module.readout, std=0.5**0.5)
+            init.ones_(module.direct)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
 
 
 class MemoryModelForRegression(MemoryPreTrainedModel):
-    """Float inputs to float outputs, each output a function of the inputs up to its time."""
+    """Maps float inputs to float outputs; each output depends on the inputs up to its time alone."""
 
     main_input_name = "input_values"
     accepts_loss_kwargs = False
@@ -94,15 +135,15 @@ class MemoryModelForRegression(MemoryPreTrainedModel):
         self.post_init()
 
     def forward(self, input_values: Tensor, labels: Tensor | None = None) -> TokenClassifierOutput:
-        """The outputs as `logits`, and as `loss` their squared error: mean over outputs, then over target times.
+        """The outputs, and their squared error: its mean over the outputs of a time, then over the target times.
 
         Args:
             input_values: `[batch, time, input_size]`.
-            labels: `[batch, time, output_size]`, aligned with the inputs, or `[batch, time]` for one output; a time
-                with a NaN among its outputs is no target. 0 is the loss where there is none.
+            labels: `[batch, time, output_size]`, aligned with the inputs, or `[batch, time]` for one output. A time
+                with a NaN among its labels is no target; without any target the loss is 0.
 
         Returns:
-            `logits`, `[batch, time, output_size]`, and `loss`, in float32 at least.
+            The outputs as `logits`, `[batch, time, output_size]`, and `loss`, in float32 at least.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -116,34 +157,30 @@ class MemoryModelForRegression(MemoryPreTrainedModel):
 
 
 class MemoryModelForCausalLM(MemoryPreTrainedModel):
-    """Tokens to the logits of the next, with the loss of every causal language model of the library."""
+    """Maps tokens to the logits of the next token, with the loss of transformers' causal language models."""
 
     accepts_loss_kwargs = True
 
     def __init__(self, config: MemoryModelConfig) -> None:
         super().__init__(config)
         if config.vocab_size is None:
-            raise ValueError("vocab_size=None; accepted by a model for tokens: their number.")
+            raise ValueError("vocab_size=None; accepted by a model for tokens: their number, at least 1.")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.backbone = MemoryBackbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.use_bias)
         self.post_init()
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> CausalLMOutput:
-        """The logits, and where labels are given the library's loss of a causal language model.
+        """The logits and, where labels are given, transformers' loss of a causal language model.
 
         Args:
             input_ids: `[batch, time]`.
-            attention_mask: `[batch, time]`, 0 on padding, which has to be on the right: there it changes no output
-                that stands before it, and is not looked at further.
+            attention_mask: `[batch, time]`, 0 on padding. Padding has to be on the right, where it changes no output
+                before it; the mask is not used further.
             labels: `[batch, time]`, −100 where there is no target; the logits at i are compared with labels[i + 1].
-            kwargs: those of the loss, `num_items_in_batch` among them.
+            kwargs: of the loss, such as `num_items_in_batch`.
 
         Returns:
             `logits`, `[batch, time, vocab_size]`, and `loss`.
@@ -153,74 +190,33 @@ class MemoryModelForCausalLM(MemoryPreTrainedModel):
         """
         _check_rows(attention_mask, kwargs)
         logits: Tensor = self.lm_head(self.backbone(self.embed_tokens(input_ids)))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is None:
+            return CausalLMOutput(logits=logits)
+        loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-class LinearRnnForRegression(MemoryModelForRegression):
-    """A linear RNN on float inputs; see `LinearRnnConfig`."""
-
-    config_class = LinearRnnConfig
+Models = tuple[type[MemoryModelForRegression], type[MemoryModelForCausalLM]]
 
 
-class LinearRnnForCausalLM(MemoryModelForCausalLM):
-    """A linear RNN on tokens; see `LinearRnnConfig`."""
-
-    config_class = LinearRnnConfig
-
-
-class TanhRnnForRegression(MemoryModelForRegression):
-    """A tanh RNN on float inputs; see `TanhRnnConfig`."""
-
-    config_class = TanhRnnConfig
+def _models_of(config: type[MemoryModelConfig]) -> Models:
+    """The model classes of a family, `XForRegression` and `XForCausalLM` for its configuration `XConfig`."""
+    name, content = config.__name__.removesuffix("Config"), {"config_class": config, "__module__": __name__}
+    return (
+        type(f"{name}ForRegression", (MemoryModelForRegression,), content),
+        type(f"{name}ForCausalLM", (MemoryModelForCausalLM,), content),
+    )
 
 
-class TanhRnnForCausalLM(MemoryModelForCausalLM):
-    """A tanh RNN on tokens; see `TanhRnnConfig`."""
-
-    config_class = TanhRnnConfig
-
-
-class TcnForRegression(MemoryModelForRegression):
-    """A temporal convolutional network on float inputs; see `TcnConfig`."""
-
-    config_class = TcnConfig
-
-
-class TcnForCausalLM(MemoryModelForCausalLM):
-    """A temporal convolutional network on tokens; see `TcnConfig`."""
-
-    config_class = TcnConfig
-
-
-class StateSpaceForRegression(MemoryModelForRegression):
-    """A diagonal state-space model on float inputs; see `StateSpaceConfig`."""
-
-    config_class = StateSpaceConfig
-
-
-class StateSpaceForCausalLM(MemoryModelForCausalLM):
-    """A diagonal state-space model on tokens; see `StateSpaceConfig`."""
-
-    config_class = StateSpaceConfig
-
-
-class AttentionForRegression(MemoryModelForRegression):
-    """Causal self-attention on float inputs; see `AttentionConfig`."""
-
-    config_class = AttentionConfig
-
-
-class AttentionForCausalLM(MemoryModelForCausalLM):
-    """Causal self-attention on tokens; see `AttentionConfig`."""
-
-    config_class = AttentionConfig
+LinearRnnForRegression, LinearRnnForCausalLM = _models_of(LinearRnnConfig)
+TanhRnnForRegression, TanhRnnForCausalLM = _models_of(TanhRnnConfig)
+TcnForRegression, TcnForCausalLM = _models_of(TcnConfig)
+StateSpaceForRegression, StateSpaceForCausalLM = _models_of(StateSpaceConfig)
+AttentionForRegression, AttentionForCausalLM = _models_of(AttentionConfig)
 
 
 def sinusoidal_positions(time: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """sin(t/10000^{2i/width}) in the first half of the columns and the cosines in the second, `[time, width]`."""
+    """Sinusoidal positions, `[time, width]`: sin(t/10000^{2i/width}) in the first columns, the cosines in the rest."""
     frequencies = 10000.0 ** -(torch.arange((width + 1) // 2, device=device) / ((width + 1) // 2))
     angles = torch.arange(time, device=device)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], -1)[:, :width]
@@ -229,16 +225,18 @@ def sinusoidal_positions(time: int, width: int, *, device: torch.device | None =
 def _check_rows(attention_mask: Tensor | None, others: Mapping[str, Any]) -> None:
     packed = [key for key in PACKED_KEYS if others.get(key) is not None]
     if packed:
-        raise ValueError(f"{packed[0]}: these models do not keep the documents of a row apart; accepted: one per row.")
-    if attention_mask is None:
-        return
-    if attention_mask.dim() != 2:
+        raise ValueError(f"{packed[0]} is given: documents of a row are not kept apart; accepted: one per row.")
+    if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; accepted: [batch, time].")
-    if bool((attention_mask[:, 0] < attention_mask.amax(-1)).any()):
-        raise ValueError(
-            "attention_mask begins with 0: rows padded on the left; accepted: padding on the right "
-            "(tokenizer.padding_side='right')."
-        )
+    if attention_mask is not None and bool((attention_mask[:, 0] < attention_mask.amax(-1)).any()):
+        accepted = "padding on the right (padding_side='right')"
+        raise ValueError(f"attention_mask has rows padded on the left; accepted: {accepted}.")
+
+
+def _uniform(inputs: int, *parameters: Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
 
 def _normalization(config: MemoryModelConfig) -> nn.Module:

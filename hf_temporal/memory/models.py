@@ -1,10 +1,8 @@
 """The model families by name, known to `AutoConfig`, `AutoModel` (regression) and `AutoModelForCausalLM` (tokens).
 
-model = LinearRnnForRegression(LinearRnnConfig(input_size=1, output_size=1, hidden_size=32))
+family = FAMILIES["linear_rnn"]
+model = family.regression(family.config(input_size=1, output_size=1, hidden_size=32))
 outputs = model(input_values=x, labels=y)  # x [batch, time, 1], y [batch, time]
-
-family = FAMILIES["state_space"]
-model = family.causal_lm(family.config(vocab_size=12, num_hidden_layers=4))
 """
 
 from __future__ import annotations
@@ -13,47 +11,8 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration import (
-    AttentionConfig,
-    LinearRnnConfig,
-    MemoryModelConfig,
-    StateSpaceConfig,
-    TanhRnnConfig,
-    TcnConfig,
-)
-from .modeling import (
-    AttentionForCausalLM,
-    AttentionForRegression,
-    LinearRnnForCausalLM,
-    LinearRnnForRegression,
-    StateSpaceForCausalLM,
-    StateSpaceForRegression,
-    TanhRnnForCausalLM,
-    TanhRnnForRegression,
-    TcnForCausalLM,
-    TcnForRegression,
-)
-
-__all__ = [
-    "FAMILIES",
-    "AttentionConfig",
-    "AttentionForCausalLM",
-    "AttentionForRegression",
-    "Family",
-    "LinearRnnConfig",
-    "LinearRnnForCausalLM",
-    "LinearRnnForRegression",
-    "MemoryModelConfig",
-    "StateSpaceConfig",
-    "StateSpaceForCausalLM",
-    "StateSpaceForRegression",
-    "TanhRnnConfig",
-    "TanhRnnForCausalLM",
-    "TanhRnnForRegression",
-    "TcnConfig",
-    "TcnForCausalLM",
-    "TcnForRegression",
-]
+from . import modeling
+from .configuration import AttentionConfig, LinearRnnConfig, StateSpaceConfig, TanhRnnConfig, TcnConfig
 
 
 class Family(NamedTuple):
@@ -65,11 +24,11 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "linear_rnn": Family(LinearRnnConfig, LinearRnnForRegression, LinearRnnForCausalLM),
-    "tanh_rnn": Family(TanhRnnConfig, TanhRnnForRegression, TanhRnnForCausalLM),
-    "tcn": Family(TcnConfig, TcnForRegression, TcnForCausalLM),
-    "state_space": Family(StateSpaceConfig, StateSpaceForRegression, StateSpaceForCausalLM),
-    "attention": Family(AttentionConfig, AttentionForRegression, AttentionForCausalLM),
+    "linear_rnn": Family(LinearRnnConfig, modeling.LinearRnnForRegression, modeling.LinearRnnForCausalLM),
+    "tanh_rnn": Family(TanhRnnConfig, modeling.TanhRnnForRegression, modeling.TanhRnnForCausalLM),
+    "tcn": Family(TcnConfig, modeling.TcnForRegression, modeling.TcnForCausalLM),
+    "state_space": Family(StateSpaceConfig, modeling.StateSpaceForRegression, modeling.StateSpaceForCausalLM),
+    "attention": Family(AttentionConfig, modeling.AttentionForRegression, modeling.AttentionForCausalLM),
 }
 
 for _family in FAMILIES.values():

@@ -1,4 +1,4 @@
-"""h_t = W h_{t−1} + u_t for a full matrix W as a scan of logarithmic depth, and h_t = tanh(W h_{t−1} + u_t)."""
+"""The recurrences of RNNs: the linear one as a scan of logarithmic depth, and that with tanh."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LOOP_LENGTH = 16
 def linear_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
     """h_t = W h_{t−1} + u_t with h_{−1} = 0, that is h_t = Σ_{s=0..t} W^s u_{t−s}.
 
-    Computed by odd–even reduction: pairs of times are merged, W u_{2k} + u_{2k+1}, the half as long recurrence of W²
-    is solved in the same way, and the times between are filled in; about 2·time·D² multiplications per row in
-    2·log₂(time) matrix products, twice those of the loop. The gradient is the same recurrence backwards,
-    g_t = Wᵀ g_{t+1} + ∂L/∂h_t, with ∂L/∂u = g and ∂L/∂W = Σ_t g_t h_{t−1}ᵀ, so that it does not pass through the
-    powers of W; it can be differentiated again.
+    Computed by odd–even reduction: pairs of times are merged, W u_{2k} + u_{2k+1}, the recurrence of W², half as long,
+    is solved in the same way, and the times between are filled in. That is about 2·time·D² multiplications per row,
+    twice those of a loop, in 2·log₂(time) matrix products. The gradient is the same recurrence backwards,
+    g_t = Wᵀ g_{t+1} + ∂L/∂h_t, with ∂L/∂u = g and ∂L/∂W = Σ_t g_t h_{t−1}ᵀ, without powers of W; it can be
+    differentiated again.
 
     Args:
         inputs: u, `[batch, time, D]`.
@@ -35,15 +35,14 @@ def linear_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
     """
     dtype = _check(inputs, weight)
     with torch.autocast(inputs.device.type, enabled=False):
-        return _LinearRecurrence.apply(inputs.to(dtype), weight.to(dtype), False).to(inputs.dtype)
+        return _LinearRecurrence.apply(inputs.to(dtype), weight.to(dtype)).to(inputs.dtype)
 
 
 def tanh_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
     """h_t = tanh(W h_{t−1} + u_t) with h_{−1} = 0.
 
-    There is no parallel form. On accelerators this is the kernel of `torch.nn.RNN`. On a CPU that one, as any loop,
-    spends most of its time on the bookkeeping of autograd, step by step: there forward and backward are each a loop of
-    two operations in place, and ∂L/∂W is one product at the end.
+    On accelerators this is the kernel of `torch.nn.RNN`. On a CPU, where that spends most of its time on autograd's
+    bookkeeping, forward and backward are loops of two operations in place, and ∂L/∂W is one matrix product at the end.
 
     Args:
         inputs: u, `[batch, time, D]`.
@@ -65,35 +64,30 @@ def tanh_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
 
 def _check(inputs: Tensor, weight: Tensor) -> torch.dtype:
     if inputs.dim() != 3 or weight.shape != (inputs.shape[-1], inputs.shape[-1]):
-        raise ValueError(
-            f"inputs have shape {tuple(inputs.shape)} and weight {tuple(weight.shape)}; accepted: [batch, time, D] "
-            "and [D, D]."
-        )
+        given = f"inputs have shape {tuple(inputs.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"{given}; accepted: [batch, time, D] and [D, D].")
     return torch.promote_types(torch.float32, torch.promote_types(inputs.dtype, weight.dtype))
 
 
 class _LinearRecurrence(torch.autograd.Function):
-    """h_t = W h_{t−1} + u_t, or backwards in time h_t = W h_{t+1} + u_t."""
+    @staticmethod
+    def forward(inputs: Tensor, weight: Tensor) -> Tensor:
+        time = inputs.shape[1]
+        halvings = (max(time - 1, 0) // LOOP_LENGTH).bit_length()
+        padded = F.pad(inputs, (0, 0, 0, -time % 2**halvings))
+        return _odd_even(padded, weight.T, halvings)[:, :time]
 
     @staticmethod
-    def forward(inputs: Tensor, weight: Tensor, backwards: bool) -> Tensor:
-        return _scan(inputs, weight.T, backwards=backwards)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], output)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        _, weight, ctx.backwards = inputs
-        ctx.save_for_backward(weight, output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         weight, states = ctx.saved_tensors
-        gradient = _LinearRecurrence.apply(gradients[0], weight.T, not ctx.backwards)
+        gradient = _LinearRecurrence.apply(gradients[0].flip(1), weight.T).flip(1)
         if not ctx.needs_input_grad[1]:
-            return gradient, None, None
-        later, earlier = gradient[:, 1:], states[:, :-1]
-        if ctx.backwards:
-            later, earlier = gradient[:, :-1], states[:, 1:]
-        return gradient, later.flatten(0, 1).T @ earlier.flatten(0, 1), None
+            return gradient, None
+        return gradient, gradient[:, 1:].flatten(0, 1).T @ states[:, :-1].flatten(0, 1)
 
 
 def _by_torch(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -133,41 +127,22 @@ class _TanhRecurrence(torch.autograd.Function):
         return gradient, gradient[1:].flatten(0, 1).T @ states[:-1].flatten(0, 1)
 
 
-def _scan(inputs: Tensor, power: Tensor, *, backwards: bool) -> Tensor:
-    """The states; `power` is Wᵀ."""
-    time = inputs.shape[1]
-    halvings = (max(time - 1, 0) // LOOP_LENGTH).bit_length()
-    padded = F.pad(inputs, (0, 0, 0, -time % 2**halvings))
-    return _odd_even(padded, power, halvings, backwards=backwards)[:, :time]
-
-
-def _odd_even(inputs: Tensor, power: Tensor, halvings: int, *, backwards: bool) -> Tensor:
+def _odd_even(inputs: Tensor, power: Tensor, halvings: int) -> Tensor:
+    """The states of the linear recurrence; `power` is Wᵀ, and `time` divisible by 2^halvings."""
+    batch, time, width = inputs.shape
     if not halvings:
-        return _loop(inputs, power, backwards=backwards)
-    batch, _, width = inputs.shape
+        states = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+        state = inputs.new_zeros(batch, width)
+        for t in range(time):
+            state = torch.addmm(inputs[:, t], state, power)
+            states[:, t] = state
+        return states
     pairs = inputs.reshape(-1, 2 * width)
     even, odd = pairs[:, :width], pairs[:, width:]
-    # a pair is merged at the one of its times that the recurrence reaches last
-    merged = torch.addmm(even, odd, power) if backwards else torch.addmm(odd, even, power)
-    merged = _odd_even(merged.view(batch, -1, width), power @ power, halvings - 1, backwards=backwards)
-    merged = merged.view(-1, width)
+    merged = torch.addmm(odd, even, power).view(batch, -1, width)
+    merged = _odd_even(merged, power @ power, halvings - 1).view(-1, width)
     states = torch.empty_like(pairs)
-    if backwards:
-        states[:, :width] = merged
-        states[:-1, width:] = torch.addmm(odd[:-1], merged[1:], power)
-        states.view(batch, -1, 2 * width)[:, -1, width:] = odd.unflatten(0, (batch, -1))[:, -1]
-    else:
-        states[:, width:] = merged
-        states[1:, :width] = torch.addmm(even[1:], merged[:-1], power)
-        states.view(batch, -1, 2 * width)[:, 0, :width] = even.unflatten(0, (batch, -1))[:, 0]
+    states[:, width:] = merged
+    states[1:, :width] = torch.addmm(even[1:], merged[:-1], power)
+    states.view(batch, -1, 2 * width)[:, 0, :width] = even.unflatten(0, (batch, -1))[:, 0]
     return states.view(batch, -1, width)
-
-
-def _loop(inputs: Tensor, power: Tensor, *, backwards: bool) -> Tensor:
-    states = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-    state = inputs.new_zeros(inputs.shape[0], inputs.shape[2])
-    times = range(inputs.shape[1])
-    for t in reversed(times) if backwards else times:
-        state = torch.addmm(inputs[:, t], state, power)
-        states[:, t] = state
-    return states

@@ -1,4 +1,4 @@
-"""The picture of a benchmark of peers: bars, a panel for each case and figure."""
+"""The pictures of the benchmarks: bars, a panel for each case and figure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ def draw_bars(
     path: Path,
     *,
     case: Callable[[dict[str, Any]], str],
+    name: Callable[[dict[str, Any]], str],
     panels: Sequence[tuple[str, float, str]],
     ours: str,
 ) -> None:
-    """One line of panels per case.
+    """One line of panels per case; a ratio's 1 is a broken line.
 
     Args:
-        rows: as the benchmark wrote them, with the name of the peer under "peer".
+        rows: as the benchmark wrote them; a bar each, where the column of the panel has a value.
         path: a PNG file.
         case: the title of the panels that a row belongs to.
+        name: the label of a row's bar.
         panels: column, unit that it is divided by, label.
-        ours: peers whose name begins so are coloured.
+        ours: bars whose name begins so are coloured.
     """
     from matplotlib.figure import Figure  # matplotlib takes its time
 
@@ -37,11 +39,13 @@ def draw_bars(
     axes = figure.subplots(len(cases), len(panels), squeeze=False, height_ratios=heights)
     for line, each in zip(axes, cases, strict=True):
         for ax, (column, unit, label) in zip(line, panels, strict=True):
-            there = [row for row in shown[each] if row[column] is not None]
-            names = [row["peer"] for row in there]
-            colors = [COLORS[0] if name.startswith(ours) else "0.6" for name in names]
+            there = [row for row in shown[each] if row.get(column) is not None]
+            names = [name(row) for row in there]
+            colors = [COLORS[0] if each_name.startswith(ours) else "0.6" for each_name in names]
             bars = ax.barh(names, [row[column] / unit for row in there], color=colors)
             ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+            if " / " in column:
+                ax.axvline(1, color="black", linestyle="--", lw=1)
             ax.set(xlabel=label, title=each)
             ax.set_axisbelow(True)
             ax.invert_yaxis()

@@ -1,12 +1,12 @@
-"""The peers of `loss_head.py` and `loss_head_gpu.py`: losses of a head on one set of inputs, ours and those of others.
+"""The peers of `loss_head.py`: losses of a head on one set of inputs, ours and those of others.
 
-Packages of others are imported when a peer is asked for. What each of them is stands in those files.
+Packages of others are imported when a peer runs. What each peer is stands in that file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -18,54 +18,46 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_temporal import weighted_linear_cross_entropy
+from hf_temporal.linear_cross_entropy import triton_kernel
+from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms
 
-PRODUCTS, OURS, FALLBACK = "three products", "ours", "ours, PyTorch pass"
-CPU = torch.device("cpu")
-STOCK, BY_HAND = "stock mean", "weights by hand"
+PRODUCTS, TARGET_PRODUCTS = "three products", "… of the targets"
+STOCK, BY_HAND, OURS, TRITONLESS = "stock mean", "weights by hand", "ours", "ours, PyTorch pass"
+POLICIES = ("auto", "accurate", "balanced", "compact")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves hidden [N, H], head [V, H] and, where there is one, bias [V]; targets [N]; weights [N], not uniform.
+    """Leaves hidden [N, H], head [V, H] and bias [V], which most peers leave out; targets [N]; weights [N].
 
-    Where a position is masked its target is −100 and its weight 0.
+    Where a position is masked its target is −100 and its weight 0. The other weights are not uniform.
     """
 
     hidden: Tensor
     head: Tensor
+    bias: Tensor
     targets: Tensor
     weights: Tensor
-    bias: Tensor | None = None
 
     @classmethod
     def make(
-        cls,
-        N: int,
-        H: int,
-        V: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device = CPU,
-        seed: int,
-        bias: bool = False,
-        masked: float = 0.0,
+        cls, N: int, H: int, V: int, *, dtype: torch.dtype, seed: int, masked: float = 0.0, device: str = "cpu"
     ) -> Inputs:
         """Random inputs; exactly the share `masked` of the positions, at random places, has no target."""
         torch.manual_seed(seed)
         hidden = torch.randn(N, H, dtype=dtype, device=device)
         head = torch.randn(V, H, dtype=dtype, device=device).mul_(H**-0.5)
+        bias = torch.randn(V, dtype=dtype, device=device)
         targets, weights = torch.randint(V, (N,), device=device), torch.rand(N, device=device) + 0.5
         if masked:
             targets[torch.randperm(N, device=device)[: round(masked * N)]] = -100
             weights *= targets != -100
-        last = torch.randn(V, dtype=dtype, device=device).requires_grad_() if bias else None
-        return cls(hidden.requires_grad_(), head.requires_grad_(), targets, weights, last)
+        return cls(hidden.requires_grad_(), head.requires_grad_(), bias.requires_grad_(), targets, weights)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """What gets a gradient."""
-        leaves = {"hidden": self.hidden, "head": self.head}
-        return leaves if self.bias is None else {**leaves, "bias": self.bias}
+        """What may get a gradient."""
+        return {"hidden": self.hidden, "head": self.head, "bias": self.bias}
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -74,8 +66,8 @@ class Inputs:
 
     def double(self) -> Inputs:
         """The same in float64, as new leaves."""
-        hidden, head, *bias = (leaf.detach().double().requires_grad_() for leaf in self.leaves.values())
-        return Inputs(hidden, head, self.targets, self.weights.double(), *bias)
+        hidden, head, bias = (leaf.detach().double().requires_grad_() for leaf in self.leaves.values())
+        return Inputs(hidden, head, bias, self.targets, self.weights.double())
 
 
 def weighted_mean(losses: Tensor, inputs: Inputs) -> Tensor:
@@ -92,18 +84,32 @@ def three_products(inputs: Inputs, of_targets: bool = False) -> None:
     _ = logits @ head, logits.T @ hidden
 
 
-def ours(inputs: Inputs, chunk_size: int | None = None, **options: Any) -> Tensor:
+def ours(inputs: Inputs, with_bias: bool = False, frozen: bool = False, **options: Any) -> Tensor:
     """Gradients in the forward pass, by chunks of positions."""
-    tensors = (inputs.hidden, inputs.head, inputs.targets, inputs.weights / inputs.weights.sum())
-    return weighted_linear_cross_entropy(*tensors, **{"bias": inputs.bias, "chunk_size": chunk_size} | options)
+    head = inputs.head.detach() if frozen else inputs.head
+    weights = inputs.weights / inputs.weights.sum()
+    bias = inputs.bias if with_bias else None
+    return weighted_linear_cross_entropy(inputs.hidden, head, inputs.targets, weights, bias=bias, **options)
 
 
-def ours_without_triton(inputs: Inputs, **options: Any) -> Tensor:
+def ours_with_adapter(inputs: Inputs) -> Tensor:
+    """With an adapter of rank 8 on a frozen head: no gradient of the head's size."""
+    down = torch.full_like(inputs.hidden[:1], 0.1).repeat(8, 1).detach().requires_grad_()
+    up = torch.full_like(inputs.head[:, :1], 0.1).repeat(1, 8).detach().requires_grad_()
+    terms = [(inputs.hidden, inputs.head.detach()), (inputs.hidden @ down.T, up)]
+    return weighted_linear_cross_entropy_terms(terms, inputs.targets, inputs.weights / inputs.weights.sum())
+
+
+def ours_emulated(inputs: Inputs) -> Tensor:
+    """As on a CPU without instructions for 16 bits."""
+    with mock.patch.object(torch.cpu, "get_capabilities", return_value={}):
+        return ours(inputs)
+
+
+def ours_without_triton(inputs: Inputs) -> Tensor:
     """As where Triton is not installed."""
-    from hf_temporal.linear_cross_entropy import triton_kernel  # not a public name
-
     with mock.patch.object(triton_kernel, "is_available", return_value=False):
-        return ours(inputs, **options)
+        return ours(inputs)
 
 
 def stock_mean(inputs: Inputs) -> Tensor:
@@ -112,10 +118,14 @@ def stock_mean(inputs: Inputs) -> Tensor:
 
 
 def weights_by_hand(
-    inputs: Inputs, logit_scale: float = 1.0, softcap: float | None = None, label_smoothing: float = 0.0
+    inputs: Inputs,
+    with_bias: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """What users write."""
-    logits = F.linear(inputs.hidden, inputs.head, inputs.bias)
+    logits = F.linear(inputs.hidden, inputs.head, inputs.bias if with_bias else None)
     if logits.dtype != torch.float64:
         logits = logits.float()
     if logit_scale != 1:
@@ -133,35 +143,23 @@ def torch_chunked(inputs: Inputs, **policy: Any) -> Tensor:
     return weighted_mean(losses, inputs)
 
 
-class HeadOnly:
+class HeadOnly(SimpleNamespace):
     """As much of a causal language model as TRL's fused head touches: its backbone returns the hidden states."""
-
-    def __init__(self, hidden: Tensor, head: Tensor) -> None:
-        self.hidden, self.head = hidden, head
-        self.config: Any = SimpleNamespace(get_text_config=lambda: self.config)
-
-    def base_model(self, **_: Any) -> SimpleNamespace:
-        """The hidden states, as one row."""
-        return SimpleNamespace(last_hidden_state=self.hidden.unsqueeze(0))
-
-    def get_output_embeddings(self) -> SimpleNamespace:
-        """The head."""
-        return SimpleNamespace(weight=self.head, bias=None)
 
     def forward(self, **_: Any) -> Any:
         """Replaced by trl."""
 
 
-def log_probabilities_of_trl(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """log p of the targets [N], by TRL's fused head."""
-    model: Any = HeadOnly(hidden, head)
-    import_module("trl.trainer").add_fused_lm_head(model)
-    return model.forward(shift_labels=targets.unsqueeze(0), fused_lm_head=True).log_probs.squeeze(0)
-
-
 def trl_fused_head(inputs: Inputs) -> Tensor:
-    """TRL's log-probabilities, times the weights."""
-    return weighted_mean(-log_probabilities_of_trl(inputs.hidden, inputs.head, inputs.targets), inputs)
+    """The log-probabilities of TRL's fused head, times the weights."""
+    model: Any = HeadOnly(
+        config=SimpleNamespace(get_text_config=lambda: model.config),
+        base_model=lambda **_: SimpleNamespace(last_hidden_state=inputs.hidden.unsqueeze(0)),
+        get_output_embeddings=lambda: SimpleNamespace(weight=inputs.head, bias=None),
+    )
+    import_module("trl.trainer").add_fused_lm_head(model)
+    found = model.forward(shift_labels=inputs.targets.unsqueeze(0), fused_lm_head=True)
+    return weighted_mean(-found.log_probs.squeeze(0), inputs)
 
 
 def liger(inputs: Inputs, reduction: str, accum_dtype: torch.dtype | None = None) -> Tensor:
@@ -180,55 +178,38 @@ def cut_cross_entropy(inputs: Inputs, filter_eps: str | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Peer:
-    """How to compute a loss; what has to be there for it; whether it has weights and the options of `CHECKS`."""
+    """How a loss is computed; `weights_by_hand` with the same options is what it is checked against."""
 
     loss: Callable[..., Tensor | None]
-    module: str | None = None
-    gpu_only: bool = False
-    weighted: bool = True
-    has_options: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    device: str | None = None  # where alone it runs
+    weighted: bool = True  # whether it computes what `weights_by_hand` does
 
-    def missing(self, device: torch.device) -> str | None:
-        """Why it cannot be run here."""
-        if self.gpu_only and device.type == "cpu":
-            return "needs a GPU"
-        if self.loss is torch_chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            return f"torch {torch.__version__} has none"
-        try:
-            import_module(self.module or "torch")
-        except (ImportError, RuntimeError, OSError, AttributeError) as error:
-            return f"cannot be imported: {first_line(error)}"
-        return None
-
-    def run(self, inputs: Inputs, **options: Any) -> Tensor | None:
+    def run(self, inputs: Inputs) -> Tensor | None:
         """Loss, and gradients in the leaves."""
-        loss = self.loss(inputs, **options)
+        loss = self.loss(inputs, **self.options)
         if loss is not None:
             loss.backward()
         return loss
 
 
-LIGER, CCE = "liger_kernel.transformers.functional", "cut_cross_entropy"
 PEERS: dict[str, Peer] = {
     PRODUCTS: Peer(three_products, weighted=False),
-    OURS: Peer(ours, has_options=True),
-    FALLBACK: Peer(ours_without_triton, has_options=True),
+    TARGET_PRODUCTS: Peer(partial(three_products, of_targets=True), weighted=False),
     STOCK: Peer(stock_mean, weighted=False),
-    BY_HAND: Peer(weights_by_hand, has_options=True),
-    "torch chunked": Peer(torch_chunked),
-    "TRL fused head": Peer(trl_fused_head, "trl.trainer"),
-    "Liger mean": Peer(partial(liger, reduction="mean"), LIGER, gpu_only=True, weighted=False),
-    "Liger mean, float32 sums": Peer(
-        partial(liger, reduction="mean", accum_dtype=torch.float32), LIGER, gpu_only=True, weighted=False
-    ),
-    "Liger × weights": Peer(partial(liger, reduction="none", accum_dtype=torch.float32), LIGER, gpu_only=True),
-    "CCE exact": Peer(partial(cut_cross_entropy, filter_eps=None), CCE, gpu_only=True),
-    "CCE filtered": Peer(partial(cut_cross_entropy, filter_eps="high"), CCE, gpu_only=True),
+    BY_HAND: Peer(weights_by_hand),
+    **{f"torch {policy}": Peer(partial(torch_chunked, acc_policy=policy)) for policy in POLICIES},
+    "TRL": Peer(trl_fused_head),
+    "Liger mean": Peer(partial(liger, reduction="mean"), device="cuda", weighted=False),
+    "Liger × weights": Peer(partial(liger, reduction="none", accum_dtype=torch.float32), device="cuda"),
+    "CCE exact": Peer(partial(cut_cross_entropy, filter_eps=None), device="cuda"),
+    "CCE filtered": Peer(partial(cut_cross_entropy, filter_eps="high"), device="cuda"),
+    OURS: Peer(ours),
+    TRITONLESS: Peer(ours_without_triton, device="cuda"),
+    "ours, soft cap": Peer(ours, {"softcap": 30.0}),
+    "ours, scale and bias": Peer(ours, {"with_bias": True, "logit_scale": 0.5}),
+    "ours, label smoothing": Peer(ours, {"label_smoothing": 0.1}),
+    "ours, adapter": Peer(ours_with_adapter, weighted=False),
+    "ours, frozen head": Peer(partial(ours, frozen=True)),
+    "ours, 16 bits emulated": Peer(ours_emulated, device="cpu"),
 }
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, short enough for a table."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]

@@ -6,10 +6,10 @@ A few seconds, on a toy:
 
     python recipes/benchmarks/loss_head.py --shapes 64,16,500 --repeats 2
 
-The picture of figures that are there, of this script's own file or of a machine's:
+On a GPU, where values and gradients are first compared with float64:
 
-    python recipes/benchmarks/loss_head.py --shapes 2048,512,32000 --masked 0.75 \
-        --redraw recipes/results/benchmarks_avx512.json --picture docs/pictures/loss_head.png
+    python recipes/benchmarks/loss_head.py --device cuda --dtypes bfloat16 --masked 0 --check 2048,512,32000 \
+        --shapes 16384,2048,248320 8192,4096,151936 --output outputs/gpu.json --picture outputs/gpu.png
 
 The peers, each with the gradients of hidden states [N, H] and head [V, H]:
   three products      logits, gradient of the hidden states, gradient of the head: 6 N V H operations, the floor
@@ -18,156 +18,152 @@ The peers, each with the gradients of hidden states [N, H] and head [V, H]:
   weights by hand     full logits, cross-entropy of each token in float32, times the weights
   torch …             torch.nn.functional.linear_cross_entropy(reduction="none") under each of its accumulation
                       policies, times the weights
-  TRL                 the fused head of trl, its log-probabilities times the weights; where trl is installed
+  TRL                 the fused head of trl, its log-probabilities times the weights
+  Liger mean          on a GPU: liger_fused_linear_cross_entropy as it comes, without weights
+  Liger × weights     the same with reduction="none" and float32 sums, times the weights; it makes the logits twice
+  CCE exact           on a GPU: cut_cross_entropy's linear_cross_entropy(reduction="none"), times the weights
+  CCE filtered        the same without the gradients below 2⁻¹² (bfloat16), its own default. Random inputs, whose
+                      probabilities are all small, are what it is fastest on
   ours                hf_temporal.weighted_linear_cross_entropy
-  ours, …             with a soft cap; with scale and bias; with label smoothing; with an adapter of rank 8 on a frozen
-                      head; with a frozen head; with 16 bits as on a CPU without instructions for them
-Liger and Apple's cut cross-entropy need a GPU: loss_head_gpu.py.
+  ours, …             on a GPU without Triton; with a soft cap; with scale and bias; with label smoothing; with an
+                      adapter of rank 8 on a frozen head; with a frozen head; with 16 bits as on a CPU without
+                      instructions for them
+A peer that fails, because its package is not installed say, is a line with the reason.
 
 Each peer lives in a process of its own, so that its peak memory is its own. The processes run in turn, one at a time
 and in a rotating order, so that whatever else the machine does meets them alike: a ratio is the median of the ratios
 within a round. The first run of each is not timed; it gives the memory: the process's peak above what it held with
 the inputs made and the libraries warmed up on a small problem. Gradients count as memory, inputs do not. "beside /
 logits" is what is left without gradients, as a share of N × V float32 logits; ours in bfloat16 may sum the head's
-gradient in float32, which is in it.
+gradient in float32, which is in it. On a GPU the peak is that of what PyTorch had allocated, and each run is timed
+right after one that is not.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from importlib.util import find_spec
+from contextlib import ExitStack, closing
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import measured
 import torch
 from bars import draw_bars
-from head_peers import (
-    BY_HAND,
-    PRODUCTS,
-    STOCK,
-    Inputs,
-    Peer,
-    ours,
-    stock_mean,
-    three_products,
-    torch_chunked,
-    trl_fused_head,
-    weights_by_hand,
-)
-from measured import Child, ended, environment, in_turn, memory, peak_memory, read_rows, spread, table, write
+from head_peers import BY_HAND, OURS, PEERS, PRODUCTS, STOCK, TARGET_PRODUCTS, Inputs, Peer
+from measured import Child
 from torch import Tensor
 
+from hf_temporal.finetuning.tables import table
+
 SHAPES = ["2048,512,32000", "1024,1024,128256"]
-PRELOADED = ["hf_temporal.linear_cross_entropy.function"]
-TARGET_PRODUCTS = "… of the targets"
-EMULATED = "ours, 16 bits emulated"
-OUTPUTS = ("output", "picture", "redraw")
-POLICIES = ("auto", "accurate", "balanced", "compact")
-COLUMNS = [
-    "N", "H", "V", "dtype", "masked", "peer", "seconds", "noise", "time / products", "time / products of targets",
-    "time / stock", "MiB", "memory / stock", "beside / logits",
-]  # fmt: skip
+PRELOADED = ["hf_temporal.finetuning.report", "hf_temporal.linear_cross_entropy.function"]
+CASE = ("N", "H", "V", "dtype", "masked")
+COLUMNS = (
+    *CASE, "peer", "seconds", "noise", "time / products", "time / products of targets", "time / stock", "MiB",
+    "memory / stock", "beside / logits", "note",
+)  # fmt: skip
+CHECK_COLUMNS = ("peer", "of", "error", "error / by hand", "right", "note")
+ALLOWED = 2.0  # times the error of full logits in the same dtype, by hand
+FAILURES = (ImportError, AttributeError, RuntimeError, OSError)  # of a peer's package
+NOISE = 1e-5  # an error below it is right whatever that one is
 
 
-def ours_with_bias(inputs: Inputs) -> Tensor:
-    """With bias and scale."""
-    return ours(inputs, bias=torch.zeros(len(inputs.head), requires_grad=True), logit_scale=0.5)
+def serve(connection: Connection, name: str, case: dict[str, Any], threads: int) -> None:
+    """Run the peer once for every message received, and answer (seconds, peak bytes above the inputs so far).
 
-
-def ours_with_adapter(inputs: Inputs) -> Tensor:
-    """With an adapter of rank 8 on a frozen head: no gradient of the head's size."""
-    from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms  # not a public name
-
-    down = torch.full((8, inputs.hidden.shape[1]), 0.1, dtype=inputs.hidden.dtype, requires_grad=True)
-    up = torch.full((len(inputs.head), 8), 0.1, dtype=inputs.hidden.dtype, requires_grad=True)
-    terms = [(inputs.hidden, inputs.head.detach()), (inputs.hidden @ down.T, up)]
-    return weighted_linear_cross_entropy_terms(terms, inputs.targets, inputs.weights / inputs.weights.sum())
-
-
-def ours_emulated(inputs: Inputs) -> Tensor:
-    """As on a CPU without instructions for 16 bits."""
-    with mock.patch.object(torch.cpu, "get_capabilities", return_value={}):
-        return ours(inputs)
-
-
-PEERS: dict[str, Peer] = {
-    PRODUCTS: Peer(three_products),
-    TARGET_PRODUCTS: Peer(partial(three_products, of_targets=True)),
-    STOCK: Peer(stock_mean),
-    BY_HAND: Peer(weights_by_hand),
-    **{f"torch {policy}": Peer(partial(torch_chunked, acc_policy=policy)) for policy in POLICIES},
-    "TRL": Peer(trl_fused_head),
-    "ours": Peer(ours),
-    "ours, soft cap": Peer(partial(ours, softcap=30.0)),
-    "ours, scale and bias": Peer(ours_with_bias),
-    "ours, label smoothing": Peer(partial(ours, label_smoothing=0.1)),
-    "ours, adapter": Peer(ours_with_adapter),
-    "ours, frozen head": Peer(lambda inputs: ours(replace(inputs, head=inputs.head.detach()))),
-    EMULATED: Peer(ours_emulated),
-}
-
-
-def serve(connection: Connection, peer: str, case: dict[str, Any], threads: int) -> None:
-    """Run the peer once for every message received, and answer (seconds, peak bytes above the inputs so far)."""
+    If the first run fails the answer is the reason.
+    """
     torch.set_num_threads(threads)
-    small = Inputs.make(8, 16, 32, dtype=case["dtype"], masked=0.5, seed=0)
-    PEERS[peer].run(small)
-    inputs = Inputs.make(**case)
-    before = memory()
+    peer, on_gpu = PEERS[name], case["device"] == "cuda"
+    peak = torch.cuda.max_memory_allocated if on_gpu else measured.peak_memory
+    try:
+        peer.run(Inputs.make(**{**case, "N": 8, "H": 16, "V": 32, "masked": 0.5}))
+        inputs = Inputs.make(**case)
+        before = torch.cuda.memory_allocated() if on_gpu else measured.memory()
+        connection.recv()
+        connection.send((timed(peer, inputs, on_gpu), peak() - before))
+    except FAILURES as error:
+        connection.send(first_line(error))
+        return
     while connection.recv():
+        connection.send((timed(peer, inputs, on_gpu), peak() - before))
+
+
+def timed(peer: Peer, inputs: Inputs, on_gpu: bool) -> float:
+    """Seconds of one run; on a GPU of a second one, for which the allocator has all that it needs."""
+    if on_gpu:
+        peer.run(inputs)
+        torch.cuda.synchronize()
+    inputs.clear()
+    start = time.perf_counter()
+    peer.run(inputs)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    if on_gpu:  # the other processes need the memory
         inputs.clear()
-        start = time.perf_counter()
-        PEERS[peer].run(inputs)
-        seconds = time.perf_counter() - start
-        connection.send((seconds, peak_memory() - before))
+        gc.collect()
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough for a table."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "failed: out of memory"
+    return f"failed: {(str(error).strip().splitlines() or [type(error).__name__])[0][:100]}"
+
+
+def applies(peer: str, case: dict[str, Any]) -> bool:
+    """Whether a peer has a meaning in a case."""
+    if peer == TARGET_PRODUCTS:
+        return bool(case["masked"])
+    return PEERS[peer].device in (None, case["device"]) and ("16 bits" not in peer or case["dtype"].itemsize == 2)
 
 
 def measure(case: dict[str, Any], chosen: Sequence[str], repeats: int, threads: int) -> list[dict[str, Any]]:
     """A row per peer: median time, noise, memory, and the ratios to the floor and to stock in the same round."""
-    peers = [peer for peer in PEERS if peer in chosen and _applies(peer, case)]
-    with ended(Child(peer, serve, peer, case, threads, preload=PRELOADED) for peer in peers) as children:
-        mebibytes = {child.name: child.step()[1] / 2**20 for child in children}
-        answers = in_turn(children, repeats)
-    seconds = {peer: [time for time, _ in mine] for peer, mine in zip(peers, answers, strict=True)}
+    peers = [peer for peer in PEERS if peer in chosen and applies(peer, case)]
+    with ExitStack() as stack:
+        children = [
+            stack.enter_context(closing(Child(peer, serve, peer, case, threads, preload=PRELOADED))) for peer in peers
+        ]
+        first = {child.name: child.step() for child in children}
+        running = [child for child in children if not isinstance(first[child.name], str)]
+        answers = measured.in_turn(running, repeats)
+    seconds = {child.name: [time for time, _ in mine] for child, mine in zip(running, answers, strict=True)}
+    mebibytes = {peer: first[peer][1] / 2**20 for peer in seconds}
 
     def ratio(peer: str, other: str) -> float | None:
-        if other not in seconds:
-            return ratio(peer, PRODUCTS) if other == TARGET_PRODUCTS and not case["masked"] else None
-        return statistics.median(a / b for a, b in zip(seconds[peer], seconds[other], strict=True))
+        if other == TARGET_PRODUCTS and not case["masked"]:
+            other = PRODUCTS
+        return measured.median_ratio(seconds[peer], seconds[other]) if other in seconds else None
 
-    return [
-        {
-            **{name: case[name] for name in ("N", "H", "V", "masked")},
-            "dtype": str(case["dtype"]).removeprefix("torch."),
-            "peer": peer,
-            "seconds": statistics.median(seconds[peer]),
-            "noise": spread(seconds[peer]),
-            "time / products": ratio(peer, PRODUCTS),
-            "time / products of targets": ratio(peer, TARGET_PRODUCTS),
-            "time / stock": ratio(peer, STOCK),
-            "MiB": mebibytes[peer],
-            "memory / stock": mebibytes[peer] / mebibytes[STOCK] if STOCK in mebibytes else None,
-            "beside / logits": (mebibytes[peer] * 2**20 - _gradients(peer, case)) / (4 * case["N"] * case["V"]),
-            "all_seconds": seconds[peer],
-        }
-        for peer in peers
-    ]
-
-
-def _applies(peer: str, case: dict[str, Any]) -> bool:
-    if peer == TARGET_PRODUCTS:
-        return bool(case["masked"])
-    if peer == "TRL":
-        return find_spec("trl") is not None
-    return peer != EMULATED or case["dtype"] == torch.bfloat16
+    rows = []
+    for peer in peers:
+        row = {**case, "dtype": str(case["dtype"]).removeprefix("torch."), "peer": peer}
+        if peer in seconds:
+            row |= {
+                "seconds": statistics.median(seconds[peer]),
+                "noise": measured.spread(seconds[peer]),
+                "time / products": ratio(peer, PRODUCTS),
+                "time / products of targets": ratio(peer, TARGET_PRODUCTS),
+                "time / stock": ratio(peer, STOCK),
+                "MiB": mebibytes[peer],
+                "memory / stock": mebibytes[peer] / mebibytes[STOCK] if STOCK in mebibytes else None,
+                "beside / logits": (mebibytes[peer] * 2**20 - _gradients(peer, case)) / (4 * case["N"] * case["V"]),
+            }
+        else:
+            row["note"] = first[peer]
+        rows.append({**row, "all_seconds": seconds.get(peer, [])})
+    return rows
 
 
 def _gradients(peer: str, case: dict[str, Any]) -> int:
@@ -177,58 +173,91 @@ def _gradients(peer: str, case: dict[str, Any]) -> int:
     return N * H * itemsize + head
 
 
+def check(case: dict[str, Any], chosen: Sequence[str]) -> list[dict[str, Any]]:
+    """Errors of loss and gradients against float64, and how many times those of full logits in the same dtype."""
+    inputs = Inputs.make(**case)
+    exact = inputs.double()
+    rows: list[dict[str, Any]] = []
+    for name in chosen:
+        peer = PEERS[name]
+        if not peer.weighted or not applies(name, case):
+            continue
+        by_hand = Peer(PEERS[BY_HAND].loss, peer.options)
+        expected, usual = _results(by_hand, exact), _results(by_hand, inputs)
+        try:
+            found = _results(peer, inputs)
+        except FAILURES as error:
+            rows.append({"peer": name, "right": None, "note": first_line(error)})
+            continue
+        for of, mine in found.items():
+            errors, others = _errors(mine, expected[of]), _errors(usual[of], expected[of])
+            ratio = max(error / max(other, 1e-300) for error, other in zip(errors, others, strict=True))
+            right = ratio <= ALLOWED or max(errors) <= NOISE
+            rows.append({"peer": name, "of": of, "error": errors[0], "error / by hand": ratio, "right": right})
+    return rows
+
+
+def _results(peer: Peer, inputs: Inputs) -> dict[str, Tensor]:
+    inputs.clear()
+    loss = peer.run(inputs)
+    assert loss is not None
+    return {"loss": loss.detach()} | {name: x.grad for name, x in inputs.leaves.items() if x.grad is not None}
+
+
+def _errors(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """‖error‖ / ‖expected‖ in the Euclidean norm and in the largest component."""
+    error = found.double() - expected
+    return float(error.norm() / expected.norm()), float(error.abs().max() / expected.abs().max())
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure every case, print its table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure every case, print its table, write the JSON.
+
+    Raises:
+        SystemExit: with --check, if ours missed the accuracy that it promises.
+    """
+    parser = measured.parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="positions, width, vocabulary: N,H,V")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--masked", nargs="+", type=float, default=[0.0, 0.75], help="share of positions without target"
-    )
+    parser.add_argument("--masked", nargs="+", type=float, default=[0.0, 0.75], help="shares without target")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="PEER")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--picture", type=Path, help="PNG file to draw")
-    parser.add_argument("--redraw", type=Path, help="JSON file to draw the cases of, in place of measuring them")
-    settings = parser.parse_args(arguments)
-    if settings.redraw and not settings.picture:
-        parser.error("--redraw without --picture; accepted: both, or neither.")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--check", help="shape at which values and gradients are compared with float64 first")
+    settings = measured.parsed(parser, arguments)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device here; accepted: --device cpu.")
     cases = [
-        {**dict(zip("NHV", map(int, shape.split(",")), strict=True)), "dtype": dtype, "masked": masked}
-        for shape in settings.shapes
-        for dtype in settings.dtypes
-        for masked in settings.masked
+        {**_sizes(shape), "dtype": dtype, "masked": masked}
+        for shape, dtype, masked in product(settings.shapes, settings.dtypes, settings.masked)
     ]
     if settings.redraw:
-        rows = read_rows(settings.redraw, "loss_head")
-        draw([row for case in cases for row in _best(rows, case, settings.peers)], settings.picture)
+        rows = measured.most_repeated(measured.read_rows(settings.redraw, "loss_head"), (*CASE, "peer"))
+        rows = [row for row in rows if {key: row[key] for key in CASE} in cases and row["peer"] in settings.peers]
+        draw(rows, settings.picture)
         return {"rows": rows}
-    torch.set_num_threads(settings.threads)
-    results: dict[str, Any] = {
-        "benchmark": "loss_head",
-        **environment(),
-        "settings": {name: value for name, value in vars(settings).items() if name not in OUTPUTS},
-        "rows": [],
-    }
+    results: dict[str, Any] = {**measured.heading("loss_head", settings), "checks": [], "rows": []}
     print(json.dumps({key: results[key] for key in ("date", "hardware", "versions", "settings")}))
+    common = {"seed": settings.seed, "device": settings.device}
+    for dtype in settings.dtypes if settings.check else ():
+        case = {**_sizes(settings.check), **common, "dtype": getattr(torch, dtype), "masked": 0.0}
+        results["checks"] += (checks := check(case, settings.peers))
+        print(table(checks, CHECK_COLUMNS), flush=True)
     for case in cases:
-        inputs = {**case, "dtype": getattr(torch, case["dtype"]), "seed": settings.seed}
+        inputs = {**case, **common, "dtype": getattr(torch, case["dtype"])}
         rows = measure(inputs, settings.peers, settings.repeats, settings.threads)
         print(table(rows, COLUMNS), flush=True)
         results["rows"] += rows
-        write(settings.output, results)
+        measured.write(settings.output, results)
     if settings.picture:
         draw(results["rows"], settings.picture)
+    wrong = [row for row in results["checks"] if row["peer"].startswith(OURS) and not row["right"]]
+    if wrong:
+        sys.exit(f"more than {ALLOWED} × the error of full logits:\n{table(wrong, CHECK_COLUMNS)}")
     return results
 
 
-def _best(rows: Sequence[dict[str, Any]], case: dict[str, Any], peers: Sequence[str]) -> list[dict[str, Any]]:
-    """The row of each peer in a case; where several runs measured it, that of most repeats."""
-    mine = [row for row in rows if all(row[key] == value for key, value in case.items())]
-    best = {row["peer"]: row for row in sorted(mine, key=lambda row: len(row["all_seconds"]))}
-    return [best[peer] for peer in peers if peer in best]
+def _sizes(shape: str) -> dict[str, int]:
+    return dict(zip("NHV", map(int, shape.split(",")), strict=True))
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -237,11 +266,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         rows,
         path,
         case=lambda row: "{N:,} × {H:,} × {V:,}, {dtype}, {masked:.0%} masked".format(**row),
+        name=lambda row: row["peer"],
         panels=[
             ("time / products of targets", 1.0, "time / three products of the targets"),
             ("MiB", 1024.0, "memory above the inputs (GiB)"),
         ],
-        ours="ours",
+        ours=OURS,
     )
 
 

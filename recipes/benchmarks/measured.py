@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes that take turns, noise, memory, and the JSON file of the figures."""
+"""What the benchmarks share: processes that take turns, noise, memory, options, and the JSON file of the figures."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ import os
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hf_temporal.finetuning.tables import environment, table
+import torch
 
-__all__ = [
-    "Child",
-    "ended",
-    "environment",
-    "in_turn",
-    "memory",
-    "peak_memory",
-    "read_rows",
-    "spread",
-    "table",
-    "write",
-]
+from hf_temporal.finetuning.report import write_json
+from hf_temporal.finetuning.tables import environment
 
 
 class Child:
@@ -52,17 +43,13 @@ class Child:
         theirs.close()
 
     def step(self) -> Any:
-        """Give the command and return the answer."""
-        with suppress(ConnectionError):  # receive() says why the process is gone
-            self.connection.send(True)
-        return self.receive()
-
-    def receive(self) -> Any:
-        """The next thing that the process sends.
+        """Give the command and return the answer.
 
         Raises:
-            RuntimeError: it ended without one, for want of memory perhaps; the message holds what it printed.
+            RuntimeError: the process ended without one, for want of memory perhaps; the message holds what it printed.
         """
+        with suppress(ConnectionError):  # what follows says why the process is gone
+            self.connection.send(True)
         try:
             return self.connection.recv()
         except (EOFError, ConnectionError) as error:
@@ -71,22 +58,11 @@ class Child:
             message = f"{self.name!r} ended early with exit code {self.process.exitcode}"
             raise RuntimeError(f"{message}\n{said}".rstrip()) from error
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Stop the process."""
         self.process.terminate()
         self.process.join()
         self.connection.close()
-
-
-@contextmanager
-def ended(children: Iterator[Child]) -> Iterator[list[Child]]:
-    """The children in a list; they end with the block."""
-    with ExitStack() as stack:
-        started = []
-        for child in children:
-            started.append(child)
-            stack.callback(child.end)
-        yield started
 
 
 def in_turn(children: Sequence[Child], repeats: int) -> list[list[Any]]:
@@ -111,6 +87,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios within a round."""
+    return statistics.median(one / other for one, other in zip(values, others, strict=True))
+
+
 def spread(values: Sequence[float]) -> float:
     """(third − first quartile) / median: the noise of repeated measurements as a share of what was measured."""
     if len(values) < 2:
@@ -119,13 +100,44 @@ def spread(values: Sequence[float]) -> float:
     return (third - first) / middle
 
 
+def parser_of(description: str | None) -> ArgumentParser:
+    """A parser with the options that the benchmarks have in common."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--picture", type=Path, help="PNG file to draw")
+    parser.add_argument("--redraw", type=Path, help="JSON file to draw the rows of, in place of measuring them")
+    return parser
+
+
+def parsed(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
+    """The settings, whose number of threads is put in force."""
+    settings = parser.parse_args(arguments)
+    if settings.redraw and not settings.picture:
+        parser.error("--redraw without --picture; accepted: both, or neither.")
+    torch.set_num_threads(settings.threads)
+    return settings
+
+
+def heading(benchmark: str, settings: Namespace) -> dict[str, Any]:
+    """What a file of results begins with: machine, versions and settings."""
+    asked = {name: value for name, value in vars(settings).items() if name not in ("output", "picture", "redraw")}
+    return {"benchmark": benchmark, **environment(), "settings": asked}
+
+
+def most_repeated(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each combination of the keys' values: that of most repeats, where several runs measured the same."""
+    best = {tuple(row[key] for key in keys): row for row in sorted(rows, key=lambda row: len(row["all_seconds"]))}
+    return [row for row in rows if best[tuple(row[key] for key in keys)] is row]
+
+
 def write(path: Path | None, results: dict[str, Any]) -> None:
-    """Write the results as a JSON file that appears whole or not at all; nothing where no path is given."""
+    """Write the results as a JSON file; nothing where no path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_json(path, results)
 
 
 def read_rows(path: Path, benchmark: str) -> list[dict[str, Any]]:

@@ -7,41 +7,24 @@ import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 from measured import memory, peak_memory
 from peft import LoraConfig, get_peft_model
-from step_waits import Waits
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedTokenizerFast,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoConfig, Trainer, TrainerCallback
 
-from hf_temporal import (
-    TemporalSeq2SeqTrainingArguments,
-    TemporalTrainingArguments,
-    TemporalWeightSeq2SeqTrainer,
-    TemporalWeightTrainer,
-)
+import hf_temporal
 
 MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {
@@ -70,7 +53,6 @@ MODELS: dict[str, dict[str, Any]] = {
 STOCK, SFT = "stock", "SFTTrainer"
 TRAINERS = (STOCK, "by hand", SFT, "fused head", "full logits", "no head")
 TUNED = ("lora", "full")
-DTYPES = ("float32", "bfloat16")
 POWER = 1.0
 WARMUP = 2
 FIRST_TOKEN = 2  # of the random rows; 0 is T5's padding, 1 its end
@@ -93,8 +75,8 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Those that warm up, those that are timed, and the one whose waits are counted."""
-        return WARMUP + self.repeats + 1
+        """Those that warm up and those that are timed."""
+        return WARMUP + self.repeats
 
     @property
     def targets(self) -> int:
@@ -122,20 +104,13 @@ class ByHandTrainer(Trainer):
     loss_is_scaled_for_ga: bool | None = True
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Σ wℓ / number of target tokens, w = t^p rescaled to mean 1 over the targets of a row."""
-        labels = inputs.pop("labels")
-        if model.config.is_encoder_decoder:
-            outputs = model(**inputs, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels))
-            logits = outputs.logits
-        else:
-            outputs = model(**inputs)
-            logits, labels = outputs.logits[:, :-1], labels[:, 1:]
+        outputs, labels = _outputs(model, inputs)
+        logits = outputs.logits
+        if not model.config.is_encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
         is_target = labels != -100
         weights = is_target.cumsum(-1).float().pow(POWER) * is_target
@@ -147,31 +122,28 @@ class ByHandTrainer(Trainer):
 class HeadlessTrainer(Trainer):
     """What is left of a step without LM head and loss: no trainer can be faster."""
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """The mean of the hidden states at the target positions; they are the model's logits, its head being gone."""
-        del return_outputs, num_items_in_batch
-        labels = inputs.pop("labels")
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        outputs, labels = _outputs(model, inputs)
         is_target = labels != -100
-        return (model(**inputs).logits.mean(-1) * is_target).sum() / is_target.sum()
+        return (outputs.logits.mean(-1) * is_target).sum() / is_target.sum()
+
+
+def _outputs(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """What the model makes of a batch without its labels, and the labels."""
+    labels = inputs.pop("labels")
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    return model(**inputs), labels
 
 
 class OnCommand(TrainerCallback):
-    """Takes a step at each command and answers with its seconds, after the last with the memory, then the waits."""
+    """Takes a step at each command and answers with its seconds and the peak of the memory so far."""
 
-    def __init__(self, job: Job, connection: Connection) -> None:
-        self.job = job
+    def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.start = 0.0
         self.before = 0
-        self.waits = Waits()
 
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
         """The first command, when the model has seen a few tokens: what libraries allocate then is no trainer's."""
@@ -182,17 +154,11 @@ class OnCommand(TrainerCallback):
         self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The time since the last command, then the next command; the last step is counted, not timed."""
+        """The answer, then the next command."""
         del args, control
-        if state.global_step == self.job.steps:
-            self.waits.__exit__(None, None, None)
-            self.connection.send(dict(self.waits.at))
-            return
-        self.connection.send(time.perf_counter() - self.start)
-        self._wait()
-        if state.global_step == self.job.steps - 1:
-            self.connection.send(peak_memory() - self.before)
-            self.waits.__enter__()
+        self.connection.send((time.perf_counter() - self.start, peak_memory() - self.before))
+        if state.global_step < state.max_steps:
+            self._wait()
 
     def _wait(self) -> None:
         self.connection.recv()
@@ -201,8 +167,8 @@ class OnCommand(TrainerCallback):
 
 def build_model(job: Job) -> Any:
     """The model with random weights; without its LM head for "no head"."""
-    set_seed(job.seed)
-    auto = AutoModelForSeq2SeqLM if is_seq2seq(job.model) else AutoModelForCausalLM
+    transformers.set_seed(job.seed)
+    auto = transformers.AutoModelForSeq2SeqLM if is_seq2seq(job.model) else transformers.AutoModelForCausalLM
     model: Any = auto.from_config(AutoConfig.for_model(**MODELS[job.model]), dtype=getattr(torch, job.dtype))
     if job.trainer == "no head":
         model.set_output_embeddings(nn.Identity())
@@ -212,41 +178,36 @@ def build_model(job: Job) -> Any:
     return model
 
 
-def build_trainer(job: Job, folder: str, callbacks: Sequence[TrainerCallback] = (), waits: Waits | None = None) -> Any:
-    """The trainer of a job, ready to train; `waits`, while entered, then leaves out its data loader."""
+def build_trainer(job: Job, folder: str, callbacks: Sequence[TrainerCallback] = ()) -> Any:
+    """The trainer of a job, ready to train."""
     common: dict[str, Any] = {
         "output_dir": folder, "max_steps": job.steps, "per_device_train_batch_size": job.batch_size,
         "learning_rate": 1e-5, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
         "logging_strategy": "no", "seed": job.seed,
     }  # fmt: skip
-    given: dict[str, Any] = {
-        "model": build_model(job), "train_dataset": rows(job), "data_collator": default_data_collator,
-        "callbacks": [*callbacks],
-    }  # fmt: skip
+    given: dict[str, Any] = {"model": build_model(job), "train_dataset": rows(job), "callbacks": [*callbacks]}
     seq2seq = is_seq2seq(job.model)
-    kind: type[Trainer]
     if job.trainer == SFT:
         trl: Any = importlib.import_module("trl")
-        kind = trl.SFTTrainer
         arguments = trl.SFTConfig(**common, gradient_checkpointing=False, bf16=False, max_length=None)
-        given |= {"train_dataset": _plain(given["train_dataset"]), "processing_class": _tokenizer()}
-        del given["data_collator"]
-    elif job.trainer in ("fused head", "full logits"):
-        fused = "auto" if job.trainer == "fused head" else "off"
-        kind = TemporalWeightSeq2SeqTrainer if seq2seq else TemporalWeightTrainer
-        temporal = TemporalSeq2SeqTrainingArguments if seq2seq else TemporalTrainingArguments
-        arguments = temporal(**common, temporal_power=POWER, temporal_fused_head=fused)
+        # It reads lists, and takes the padding from a tokenizer, which is of one token here.
+        lists = {key: [row[key].tolist() for row in given["train_dataset"]] for key in ("input_ids", "labels")}
+        words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+        given |= {"train_dataset": Dataset.from_dict(lists), "processing_class": tokenizer}
+        return trl.SFTTrainer(args=arguments, **given)
+    kind: Any
+    if job.trainer in ("fused head", "full logits"):
+        common |= {"temporal_power": POWER, "temporal_fused_head": "auto" if job.trainer == "fused head" else "off"}
+        kind = hf_temporal.TemporalWeightSeq2SeqTrainer if seq2seq else hf_temporal.TemporalWeightTrainer
+        arguments = (
+            hf_temporal.TemporalSeq2SeqTrainingArguments if seq2seq else hf_temporal.TemporalTrainingArguments
+        )(**common)
     else:
-        stock = Seq2SeqTrainer if seq2seq else Trainer
+        stock = transformers.Seq2SeqTrainer if seq2seq else Trainer
         kind = {STOCK: stock, "by hand": ByHandTrainer, "no head": HeadlessTrainer}[job.trainer]
-        arguments = (Seq2SeqTrainingArguments if seq2seq else TrainingArguments)(**common)
-    if waits is None:
-        return kind(args=arguments, **given)
-
-    def get_batch_samples(trainer: Any, batches: Iterator[Any], *rest: Any) -> Any:
-        return kind.get_batch_samples(trainer, waits.outside(batches), *rest)
-
-    return type(kind.__name__, (kind,), {"get_batch_samples": get_batch_samples})(args=arguments, **given)
+        arguments = (transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments)(**common)
+    return kind(args=arguments, data_collator=transformers.default_data_collator, **given)
 
 
 def rows(job: Job) -> list[dict[str, Tensor]]:
@@ -266,23 +227,11 @@ def rows(job: Job) -> list[dict[str, Tensor]]:
     ]
 
 
-def _plain(tensors: list[dict[str, Tensor]]) -> Dataset:
-    """The rows as SFTTrainer reads tokenised ones: lists; its collator makes the mask anew."""
-    return Dataset.from_dict({key: [row[key].tolist() for row in tensors] for key in ("input_ids", "labels")})
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Of one token: SFTTrainer asks for a tokenizer and takes the padding from it."""
-    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
-
-
 def serve(connection: Connection, job: Job, log: Path) -> None:
     """Build the model and train it, a step per command; what is printed goes into a file."""
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(job.threads)
-    callback = OnCommand(job, connection)
     with tempfile.TemporaryDirectory() as folder:
-        build_trainer(job, folder, [callback], callback.waits).train()
+        build_trainer(job, folder, [OnCommand(connection)]).train()

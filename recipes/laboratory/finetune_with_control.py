@@ -1,11 +1,11 @@
-r"""Fine-tune a decoder-only model with something else in the place of t^p, to find out what of t^p matters.
+r"""Fine-tune a decoder-only model with a control in the place of t^p, to find out which property of t^p matters.
 
-A small Llama from scratch learns to copy ten digits, only the last part of its targets weighted:
+A small Llama learns from scratch to copy ten digits, with a loss on the last part of its targets alone:
 
     accelerate launch recipes/laboratory/finetune_with_control.py --config copying/small_llama --control late \
         --output_dir outputs/small_llama_late
 
-A look at the whole way in about a minute:
+A quick try of all steps, about a minute:
 
     accelerate launch recipes/laboratory/finetune_with_control.py --config copying/small_llama --control late \
         --max_steps 2 --max_eval_samples 4 --output_dir outputs/small_llama_late_look
@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, task_args, *_, control_args, training_args = parsed
     weighting = controlled(control_args, training_args)
     if weighting is not None and (task_args.suggest_power or task_args.search_power):
-        raise ValueError(f"control={control_args.control!r} has a weighting of its own; accepted: to train with it")
+        raise ValueError(
+            f"control={control_args.control!r} has a weighting of its own, so that no p can be suggested or searched; "
+            "accepted: control='power', or neither --suggest_power nor --search_power"
+        )
     run = prepare_causal_lm(parsed)
     trainer = CausalTrainer(
         run.model,

@@ -1,18 +1,18 @@
-r"""Train a model of the laboratory on a functional with a known memory, and see what of it the model has found.
+r"""Train a model of the laboratory on a functional with a known memory, and measure how much of it the model learns.
 
-A linear RNN learns a polynomial memory of a hundred lags, seconds on a CPU:
+A linear RNN learns a polynomial memory of a hundred lags, which takes seconds on a CPU:
 
     accelerate launch recipes/laboratory/train_functional.py --config recipes/laboratory/configs/linear_functional.yaml
 
-A look at the whole way in seconds:
+A quick try of all steps, seconds:
 
     accelerate launch recipes/laboratory/train_functional.py \
         --config recipes/laboratory/configs/linear_functional.yaml \
         --max_steps 4 --eval_samples 8 --output_dir outputs/linear_functional_look
 
-Other targets (`--target shift`), families (`--model_type memory_tcn`), nonlinear functionals (`--after 0.5`), series
-of mixed lengths (`--min_length 20`) and what takes the place of t^p (`--control late`) are flags. The same command
-continues a run that was interrupted.
+Flags choose another target (`--target shift`), family (`--model_type memory_tcn`), a nonlinear functional
+(`--after 0.5`), series of mixed lengths (`--min_length 20`) and a control in the place of t^p (`--control late`). The
+same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from hf_temporal.memory.models import FAMILIES
 from hf_temporal.trainer import TemporalWeightTrainer
 from hf_temporal.training_args import TemporalTrainingArguments
 
+ARGUMENTS = (ModelArguments, FunctionalArguments, ControlArguments, TemporalTrainingArguments)
 MODEL_TYPES = tuple(family.config.model_type for family in FAMILIES.values())
 
 
 class FunctionalTrainer(CardMixin, TemporalWeightTrainer):
-    """Adds to every evaluation how far the model's memory function is from the target's."""
+    """Adds to every evaluation the distance between the model's memory function and the target's."""
 
     def __init__(self, *args: Any, scores: MemoryScores, **kwargs: Any) -> None:
         self._scores = scores
         super().__init__(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, and the memory errors among its metrics."""
+        """The Trainer's own, with the memory errors among its metrics."""
         output: Any = super().evaluation_loop(*args, **kwargs)
         prefix, model = kwargs.get("metric_key_prefix", "eval"), self.accelerator.unwrap_model(self.model)
         output.metrics.update({f"{prefix}_{name}": value for name, value in self._scores.of(model).items()})
@@ -55,10 +56,11 @@ class FunctionalTrainer(CardMixin, TemporalWeightTrainer):
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate before and after, and report."""
     argv = sys.argv[1:] if argv is None else argv
-    kinds = (ModelArguments, FunctionalArguments, ControlArguments, TemporalTrainingArguments)
-    model_args, functional_args, control_args, training_args = parse(kinds, argv, description=__doc__)
+    model_args, functional_args, control_args, training_args = parse(ARGUMENTS, argv, description=__doc__)
     if model_args.model_type not in MODEL_TYPES:
-        raise ValueError(f"model_type={model_args.model_type!r}: {', '.join(MODEL_TYPES)} are accepted")
+        raise ValueError(
+            f"model_type={model_args.model_type!r} is not of the laboratory; accepted: {', '.join(MODEL_TYPES)}"
+        )
     share_cores()
     set_seed(training_args.seed)
     task = LearnedFunctional(functional_args, seed=training_args.seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,15 @@ from typing import Any
 
 import pytest
 
+from hf_temporal.compare import runs
 from hf_temporal.compare.main import main, read_arguments
 
 from .stub_recipe import starts
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CAUSAL = ("finetune_causal_lm.py", "configs/copying/small_llama.yaml")
+SEQ2SEQ = ("finetune_seq2seq.py", "configs/copying/small_t5.yaml")
+FUNCTIONAL = ("laboratory/train_functional.py", "laboratory/configs/linear_functional.yaml")
 
 
 def test_dry_run_prints_commands_that_run(flags: list[str], tmp_path: Path, capsys: Any) -> None:
@@ -114,7 +122,8 @@ def test_the_commands_of_combinations(stub: Path) -> None:
         (["--vary", "gain=.."], r"makes a folder '\.\.'"),
         (["--vary", "gain=1,2", "--gain", "1"], r"--gain is varied and given to every cell, too; accepted: one of"),
         (["--vary", "max_gain=1,2", "--max-gain=1"], r"--max_gain is varied and given to every cell"),
-        (["--config", "nowhere.yaml"], r"'nowhere.yaml' is no file"),
+        (["--config", "nowhere.yaml"], r"config='nowhere.yaml' is no file: there is no /.*/nowhere.yaml; accepted: a"),
+        (["--accelerate_config", "no.yaml"], r"accelerate_config='no.yaml' is no file: there is no /.*/no.yaml; acc"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(
@@ -130,6 +139,100 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     argv = ["--powers", "0", "1", "--seeds", "0", "--metric", "loss", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=r"recipe='nowhere.py' is no file"):
         main(["nowhere.py", *argv])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "message"),
+    [
+        (
+            CAUSAL,
+            ["--learning_rat", "1"],
+            r"--learning_rat is no argument of this recipe; the nearest is --learning_rate",
+        ),
+        (CAUSAL, ["--learning_rate", "fast"], r"argument --learning_rate.*: invalid float value: 'fast'"),
+        (CAUSAL, ["--vary", "blank_lengt=1,2"], r"--blank_lengt is no argument .* the nearest is --blank_length"),
+        (CAUSAL, ["--vary", "copy_length=2,0"], r"copy_length=0"),
+        (CAUSAL, ["--temporal_mixture", "2"], r"temporal_mixture=2\.0"),
+        (
+            CAUSAL,
+            ["--metric", "recal"],
+            r"(?s)metric='recal' is not measured; accepted: .*, recall, .*nearest is 'recall'",
+        ),
+        (CAUSAL, ["--metric", "rouge1"], r"metric='rouge1' is not measured; accepted: blank_accuracy, empty"),
+        (
+            CAUSAL,
+            ["--do_eval=false", "--eval_strategy=no"],
+            r"metric='recall', but do_eval=False measures nothing; accepted: with --do_",
+        ),
+        (SEQ2SEQ, ["--predict_with_generate", "false"], r"accepted: with --predict_with_generate"),
+        (FUNCTIONAL, ["--metric", "recall"], r"metric='recall' is not measured; accepted: .*long_memory_error"),
+    ],
+)
+def test_flags_of_a_recipe_are_read_before_anything_runs(
+    recipe: tuple[str, str], more: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "start", None)
+    script, config = (str(RECIPES / name) for name in recipe)
+    grid = ["--powers", "0", "1", "--seeds", "0", "--metric", "recall", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=message):
+        main([script, "--config", config, *grid, *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_recipe_measures_is_accepted(tmp_path: Path, capsys: Any) -> None:
+    script, config = (str(RECIPES / name) for name in CAUSAL)
+    for metric in ("recall", "recall_low", "loss", "tail_loss", "grad_norm", "eval_exact_match"):
+        grid = ["--powers", "0", "--seeds", "0", "--metric", metric, "--output_dir", str(tmp_path), "--bf16"]
+        assert main([script, "--config", config, *grid, "--dry_run"]) == 0  # for a machine that has bf16
+        assert "--bf16 --temporal_power=0" in capsys.readouterr().out
+
+
+def test_an_error_is_one_line_and_help_is_that_of_the_command(tmp_path: Path) -> None:
+    script = [sys.executable, str(RECIPES / "compare_powers.py")]
+    command = [sys.executable, "-m", "hf_temporal.cli", "compare"]
+    grid = ["--powers", "0", "--seeds", "0", "--metric", "los", "--output_dir", str(tmp_path / "out")]
+    for program, start in ((script, "compare_powers.py: "), (command, "hf-temporal: ")):
+        wrong = subprocess.run(
+            [*program, str(RECIPES / CAUSAL[0]), *grid], capture_output=True, text=True, check=False
+        )
+        assert wrong.returncode != 0
+        assert wrong.stderr.splitlines()[-1].startswith(f"{start}metric='los' is not measured; accepted: ")
+        assert "Traceback" not in wrong.stderr
+    for program, usage in ((script, "python recipes/compare_powers.py"), (command, "hf-temporal compare")):
+        shown = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
+        assert shown.startswith(f"usage: {usage} [recipe.py | --grid FILE.yaml]")
+        assert "None" not in shown
+        assert "(default: 1)" in shown
+        missing = subprocess.run([*program, "--powers", "0"], capture_output=True, text=True, check=False)
+        assert missing.stderr.startswith(f"usage: {usage} [recipe.py")
+        assert "the following arguments are required: " in missing.stderr
+
+
+@pytest.mark.parametrize("left", ["nothing", "unfinished", "running", "finished"])
+def test_a_first_try_blocks_the_folder_only_where_a_cell_is_finished_or_runs(
+    left: str, flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*flags, "--powers", "0", "--seeds", "0", "1"]
+    assert main([*flags, "--gain", "0.1", "--fail", "p0_seed1" if left == "finished" else "p0_seed0"]) == 1
+    second = [*flags, "--gain", "0.2"]
+    if left == "nothing":
+        shutil.rmtree(tmp_path / "out" / "p0_seed0")
+    if left in ("nothing", "unfinished"):
+        assert main(second) == 0
+        return
+    with (tmp_path / "out" / "p0_seed0" / "log.txt").open("ab") as log:
+        if left == "running":
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(ValueError, match=r"holds a comparison with overrides=\['--gain', '0\.1'"):
+            main(second)
+
+
+def test_a_yaml_that_is_none_is_told(flags: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [", encoding="utf-8")
+    for flag in ("grid", "config", "accelerate_config"):
+        with pytest.raises(ValueError, match=rf"(?s){flag}='.*broken.yaml' cannot be read: .*; accepted: a YAML file"):
+            main([*flags, f"--{flag}", str(path)])
 
 
 def test_another_comparison_does_not_go_on_in_the_same_folder(flags: list[str], tmp_path: Path) -> None:

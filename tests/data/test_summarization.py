@@ -155,8 +155,14 @@ def test_docstrings_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("given", "message"),
     [
         ({"max_train_samples": 0}, "max_train_samples=0"),
-        ({"train_file": "pairs.txt"}, r"train_file='pairs.txt': \.csv, \.json, \.jsonl, \.parquet are accepted"),
-        ({"dataset_name": "news", "test_file": "pairs.csv"}, "dataset_name='news' and test_file are given"),
+        (
+            {"train_file": "pairs.txt"},
+            r"train_file='pairs.txt'; accepted: a file of type \.csv, \.json, \.jsonl, \.parquet",
+        ),
+        (
+            {"dataset_name": "news", "test_file": "pairs.csv"},
+            "dataset_name='news' and test_file='pairs.csv'; accepted: one of them",
+        ),
     ],
 )
 def test_bad_arguments_are_named(given: dict[str, Any], message: str) -> None:

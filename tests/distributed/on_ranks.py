@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from hf_temporal import TemporalWeightTrainer
 from tests.distributed import cases
-from tests.linear_cross_entropy.test_function import check_a_sharded_head
+from tests.linear_cross_entropy.test_function_wrapped import check_a_sharded_head
 from tests.tiny_training import Steps
 
 ROOT = Path(__file__).parents[2]

@@ -27,6 +27,7 @@ from hf_temporal.hub.model_card import (
     public_card,
     temporal_section,
 )
+from hf_temporal.training_args import TemporalTrainingArguments
 from hf_temporal.weighting import TemporalWeighting
 
 RUN = TrainingRun(
@@ -328,3 +329,12 @@ def test_a_card_without_matplotlib_has_no_picture(
     monkeypatch.setattr(logging.getLogger("hf_temporal.hub.model_card"), "propagate", True)
     assert draw_loss_by_position(tmp_path) is None
     assert "pip install 'hf-temporal[plots]'" in caplog.text
+
+
+def test_arguments_show_no_token() -> None:
+    """As those of transformers; they stand in logs."""
+    shown = repr(
+        TemporalTrainingArguments("out", use_cpu=True, hub_token="hf_AbCdEfGhIjKlMnOpQrSt", temporal_power=0.75)
+    )
+    assert "AbCdEf" not in shown
+    assert "temporal_power=0.75" in shown

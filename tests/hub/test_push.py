@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer
 
 from hf_temporal import (
     TemporalSeq2SeqTrainingArguments,
     TemporalTrainingArguments,
+    TemporalWeightMixin,
     TemporalWeightSeq2SeqTrainer,
     TemporalWeightTrainer,
 )
+from hf_temporal.hub import HubMixin
 from hf_temporal.hub.privacy import PublicCopies, is_local_path
 from tests.loopback_hub import OWNER, TOKEN, LoopbackHub, loopback_hub
 from tests.tiny_models import tiny_model
@@ -305,6 +308,44 @@ def test_training_survives_a_failed_push_and_the_last_push_tells(pushed: Pushed)
     assert f"Training goes on, but the push to {OWNER}/lossy (Training in progress, step 1) broke off" in pushed.output
     assert "1 of 2 pushes during training failed" in pushed.output
     assert pushed.hub.commits[f"{OWNER}/lossy"][1:] == ["Training in progress, step 2", "End of training"]
+
+
+class PushesItself(Trainer):
+    """Its own push, as a company's might be: another place, then the trainer's."""
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        self.save_model(_internal_call=True)
+        self.save_model(str(Path(str(self.args.output_dir)).parents[2] / "elsewhere"))
+        self.create_model_card(model_name=kwargs["model_name"])
+        self.received = {path.name: path.read_bytes() for path in Path(str(self.args.output_dir)).iterdir()}
+        self.given = (args, kwargs)
+        return Future() if kwargs["language"] == "later" else "elsewhere"
+
+
+class OursInFront(TemporalWeightMixin, HubMixin, PushesItself): ...
+
+
+@pytest.mark.parametrize("language", ["en", "later"])
+def test_a_trainers_own_push_gets_the_copy(language: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / BASE)
+    args = TemporalTrainingArguments(str(tmp_path / "mine"), use_cpu=True, hub_token=TOKEN)
+    trainer = OursInFront(adapted(str(tmp_path / BASE)), args, processing_class=tokenizer)
+    pushed = trainer.push_to_hub("done", private=True, language=language)
+    assert trainer.given == (
+        ("done", True, None, None),
+        {"private": True, "language": language, "model_name": "mine"},
+    )
+    assert set(trainer.received) == ADAPTER | TOKENIZER_FILES | OUR_FILES
+    assert b"## Temporal weighting" in trainer.received["README.md"]
+    assert not [name for name, content in trainer.received.items() if str(tmp_path).encode() in content]
+    assert (tmp_path / "elsewhere" / "adapter_model.safetensors").is_file()
+    assert args.output_dir == str(tmp_path / "mine")
+    assert str(tmp_path) in (tmp_path / "mine" / "adapter_config.json").read_text()
+    if language == "later":
+        assert list((tmp_path / "mine").glob("_hub_*"))
+        pushed.set_result(None)
+    assert not list((tmp_path / "mine").glob("_hub_*"))
 
 
 @pytest.mark.parametrize(

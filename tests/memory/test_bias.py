@@ -83,7 +83,7 @@ def test_weights_of_ones_own() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"length=0 is out of range; accepted: a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"length=0; accepted: a whole number of at least 1"):
         memory_bias(TemporalWeighting(), 0)
     with pytest.raises(ValueError, match=r"weighting=TemporalWeighting\(.*is 0 at 1..5; accepted"):
         memory_bias(TemporalWeighting(weight_fn=lambda t, _: t * 0), 5)

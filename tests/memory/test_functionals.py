@@ -88,8 +88,8 @@ def test_any_callable_of_the_lags() -> None:
 @pytest.mark.parametrize(
     ("target", "length", "message"),
     [
-        ("linear", 5, "target='linear' is not known; accepted: 'exponential', 'polynomial', 'shift', 'two_part'"),
-        ("sine", 0, "length=0 is out of range; accepted: a whole number of at least 1"),
+        ("linear", 5, "target='linear'; accepted: 'exponential', 'polynomial', 'shift', 'two_part'"),
+        ("sine", 0, "length=0; accepted: a whole number of at least 1"),
         (lambda lag: 1 / lag, 5, r"target=.* is inf at lag 0; accepted: finite numbers"),
         (lambda lag: lag[1:], 5, r"returned \(4,\); accepted: a tensor of shape \(5,\)"),
         (lambda _: 1.0, 5, r"returned float; accepted: a tensor of shape \(5,\)"),
@@ -173,13 +173,13 @@ def test_gradients_reach_inputs_and_memory() -> None:
 
 
 def test_functional_errors() -> None:
-    with pytest.raises(ValueError, match=r"before=1\.5 is out of range; accepted: 0 ≤ before ≤ 1"):
+    with pytest.raises(ValueError, match=r"before=1\.5; accepted: a number from 0 to 1"):
         Functional("sine", before=1.5)
-    with pytest.raises(ValueError, match="after=nan is out of range"):
+    with pytest.raises(ValueError, match="after=nan; accepted"):
         Functional("sine", after=math.nan)
-    with pytest.raises(ValueError, match="target='cosine' is not known"):
+    with pytest.raises(ValueError, match="target='cosine'; accepted"):
         Functional("cosine")
-    with pytest.raises(TypeError, match="target=3 is neither a name nor a function"):
+    with pytest.raises(TypeError, match=r"target=3; accepted: 'exponential', .* or a function"):
         Functional(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"inputs are torch.float64 of shape \(5,\); accepted: floats"):
         Functional("sine")(series(5))
@@ -261,12 +261,12 @@ def test_padding_is_no_target() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"split": "dev"}, "split='dev' is not known; accepted: 'train', 'validation', 'test'"),
-        ({"size": 0}, "size=0 is out of range"),
-        ({"length": 0}, "length=0 is out of range"),
-        ({"dimension": 0}, "dimension=0 is out of range"),
-        ({"min_length": 0}, "min_length=0 is out of range; accepted: 1 to length=20"),
-        ({"min_length": 21}, "min_length=21 is out of range; accepted: 1 to length=20"),
+        ({"split": "dev"}, "split='dev'; accepted: 'train', 'validation', 'test'"),
+        ({"size": 0}, "size=0; accepted"),
+        ({"length": 0}, "length=0; accepted"),
+        ({"dimension": 0}, "dimension=0; accepted"),
+        ({"min_length": 0}, "min_length=0; accepted: 1 to length=20"),
+        ({"min_length": 21}, "min_length=21; accepted: 1 to length=20"),
     ],
 )
 def test_dataset_errors(change: dict[str, Any], message: str) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_temporal.memory.configuration import LinearRnnConfig
 from hf_temporal.memory.functionals import Functional
-from hf_temporal.memory.modeling import MemoryModelForRegression
-from hf_temporal.memory.models import FAMILIES, LinearRnnConfig, LinearRnnForRegression
+from hf_temporal.memory.modeling import LinearRnnForRegression, MemoryModelForRegression
+from hf_temporal.memory.models import FAMILIES
 from hf_temporal.memory.probe import constant_input_memory, gradient_memory, impulse_memory, memory_distance
 
 

@@ -123,7 +123,7 @@ def test_the_error_is_that_of_thirds_of_the_lags() -> None:
         (["--min_length", "13"], "min_length=13: 1 to length=12"),
         (
             ["--model_type", "llama", "--config_overrides", ""],
-            "model_type='llama': memory_linear_rnn, memory_tanh_rnn",
+            "model_type='llama' is not of the laboratory; accepted: memory_linear_rnn, memory_tanh_rnn",
         ),
     ],
 )

@@ -5,31 +5,12 @@ from __future__ import annotations
 import datasets
 import evaluate
 import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
 
-from hf_temporal.data.bootstrap import bootstrap_interval
-from hf_temporal.data.rouge import ROUGE_TOKENIZERS, ROUGE_TYPES, f1_scores
+from hf_temporal.data.rouge import ROUGE_TOKENIZERS, CharacterTokenizer
+from hf_temporal.data.rows import bootstrap_interval
 
-_DESCRIPTION = "ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (F1), with bootstrapped 95 % intervals over the examples."
-_INPUTS = """
-Args:
-    predictions: list of texts. For rougeLsum, sentences are separated by newlines.
-    references: list of texts.
-    use_stemmer: compare Porter stems instead of words; characters have none.
-    tokenizer: "default" for words of a-z and 0-9; "char" for single characters, as Chinese and Japanese need it, where
-        the default finds no words and every score is 0.
-Returns:
-    For each of rouge1, rouge2, rougeL, rougeLsum: its mean F1 between 0 and 1, and under `<name>_low` and
-    `<name>_high` the ends of its interval.
-"""
-_CITATION = """
-@inproceedings{lin-2004-rouge,
-    title = "{ROUGE}: A Package for Automatic Evaluation of Summaries",
-    author = "Lin, Chin-Yew",
-    booktitle = "Text Summarization Branches Out",
-    year = "2004",
-    pages = "74--81",
-}
-"""
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 class Rouge(evaluate.Metric):
@@ -38,30 +19,32 @@ class Rouge(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
+            description="ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (F1), with bootstrapped 95 % intervals.",
+            citation="Lin, ROUGE: A Package for Automatic Evaluation of Summaries, ACL workshop, 2004",
             features=datasets.Features({"predictions": text, "references": text}),
             codebase_urls=["https://github.com/google-research/google-research/tree/master/rouge"],
         )
 
     def _compute(
-        self,
-        predictions: list[str],
-        references: list[str],
-        *,
-        use_stemmer: bool = True,
-        tokenizer: str = "default",
+        self, predictions: list[str], references: list[str], *, use_stemmer: bool = True, tokenizer: str = "default"
     ) -> dict[str, float]:
+        """The mean F1, from 0 to 1, of each of `ROUGE_TYPES`, and its interval, `<name>_low` and `<name>_high`.
+
+        Args:
+            predictions: texts; for rougeLsum their sentences are separated by newlines.
+            references: as many texts.
+            use_stemmer: compare Porter stems instead of words; characters have none.
+            tokenizer: "default" for words of a-z and 0-9, or "char" for single characters, as Chinese and Japanese
+                need it, where the default finds no words and every score is 0.
+        """
         if tokenizer not in ROUGE_TOKENIZERS:
-            raise ValueError(f"tokenizer={tokenizer!r}; accepted: {', '.join(ROUGE_TOKENIZERS)}")
-        f1 = np.array(f1_scores(predictions, references, use_stemmer=use_stemmer, tokenizer=tokenizer))
+            raise ValueError(f"tokenizer={tokenizer!r}; accepted: {', '.join(ROUGE_TOKENIZERS)}.")
+        by_character = CharacterTokenizer() if tokenizer == "char" else None
+        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=use_stemmer, tokenizer=by_character)
+        scores = [scorer.score(*texts) for texts in zip(references, predictions, strict=True)]
+        f1 = np.array([[score[name].fmeasure for name in ROUGE_TYPES] for score in scores])
         low, high = bootstrap_interval(f1)
         result: dict[str, float] = {}
-        for column, name in enumerate(ROUGE_TYPES):
-            result |= {
-                name: float(f1[:, column].mean()),
-                f"{name}_low": float(low[column]),
-                f"{name}_high": float(high[column]),
-            }
+        for name, *values in zip(ROUGE_TYPES, f1.mean(axis=0), low, high, strict=True):
+            result |= zip((name, f"{name}_low", f"{name}_high"), map(float, values), strict=True)
         return result

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PACKAGES = Path(torch.__file__).parents[1]
 TORCH, OPTIMIZERS = f"{PACKAGES / 'torch'}{os.sep}", f"{PACKAGES / 'torch' / 'optim'}{os.sep}"
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 aten = torch.ops.aten
 READS = {
