@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from accelerate import PartialState
 
 from hf_temporal.data.copying_scores import argmax_of_logits
+from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, prepare_causal_lm
 from hf_temporal.finetuning.run import command_line
@@ -58,5 +59,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
     PartialState().destroy_process_group()

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 
 from accelerate import PartialState
 
+from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.recipe import SEQ2SEQ_ARGUMENTS, prepare_seq2seq
 from hf_temporal.finetuning.run import command_line
@@ -54,5 +55,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
     PartialState().destroy_process_group()

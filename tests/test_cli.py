@@ -25,7 +25,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """The recipes that are launched, and their flags; none is run."""
     calls: list[tuple[str, list[str]]] = []
 
-    def launch(command: str, flags: list[str]) -> int:
+    def launch(command: str, flags: list[str], program: str) -> int:
+        assert program == "hf-temporal suggest"
         calls.append((command, [*flags]))
         return 0
 

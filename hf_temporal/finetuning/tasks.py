@@ -19,6 +19,7 @@ from hf_temporal.data.copying_scores import CopyScores
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
 from hf_temporal.data.loading import DataArguments, TaskData
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
+from hf_temporal.errors import is_users_mistake
 from hf_temporal.installed import require
 from hf_temporal.positions import IGNORE_INDEX
 
@@ -237,19 +238,30 @@ def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Tas
     """The task with its data, from one object of each of `TASK_KINDS`.
 
     One process of a machine loads the data first, the others find them in the cache.
+
+    Raises:
+        ValueError: the data set of the Hub cannot be loaded, or the data are not what the task needs.
     """
     task_args, data_args, summarization_args, copying_args, language_modeling_args = arguments
     text_column = summarization_args.text_column
-    with training_args.main_process_first():
-        if task_args.task == "summarization":
-            return Summarization(data_args, summarization_args)
-        if task_args.task == "copying":
-            if language_modeling_args.packing and copying_args.copying_form == "digits":
-                raise ValueError(
-                    "packing=True and copying_form='digits': each row is read alone; accepted: one of them"
-                )
-            return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
-        return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
+    packs_digits = language_modeling_args.packing and copying_args.copying_form == "digits"
+    if task_args.task == "copying" and packs_digits:
+        raise ValueError("packing=True and copying_form='digits': each row is read alone; accepted: one of them")
+    try:
+        with training_args.main_process_first():
+            if task_args.task == "summarization":
+                return Summarization(data_args, summarization_args)
+            if task_args.task == "copying":
+                return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
+            return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
+    except (OSError, ValueError) as error:
+        if data_args.dataset_name is None or is_users_mistake(error):
+            raise
+        raise ValueError(
+            f"dataset_name={data_args.dataset_name!r} with dataset_config_name={data_args.dataset_config_name!r} "
+            f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}; accepted: a folder, or the id of a data "
+            "set on the Hub and one of its configurations"
+        ) from error
 
 
 def tokenize(

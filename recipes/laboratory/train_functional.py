@@ -24,6 +24,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModel, set_seed
 
+from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.controls import ControlArguments, controlled
 from hf_temporal.finetuning.functional import FunctionalArguments, LearnedFunctional, MemoryScores
@@ -91,5 +92,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
     PartialState().destroy_process_group()
