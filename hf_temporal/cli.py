@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_temporal.errors import PROGRAM_VARIABLE, is_users_mistake
+from hf_temporal.errors import PROGRAM_VARIABLE, in_one_line, is_users_mistake
 from hf_temporal.installed import config_path, engine_path, nearest, recipes, require
 
 HELP = """usage: hf-temporal COMMAND [--config FILE_OR_NAME] [--name value ...]
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ModuleNotFoundError, ValueError) as error:
         if not is_users_mistake(error):
             raise
-        print(f"hf-temporal: {error}", file=sys.stderr)
+        print(f"hf-temporal: {in_one_line(error)}", file=sys.stderr)
         return 2
 
 

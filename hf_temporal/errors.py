@@ -25,6 +25,11 @@ def is_users_mistake(error: BaseException) -> bool:
     return ours and (innermost.line or "").startswith("raise ")
 
 
+def in_one_line(error: BaseException) -> str:
+    """The message, its line breaks replaced by spaces."""
+    return " ".join(str(error).split())
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a recipe's `main`; a user's mistake ends it with one line on stderr and exit status 1."""
     sys.argv[0] = os.environ.get(PROGRAM_VARIABLE, sys.argv[0])
@@ -33,4 +38,4 @@ def run_script(main: Callable[[], None]) -> None:
     except (ModuleNotFoundError, ValueError) as error:
         if not is_users_mistake(error):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {in_one_line(error)}")

@@ -101,7 +101,7 @@ def read_yaml(path: Path, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _check_compounds(settings: dict[str, Any], kinds: Sequence[Any]) -> None:
-    """Raise ValueError where a value that is no single one is not what its dataclass says: no flag is read for it."""
+    """Check lists, mappings and null against the types of their fields; single values are checked as flags are."""
     for kind in kinds:
         hints = get_type_hints(kind)
         for each in fields(kind):

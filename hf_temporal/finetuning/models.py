@@ -1,4 +1,4 @@
-"""Which model a recipe trains: one from the Hub or a folder, a new one, or an encoder–decoder made of two."""
+"""Loading the model that a recipe trains: from the Hub or a folder, a new one, or an encoder–decoder made of two."""
 
 from __future__ import annotations
 
