@@ -31,10 +31,16 @@ def in_one_line(error: BaseException) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a recipe's `main`; a user's mistake ends it with one line on stderr and exit status 1."""
+    """Run a recipe's `main` in one of the launched processes, and leave their group.
+
+    A user's mistake ends it with one line on stderr and exit status 1.
+    """
     sys.argv[0] = os.environ.get(PROGRAM_VARIABLE, sys.argv[0])
     try:
         main()
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
     except (ModuleNotFoundError, ValueError) as error:
         if not is_users_mistake(error):
             raise

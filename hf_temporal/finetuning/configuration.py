@@ -67,7 +67,11 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
         parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     # the command line cannot say these, so they become the defaults that it overrides
     parser.set_defaults(**{name: value for name, value in settings.items() if _is_compound(value)})
-    given = [f"--{name}={_as_flag(value)}" for name, value in settings.items() if not _is_compound(value)]
+    given = [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in settings.items()
+        if not _is_compound(value)
+    ]
     try:
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
             [*given, *flags], return_remaining_strings=True, look_for_args_file=False
@@ -108,15 +112,12 @@ def _check_compounds(settings: dict[str, Any], kinds: Sequence[Any]) -> None:
             value = settings.get(each.name)
             if each.name not in settings or not _is_compound(value):
                 continue
-            accepted = _alternatives(hints[each.name])
+            hint = hints[each.name]
+            accepted = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
             fits = (value is None and each.default is None) or any(_fits(value, one) for one in accepted)
             if not fits:
                 names = ", ".join(str(one) if get_args(one) else one.__name__ for one in accepted)
                 raise ValueError(f"{each.name}={value!r}; accepted: {names}")
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -133,7 +134,3 @@ def _fits(value: Any, hint: Any) -> bool:
 def _is_compound(value: Any) -> bool:
     """Whether it is none of what YAML writes as a single value; a set and bytes are no values of any argument."""
     return not isinstance(value, (str, int, float, date))
-
-
-def _as_flag(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import load_checkpoint_in_model
@@ -38,7 +38,7 @@ from .report import (
     save_results,
     write_json,
 )
-from .tasks import Task
+from .tasks import Recorder, Task
 from .usage import usage
 
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -113,12 +113,6 @@ def share_cores() -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
         torch.set_num_threads(own_cores())
-
-
-class Recorder(Protocol):
-    """Keeps in `record` what an evaluation found beside its metrics."""
-
-    record: dict[str, list[Any]]
 
 
 class EvaluationLog(TrainerCallback):

@@ -66,13 +66,14 @@ class TaskArguments:
             require("search")
 
 
-class Scores(Protocol):
-    """Compares answers with references, both rows of tokens.
-
-    `record` holds the texts of both, "generated" and "references", and whatever else an evaluation is to keep.
-    """
+class Recorder(Protocol):
+    """Keeps in `record` what an evaluation found beside its metrics."""
 
     record: dict[str, list[Any]]
+
+
+class Scores(Recorder, Protocol):
+    """Compares answers with references, both rows of tokens, and records their texts, `generated` and `references`."""
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """A Trainer's `compute_metrics`."""

@@ -18,8 +18,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from accelerate import PartialState
-
 from hf_temporal.data.copying_scores import argmax_of_logits
 from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
@@ -57,4 +55,3 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     run_script(main)
-    PartialState().destroy_process_group()

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate import PartialState
 from transformers import AutoConfig, AutoModel, set_seed
 
 from hf_temporal.errors import run_script
@@ -93,4 +92,3 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     run_script(main)
-    PartialState().destroy_process_group()
