@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import runpy
 import subprocess
@@ -10,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_temporal.errors import PROGRAM_VARIABLE, in_one_line, is_users_mistake
 from hf_temporal.installed import config_path, engine_path, nearest, recipes, require
 
 HELP = """usage: hf-temporal COMMAND [--config FILE_OR_NAME] [--name value ...]
@@ -52,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _compare(flags)
         return _launch(command, flags)
     except (ModuleNotFoundError, ValueError) as error:
-        print(f"hf-temporal: {error}", file=sys.stderr)
+        if not is_users_mistake(error):
+            raise
+        print(f"hf-temporal: {in_one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -63,22 +68,35 @@ def _check_name(given: str, names: Sequence[str]) -> None:
         )
 
 
-def _launch(command: str, flags: Sequence[str]) -> int:
-    """A recipe as `accelerate launch` runs it, in this interpreter's environment."""
+def _launch(command: str, flags: Sequence[str], program: str | None = None) -> int:
+    """Run a recipe as `accelerate launch` does, in this interpreter's environment; `program` is what was typed."""
     script = str(recipes() / RECIPES[command])
+    program = program or f"hf-temporal {command}"
     if _asks_for_help(flags):
         recipe = runpy.run_path(script)
-        sys.argv[0] = f"hf-temporal {command}"
+        sys.argv[0] = program
         recipe["main"](["--help"])  # argparse ends the program
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.getLogger("accelerate.commands.launch").addFilter(_is_no_note_on_defaults)
     parser = launch_command_parser()
+    parser.exit_on_error = False
     of_launcher, of_recipe = split_flags(flags, parser)
+    os.environ[PROGRAM_VARIABLE] = program
     try:
         launch_command(parser.parse_args([*of_launcher, script, *of_recipe]))
-    except subprocess.CalledProcessError as error:  # what the recipe had to say stands on the screen
+    except subprocess.CalledProcessError as error:  # the recipe has printed what was wrong
         return error.returncode if error.returncode > 0 else 1
+    except ChildFailedError:
+        return 1
+    except (argparse.ArgumentError, ImportError, OSError, ValueError) as error:  # an option that accelerate refuses
+        raise ValueError(f"accelerate launch: {error}") from error
     return 0
+
+
+def _is_no_note_on_defaults(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("The following values were not passed to `accelerate launch`")
 
 
 def split_flags(flags: Sequence[str], parser: Any) -> tuple[list[str], list[str]]:
@@ -113,7 +131,7 @@ def _suggest(flags: Sequence[str]) -> int:
         _check_name(command, tuple(RECIPES))
     else:
         command = "finetune-seq2seq" if is_seq2seq(settings_among(flags)) else "finetune-causal-lm"
-    return _launch(command, [*flags, "--suggest_power"])
+    return _launch(command, [*flags, "--suggest_power"], "hf-temporal suggest")
 
 
 def settings_among(flags: Sequence[str]) -> dict[str, str]:

@@ -61,12 +61,13 @@ def nearest(name: object, names: Iterable[str]) -> str:
 
 def _file_or_shipped(given: str, folder: Path, argument: str) -> Path:
     path = Path(given)
-    if path.is_file() or path.suffix:  # a file that is not there is told when it is read
+    if path.is_file():
         return path
     shipped = {each.relative_to(folder).with_suffix("").as_posix(): each for each in folder.rglob("*.yaml")}
     if given not in shipped:
+        names = sorted(shipped)
         raise ValueError(
             f"{argument}={given!r} is neither a file nor a configuration of the package; the nearest is "
-            f"{nearest(given, sorted(shipped))!r}"
+            f"{nearest(given, names)!r}; looked at {path.absolute()}; accepted: a YAML file, or {', '.join(names)}"
         )
     return shipped[given]

@@ -30,9 +30,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from accelerate import PartialState
-
 from hf_temporal.data.copying_scores import argmax_of_logits
+from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, prepare_causal_lm
 from hf_temporal.finetuning.run import command_line
@@ -58,5 +57,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    PartialState().destroy_process_group()
+    run_script(main)

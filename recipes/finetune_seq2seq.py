@@ -29,8 +29,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from accelerate import PartialState
-
+from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.recipe import SEQ2SEQ_ARGUMENTS, prepare_seq2seq
 from hf_temporal.finetuning.run import command_line
@@ -54,5 +53,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    PartialState().destroy_process_group()
+    run_script(main)

@@ -25,7 +25,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """The recipes that are launched, and their flags; none is run."""
     calls: list[tuple[str, list[str]]] = []
 
-    def launch(command: str, flags: list[str]) -> int:
+    def launch(command: str, flags: list[str], program: str) -> int:
+        assert program == "hf-temporal suggest"
         calls.append((command, [*flags]))
         return 0
 
@@ -70,6 +71,10 @@ def test_shipped_configurations_are_found_by_name(tmp_path: Path) -> None:
     assert config_path(str(own)) == own
     with pytest.raises(ValueError, match=r"'smollm2' is neither a file nor .*; the nearest is 'copying/smollm2_lora'"):
         config_path("smollm2")
+    with pytest.raises(
+        ValueError, match=r"looked at .*/away\.yaml; accepted: a YAML file, or copying/small_attention, "
+    ):
+        config_path("away.yaml")
     with pytest.raises(ValueError, match=r"accelerate_config='fsdp' is neither .*; the nearest is 'fsdp2'"):
         engine_path("fsdp")
 
@@ -81,6 +86,8 @@ def test_shipped_configurations_are_found_by_name(tmp_path: Path) -> None:
         (["suggest", "finetune-seq2sek"], "the nearest is 'finetune-seq2seq'"),
         (["suggest", "--config", "copying/small_lama"], "the nearest is 'copying/small_llama'"),
         (["finetune-causal-lm", "--accelerate_config=cpus"], "the nearest is 'cpu'"),
+        (["finetune-causal-lm", "--num_processes", "two"], "argument --num_processes.*: invalid int value: 'two'"),
+        (["finetune-causal-lm", "--multi_gpu", "--num_processes", "1"], "You need to use at least 2 processes"),
     ],
 )
 def test_names_that_are_mistyped(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +162,12 @@ def test_help_is_the_recipes(
     assert ended.value.code == 0
     written = capsys.readouterr().out
     assert written.startswith(f"usage: hf-temporal {command} [--config FILE.yaml]")
-    assert "--temporal_power" in written
+    own, of_the_trainer = written.split("\narguments of transformers' TrainingArguments:\n")
+    for flag in ("--config", "--model_name_or_path", "--task", "--train_file", "--packing", "--temporal_power"):
+        assert f"  {flag} " in own
+    for flag in ("--output_dir", "--learning_rate", "--no_dataloader_pin_memory"):
+        assert f"  {flag} " not in own
+        assert f"  {flag}" in of_the_trainer
     assert cli.main([]) == 2
     assert cli.main(["-h"]) == 0
     written = capsys.readouterr().out

@@ -20,7 +20,8 @@ def add_adapter(model: PreTrainedModel, arguments: ModelArguments, task_type: st
 
     In a warm-started pair the attention between the two, random so far, is trained in full.
 
-    Raises ValueError where one of `lora_target_modules` matches nothing: PEFT is content with any match.
+    Raises:
+        ValueError: one of `lora_target_modules` matches nothing, which PEFT accepts as long as another one does.
     """
     names = arguments.lora_target_modules
     everywhere = names == ["all-linear"]
@@ -51,7 +52,11 @@ def add_adapter(model: PreTrainedModel, arguments: ModelArguments, task_type: st
 
 
 def check_mergeable(trainer: Any) -> None:
-    """Raises ValueError where the weights lie in shards, to which no adapter can be added: before training."""
+    """Check before training that the adapter can be added to the weights afterwards.
+
+    Raises:
+        ValueError: FSDP or DeepSpeed shards the weights.
+    """
     for engine, sharded in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
         if sharded:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: everything in it is read, and what cannot be is named."""
+"""Checking that a checkpoint is complete and undamaged, by reading every file in it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ CHUNK = 1 << 20
 
 
 def check_checkpoint(checkpoint: Path, *, with_optimizer: bool) -> None:
-    """Raise ValueError, which names the file, where something in a checkpoint is missing, cut off or altered.
+    """Check that nothing in a checkpoint is missing, cut off or altered.
 
     JSON is parsed; of safetensors the header and the size that it tells are checked, of the archives of `torch.save`
     every part's checksum. Those that `Trainer` loads are loaded as it does, with `weights_only=True`; others are not
-    unpickled. What `checksums.json` names is there, with the checksum that it tells; without that file, a weight that
-    was altered in its place goes unnoticed.
+    unpickled. The files that `checksums.json` names are there, with these checksums; without it, a weight that was
+    altered in its place goes unnoticed.
 
     Args:
         checkpoint: its folder.
         with_optimizer: whether the optimizer's state has to be there, which `Trainer` itself does without in silence.
+
+    Raises:
+        ValueError: something is; the message has the file.
     """
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not there")
@@ -69,7 +72,7 @@ def _read(path: Path) -> None:
     elif path.suffix in ARCHIVES:
         with zipfile.ZipFile(path) as archive:
             if part := archive.testzip():
-                raise ValueError(f"the checksum of {part} is another")
+                raise ValueError(f"the checksum of {part} does not match")
         if any(fnmatch(path.name, pattern) for pattern in LOADED):
             with safe_globals():
                 torch.load(path, weights_only=True, mmap=True)
@@ -78,9 +81,9 @@ def _read(path: Path) -> None:
 def _compare(folder: Path, checksums: dict[str, int | None]) -> None:
     for name, checksum in checksums.items():
         if not (folder / name).is_file():
-            raise ValueError(f"it tells of {name}, which is not there")
+            raise ValueError(f"it names {name}, which is not there")
         if checksum is not None and checksum_of(folder / name) != checksum:
-            raise ValueError(f"the checksum of {name} is another")
+            raise ValueError(f"the checksum of {name} does not match")
 
 
 def checksum_of(path: Path) -> int:
@@ -95,7 +98,7 @@ def checksum_of(path: Path) -> int:
 class Checksums(TrainerCallback):
     """Puts `checksums.json` into every checkpoint: each file's CRC-32, null for archives, which have their own.
 
-    Written last, it tells that the checkpoint is complete.
+    The file is written last, so a checkpoint that has it is complete.
     """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from hf_temporal.installed import config_path, nearest
+
+OF_THE_TRAINER = {each.name for each in fields(Seq2SeqTrainingArguments)}
+
+
+class RecipeParser(HfArgumentParser):
+    """Lists the recipe's own flags first and the Trainer's after them, and tells a wrong value in one line."""
+
+    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
+        name = settings.get("dest") or flags[0].lstrip("-")
+        if name not in OF_THE_TRAINER:
+            return super().add_argument(*flags, **settings)
+        title = "arguments of transformers' TrainingArguments"
+        group = next((each for each in self._action_groups if each.title == title), None)
+        return (group or self.add_argument_group(title)).add_argument(*flags, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with argparse's message, which names the flag, and without the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, description: str | None = None) -> Any:
     """One object of each dataclass in `kinds`, from `--config` and from flags, which come last and win.
 
-    `--config` is a YAML file or the name of a configuration of the package, such as `copying/small_llama`.
-
-    Values of the file are read as if they were given as flags. `use_cpu` is true where there is nothing else: without
-    it, the processes of `accelerate launch` on a CPU would each train alone.
+    `--config` is a YAML file or the name of a configuration of the package, such as `copying/small_llama`. Its values
+    are read as if they were given as flags. `use_cpu` is true where there is no accelerator: without it, the processes
+    of `accelerate launch` on a CPU would each train alone.
 
     Raises:
-        ValueError: a key of the file or a flag that no dataclass has, with the nearest one; null, a list or a mapping
-            where the argument takes none; a file that cannot be read; the name of no configuration.
+        ValueError: a key of the file or a flag that no dataclass has, with the nearest one; a value that an argument
+            does not take; a file that cannot be read; the name of no configuration.
     """
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--config")
-    config, flags = reader.parse_known_args(argv)
-    summary = description and description.partition("\n\n")[0]  # argparse makes one paragraph of it all
-    parser = HfArgumentParser(
-        kinds, description=summary, usage="%(prog)s [--config FILE.yaml] [--name value ...]", allow_abbrev=False
-    )
-    parser.add_argument(
+    reader.add_argument(
         "--config", help="YAML file of the arguments below, or the name of one that is shipped; flags override it."
+    )
+    config, flags = reader.parse_known_args(argv)
+    parser = RecipeParser(
+        kinds,
+        prog=Path(sys.argv[0]).name,
+        description=description and description.partition("\n\n")[0],  # argparse makes one paragraph of it all
+        usage="%(prog)s [--config FILE.yaml] [--name value ...]",
+        allow_abbrev=False,
+        parents=[reader],
     )
     names = [each.name for kind in kinds for each in fields(kind) if each.init]
     settings = read_yaml(config_path(config.config), names) if config.config else {}
@@ -46,10 +67,17 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
         parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     # the command line cannot say these, so they become the defaults that it overrides
     parser.set_defaults(**{name: value for name, value in settings.items() if _is_compound(value)})
-    given = [f"--{name}={_as_flag(value)}" for name, value in settings.items() if not _is_compound(value)]
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        [*given, *flags], return_remaining_strings=True, look_for_args_file=False
-    )
+    given = [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in settings.items()
+        if not _is_compound(value)
+    ]
+    try:
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            [*given, *flags], return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ImportError, OSError, ValueError) as error:  # of TrainingArguments, too, and of what they look up
+        raise ValueError(str(error)) from error
     for flag in unknown:
         given_name = flag.partition("=")[0]  # without the value, which may be a token
         known = nearest(given_name.lstrip("-").replace("-", "_"), names)
@@ -77,22 +105,19 @@ def read_yaml(path: Path, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _check_compounds(settings: dict[str, Any], kinds: Sequence[Any]) -> None:
-    """Raise ValueError where a value that is no single one is not what its dataclass says: no flag is read for it."""
+    """Check lists, mappings and null against the types of their fields; single values are checked as flags are."""
     for kind in kinds:
         hints = get_type_hints(kind)
         for each in fields(kind):
             value = settings.get(each.name)
             if each.name not in settings or not _is_compound(value):
                 continue
-            accepted = _alternatives(hints[each.name])
+            hint = hints[each.name]
+            accepted = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
             fits = (value is None and each.default is None) or any(_fits(value, one) for one in accepted)
             if not fits:
                 names = ", ".join(str(one) if get_args(one) else one.__name__ for one in accepted)
                 raise ValueError(f"{each.name}={value!r}; accepted: {names}")
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -109,7 +134,3 @@ def _fits(value: Any, hint: Any) -> bool:
 def _is_compound(value: Any) -> bool:
     """Whether it is none of what YAML writes as a single value; a set and bytes are no values of any argument."""
     return not isinstance(value, (str, int, float, date))
-
-
-def _as_flag(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

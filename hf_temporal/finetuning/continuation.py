@@ -1,4 +1,4 @@
-"""Going on with a run that was interrupted: what `output_dir` holds, and whether it is the same run."""
+"""Resuming a run that was interrupted: which checkpoints `output_dir` holds, and whether they are of the same run."""
 
 from __future__ import annotations
 
@@ -44,19 +44,18 @@ FREE_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where a run goes on: its last complete checkpoint, if there is one, and whether training ended there."""
+    """The checkpoint that a run resumes from, if there is one, and whether training was finished there."""
 
     checkpoint: str | None
     finished: bool
 
 
 def continue_run(training_args: TrainingArguments, settings: dict[str, Any]) -> Continuation:
-    """Find the last checkpoint in `output_dir` that was written to its end, or prepare the folder for a new run.
+    """Find the last complete checkpoint in `output_dir`, or prepare the folder for a new run.
 
-    `settings` are what makes a run the same one, beside all of its training arguments but `FREE_ARGUMENTS`.
-
-    Where `resume_from_checkpoint` is "last_good", checkpoints that are damaged are set aside, under another name, and
-    the one before them is found. Any other value of it is the checkpoint.
+    Two runs are the same where `settings` and all training arguments but `FREE_ARGUMENTS` are. With
+    `resume_from_checkpoint="last_good"`, damaged checkpoints are renamed and the last one before them is taken; any
+    other value of it is the checkpoint itself.
 
     Raises:
         ValueError: the checkpoints there belong to a run with other settings; the one to go on from, with "last_good"
@@ -92,12 +91,13 @@ def continue_run(training_args: TrainingArguments, settings: dict[str, Any]) -> 
     return Continuation(str(checkpoint), finished)
 
 
-def _damage_of(checkpoint: Path, training_args: TrainingArguments) -> str | None:
+def _damage_of(checkpoint: Path, training_args: TrainingArguments) -> str:
+    """What is wrong with a checkpoint; empty where it is whole."""
     try:
         check_checkpoint(checkpoint, with_optimizer=not training_args.save_only_model)
     except ValueError as error:
         return str(error)
-    return None
+    return ""
 
 
 def _check(checkpoint: Path, training_args: TrainingArguments) -> None:
@@ -109,17 +109,13 @@ def _check(checkpoint: Path, training_args: TrainingArguments) -> None:
 
 
 def _without_damaged(newest_first: list[Path], training_args: TrainingArguments) -> list[Path]:
-    """The checkpoints from the first on that is whole; those before it get names that no one takes for a checkpoint's.
+    """Rename the damaged checkpoints that are newer than the last whole one, and return the others.
 
-    A folder that stayed would be written into when its step comes again, and a run that dies there would leave a
-    checkpoint of new and old files.
+    A damaged folder that kept its name would be written into again, and a run that dies there would leave a mixture of
+    new and old files.
     """
-    damages: dict[Path, str] = {}
-    for checkpoint in newest_first:
-        damage = _damage_of(checkpoint, training_args)
-        if damage is None:
-            break
-        damages[checkpoint] = damage
+    told = ((checkpoint, _damage_of(checkpoint, training_args)) for checkpoint in newest_first)
+    damages = dict(itertools.takewhile(lambda each: each[1], told))
     if damages and len(damages) == len(newest_first):
         raise ValueError(
             f"resume_from_checkpoint={LAST_GOOD!r}: no checkpoint is whole: {'; '.join(damages.values())}; accepted: "
@@ -144,7 +140,7 @@ def _training_settings(training_args: TrainingArguments) -> dict[str, Any]:
 
 
 def _complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints that were written to their end, the newest first."""
+    """The checkpoints that were written completely, the newest first."""
     found = {
         int(path.name.rpartition("-")[2]): path
         for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -154,7 +150,7 @@ def _complete_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether there is what is written last: the trainer's state to its end, or the checksums behind it."""
+    """Whether what is written last is there: the checksums, or else the whole of the trainer's state."""
     if (checkpoint / CHECKSUMS_NAME).is_file():
         return True
     try:

@@ -44,7 +44,8 @@ class ControlArguments:
 def controlled(arguments: ControlArguments, training_args: TemporalTrainingArguments) -> TemporalWeighting | None:
     """The control's weighting at the training's p; None for t^p itself.
 
-    Raises ValueError for p < 0 and for settings under which t or the weights do not begin anew with each document.
+    Raises:
+        ValueError: p < 0, or a setting under which t or the weights do not begin anew with each document.
     """
     power = training_args.temporal_power
     if arguments.control == "power":

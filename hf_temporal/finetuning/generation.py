@@ -1,4 +1,4 @@
-"""What a decoder-only model answers to a prompt."""
+"""Generation of a decoder-only model's answers to prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model a recipe trains: one from the Hub or a folder, a new one, or an encoder–decoder made of two."""
+"""Loading the model that a recipe trains: from the Hub or a folder, a new one, or an encoder–decoder made of two."""
 
 from __future__ import annotations
 
@@ -79,34 +79,32 @@ class ModelArguments:
                 "load_in_4bit=True and merge_adapter=True: added to 4-bit weights the adapter would be rounded away; "
                 "accepted: one of them"
             )
-        if self.use_peft:
-            self._check_lora()
-        if self.config_overrides and not self.model_type:
-            raise ValueError(f"config_overrides={self.config_overrides!r} is for a model_type; accepted: with one")
-        if self.model_type:
-            for name in ("model_name_or_path", "use_peft"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"model_type={self.model_type!r} trains all of a new model, and "
-                        f"{name}={getattr(self, name)!r}; accepted: one of them"
-                    )
-            self.config_values()
-
-    def _check_lora(self) -> None:
-        accepted = {
+        lora = {
             "lora_r": (self.lora_r >= 1, "a whole number of at least 1"),
             "lora_alpha": (self.lora_alpha > 0, "a number above 0"),
             "lora_dropout": (0 <= self.lora_dropout < 1, "a number from 0 to below 1"),
             "lora_target_modules": (bool(self.lora_target_modules), "one name or more"),
         }
-        for name, (fits, what) in accepted.items():
+        for name, (fits, what) in lora.items() if self.use_peft else ():
             if not fits:
                 raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {what}")
+        if not self.model_type:
+            if self.config_overrides:
+                raise ValueError(f"config_overrides={self.config_overrides!r} is for a model_type; accepted: with one")
+            return
+        for name in ("model_name_or_path", "use_peft"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"model_type={self.model_type!r} trains all of a new model, and {name}={getattr(self, name)!r}; "
+                    "accepted: one of them"
+                )
+        self.config_values()
 
     def config_values(self) -> dict[str, Any]:
-        """What `config_overrides` says, each value of the type that the configuration of `model_type` has there.
+        """The values in `config_overrides`, each of the type that the configuration of `model_type` has there.
 
-        Raises ValueError for a kind of model or a key that does not exist, and for a value of another type.
+        Raises:
+            ValueError: no such kind of model, no such key, or a value of another type.
         """
         try:
             config = AutoConfig.for_model(str(self.model_type))
@@ -160,18 +158,35 @@ class Seq2SeqModelArguments(ModelArguments):
             )
 
 
+def _from_pretrained(kind: Any, argument: str, name: str, **settings: Any) -> Any:
+    """`kind.from_pretrained(name, **settings)`.
+
+    Raises:
+        ValueError: nothing can be loaded by this name; the message says which argument holds it.
+    """
+    try:
+        return kind.from_pretrained(name, **settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{argument}={name!r} cannot be loaded: {str(error).strip().partition(chr(10))[0]}; accepted: a folder "
+            "with a model of the kind that the recipe trains, or the id of one on the Hub"
+        ) from error
+
+
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of the model that `arguments` name, without segment ids, which no model here is trained with.
 
-    Raises ValueError where it has no vocabulary: `AutoTokenizer` reads a T5-PEGASUS folder as T5's, finds no file of
-    T5's there, and makes every text unknown.
+    Raises:
+        ValueError: it cannot be loaded or has no vocabulary: of a T5-PEGASUS folder `AutoTokenizer` makes a T5
+            tokenizer, which finds no file of its own there, and to which every text is unknown.
     """
-    name, revision = _source(arguments)
+    argument, name, revision = _source(arguments)
     if arguments.tokenizer_name:
-        name, revision = arguments.tokenizer_name, "main"
+        argument, name, revision = "tokenizer_name", arguments.tokenizer_name, "main"
     kind = {"tokenizer_type": arguments.tokenizer_type} if arguments.tokenizer_type else {}
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=revision, model_input_names=["input_ids", "attention_mask"], **kind
+    names = ["input_ids", "attention_mask"]
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(
+        AutoTokenizer, argument, name, revision=revision, model_input_names=names, **kind
     )
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
         raise ValueError(
@@ -186,7 +201,8 @@ def load_causal_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The decoder-only model and its tokenizer, or `tokenizer`; one without a padding token pads with its end token.
 
-    Raises ValueError for a tokenizer without an end token.
+    Raises:
+        ValueError: the model cannot be loaded, or the tokenizer has no end token.
     """
     tokenizer = tokenizer or load_tokenizer(arguments)
     if tokenizer.eos_token is None:
@@ -206,14 +222,15 @@ def load_seq2seq_lm(
     Where the tokenizer is BERT's and the model's end token is not, the model is made to start with [CLS] and to end
     with [SEP], as T5-PEGASUS and warm-started pairs do.
 
-    Raises ValueError for a tokenizer without a padding token or without an end token.
+    Raises:
+        ValueError: the model cannot be loaded, or the tokenizer has no padding token or no end token.
     """
     tokenizer = tokenizer or load_tokenizer(arguments)
-    for role, token in (("padding", tokenizer.pad_token_id), ("end", _end(tokenizer))):
-        if token is None:
+    tokens = _special_tokens(tokenizer)
+    for role, token, accepted in (("padding", "pad", "pad_token"), ("end", "eos", "eos_token or sep_token")):
+        if tokens[f"{token}_token_id"] is None:
             raise ValueError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no {role} token; "
-                f"accepted: one with {'pad_token' if role == 'padding' else 'eos_token or sep_token'}"
+                f"the tokenizer {tokenizer.name_or_path!r} has no {role} token; accepted: one with {accepted}"
             )
     if arguments.encoder_model_name_or_path:
         model = _load_pair(arguments, tokenizer)
@@ -230,30 +247,40 @@ def load_seq2seq_lm(
     return model, tokenizer
 
 
-def _source(arguments: ModelArguments) -> tuple[str, str]:
-    """Folder or Hub id of the model, and its revision."""
+def _source(arguments: ModelArguments) -> tuple[str, str, str]:
+    """The argument that names the model or its tokenizer, the folder or Hub id in it, and the revision."""
     if arguments.model_name_or_path:
-        return arguments.model_name_or_path, arguments.model_revision
+        return "model_name_or_path", arguments.model_name_or_path, arguments.model_revision
     if isinstance(arguments, Seq2SeqModelArguments):
         if arguments.encoder_model_name_or_path:
-            return arguments.encoder_model_name_or_path, "main"
+            return "encoder_model_name_or_path", arguments.encoder_model_name_or_path, "main"
         if not arguments.model_type:
             raise ValueError("no model is named; accepted: model_name_or_path, model_type, encoder_model_name_or_path")
     if arguments.model_type:
         if arguments.tokenizer_name is None:
             raise ValueError(f"model_type={arguments.model_type!r} has no tokenizer; accepted: with a tokenizer_name")
-        return arguments.tokenizer_name, "main"
-    return str(embedded_model_folder()), "main"
+        return "tokenizer_name", arguments.tokenizer_name, "main"
+    return "model_name_or_path", str(embedded_model_folder()), "main"
 
 
 def _load(kind: Any, arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    model: PreTrainedModel
     if arguments.model_type:
         config = new_config(arguments, tokenizer)
-        return kind.from_config(config, dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
-    name, revision = _source(arguments)
-    quantized = _in_4bit(arguments)
-    model: PreTrainedModel = kind.from_pretrained(name, revision=revision, dtype=arguments.dtype, **quantized)
-    if quantized:
+        model = kind.from_config(config, dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
+        return model
+    argument, name, revision = _source(arguments)
+    settings: dict[str, Any] = {"revision": revision, "dtype": arguments.dtype}
+    if arguments.load_in_4bit:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float16 if arguments.dtype == "float16" else torch.bfloat16,
+        )
+        settings["device_map"] = {"": PartialState().local_process_index}
+    model = _from_pretrained(kind, argument, name, **settings)
+    if arguments.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if arguments.model_name_or_path is None:
         # what is saved says where the model is from, not where it lies on this machine
@@ -269,23 +296,24 @@ def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     """
     kind = str(arguments.model_type)
     default = AutoConfig.for_model(kind)
-    tokens = {
-        "bos_token_id": _start(tokenizer),
-        "eos_token_id": _end(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    tokens = _special_tokens(tokenizer)
     roles = {getattr(default, name, None): token for name, token in tokens.items()}
+    if getattr(default, "forced_eos_token_id", None) is not None:
+        tokens["forced_eos_token_id"] = tokens["eos_token_id"]
     if default.is_encoder_decoder:
         start = getattr(default, "decoder_start_token_id", None)
         tokens["decoder_start_token_id"] = tokenizer.pad_token_id if start is None else roles.get(start)
-    if getattr(default, "forced_eos_token_id", None) is not None:
-        tokens["forced_eos_token_id"] = _end(tokenizer)
     settings = {"vocab_size": len(tokenizer)} | tokens | arguments.config_values()
     return AutoConfig.for_model(kind, **settings)
 
 
 def require_4bit(arguments: ModelArguments) -> None:
-    """Raises where `load_in_4bit` is asked for and its package (with the pip command) or a CUDA GPU is missing."""
+    """Check, where `load_in_4bit` is asked for, that it is possible here.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes is missing; the message has the pip command.
+        ValueError: there is no CUDA GPU.
+    """
     if not arguments.load_in_4bit:
         return
     if not is_bitsandbytes_available():
@@ -294,73 +322,54 @@ def require_4bit(arguments: ModelArguments) -> None:
         raise ValueError("load_in_4bit=True needs a CUDA GPU, and torch finds none; accepted here: load_in_4bit=False")
 
 
-def _in_4bit(arguments: ModelArguments) -> dict[str, Any]:
-    """Arguments of `from_pretrained`: NF4 with quantized scales on this process's GPU, products in 16 bits."""
-    require_4bit(arguments)
-    if not arguments.load_in_4bit:
-        return {}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float16 if arguments.dtype == "float16" else torch.bfloat16,
-    )
-    return {"quantization_config": config, "device_map": {"": PartialState().local_process_index}}
-
-
 def _load_pair(arguments: Seq2SeqModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """An encoder–decoder of two models that share one vocabulary; only the attention between them is new.
 
-    Raises ValueError where they do not share it, or where more than that attention would start from random weights
-    and an adapter would leave it so.
+    Raises:
+        ValueError: they do not share it; more than that attention would start from random weights, and an adapter
+            would leave it so.
     """
-    encoder, decoder = arguments.encoder_model_name_or_path, arguments.decoder_model_name_or_path
-    assert encoder is not None
-    assert decoder is not None
+    encoder, decoder = arguments.encoder_model_name_or_path, str(arguments.decoder_model_name_or_path)
+    named = ("decoder_model_name_or_path", decoder)
     if arguments.tokenizer_name is None and decoder != encoder:
         kind = {"tokenizer_type": arguments.tokenizer_type} if arguments.tokenizer_type else {}
-        if AutoTokenizer.from_pretrained(decoder, **kind).get_vocab() != tokenizer.get_vocab():
+        if _from_pretrained(AutoTokenizer, *named, **kind).get_vocab() != tokenizer.get_vocab():
             raise ValueError(
                 f"decoder_model_name_or_path={decoder!r} has another vocabulary than "
                 f"encoder_model_name_or_path={encoder!r}; accepted: two models with one vocabulary"
             )
-    config = AutoConfig.from_pretrained(decoder)
+    config = _from_pretrained(AutoConfig, *named)
     config.is_decoder = config.add_cross_attention = True
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        decoder, config=config, dtype=arguments.dtype, output_loading_info=True
+    loaded, found = _from_pretrained(
+        AutoModelForCausalLM, *named, config=config, dtype=arguments.dtype, output_loading_info=True
     )
-    random = [key for key in loaded[1]["missing_keys"] if not any(part in key for part in NEW_IN_A_DECODER)]
+    random = [key for key in found["missing_keys"] if not any(part in key for part in NEW_IN_A_DECODER)]
     if random and arguments.use_peft:
         raise ValueError(
             f"decoder_model_name_or_path={decoder!r} has no weights for {', '.join(sorted(random))}, which an adapter "
             "would leave random; accepted: use_peft=False, or a decoder with its LM head"
         )
     model: PreTrainedModel = EncoderDecoderModel.from_encoder_decoder_pretrained(
-        encoder, decoder_model=loaded[0], encoder_dtype=arguments.dtype
+        encoder, decoder_model=loaded, encoder_dtype=arguments.dtype
     )
     _set_special_tokens(model, tokenizer)
     return model
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that starts a text; BERT's tokenizers call it [CLS]."""
-    start: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
-    return start
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends a text; BERT's tokenizers call it [SEP]."""
-    end: int | None = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    return end
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The tokens that start, end and pad a text; BERT's tokenizers call the first two [CLS] and [SEP]."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return {
+        "bos_token_id": tokenizer.cls_token_id if start is None else start,
+        "eos_token_id": tokenizer.sep_token_id if end is None else end,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Generation and the decoder's input start with [CLS] (or <s>) and end with [SEP] (or </s>)."""
-    tokens = {
-        "decoder_start_token_id": _start(tokenizer),
-        "eos_token_id": _end(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    """Make generation and the decoder's input start with [CLS] (or <s>) and end with [SEP] (or </s>)."""
+    tokens = _special_tokens(tokenizer)
+    tokens["decoder_start_token_id"] = tokens.pop("bos_token_id")
     for name, token in tokens.items():
         setattr(model.config, name, token)
         setattr(model.generation_config, name, token)
@@ -369,23 +378,20 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def _fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -> None:
     """Lengthen the embedding where the tokenizer has more tokens; rows to spare stay.
 
-    Raises ValueError where the new rows would not be trained, and where transformers would tie an LM head that is a
-    matrix of its own to the longer embedding: it takes every T5 for tied.
+    Raises:
+        ValueError: the new rows would not be trained; the LM head is a matrix of its own that transformers would tie
+            to the longer embedding, as it does with every T5.
     """
-    config = model.config.get_text_config(decoder=True)
-    if len(tokenizer) <= config.vocab_size:
+    rows = model.config.get_text_config(decoder=True).vocab_size
+    if len(tokenizer) <= rows:
         return
-    own_head = config.tie_word_embeddings and not _is_tied(model)
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    own_head = model.config.get_text_config(decoder=True).tie_word_embeddings and not is_tied
     if arguments.use_peft or own_head or isinstance(model, EncoderDecoderModel):
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the embedding "
-            f"{config.vocab_size} rows, which cannot be lengthened "
+            f"{rows} rows, which cannot be lengthened "
             f"{'under use_peft=True' if arguments.use_peft else 'in this model'}; accepted: the model's own tokenizer"
         )
-    rows = config.vocab_size
     model.resize_token_embeddings(len(tokenizer))
     logger.warning(f"The embedding had {rows} rows and has {len(tokenizer)} now, as many as the tokenizer has tokens.")
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -1,4 +1,4 @@
-"""A fine-tuning run but for its trainer: what the trainer is given, and what is done with it."""
+"""All of a fine-tuning run but its trainer: the model, the data, and what happens before and after training."""
 
 from __future__ import annotations
 
@@ -43,38 +43,46 @@ class FineTuning:
 
     Attributes:
         training_args: of the trainer.
-        model: to be trained, in its adapter if it gets one.
-        tokenizer: the trainer's `processing_class`.
-        splits: the tokenized examples: train, validation and test, as far as they are there.
-        data_collator: makes batches of them.
-        compute_metrics: scores what the trainer predicts in an evaluation; None where it predicts nothing to score.
-        answers: how a decoder-only model's answers are generated in an evaluation; None where they are not.
-        arguments: the dataclasses that, beside the training's, make a run the same one.
+        arguments: the other dataclasses of arguments.
         task: what is learned.
-        continuation: where training goes on.
-        load: makes an untrained model once more.
-        scores: what an evaluation's record is taken from.
+        continuation: the checkpoint that training resumes from.
+        load: makes an untrained model once more, in its adapter if it gets one, with its tokenizer.
+        model: to be trained.
+        tokenizer: the trainer's `processing_class`.
+        splits: the tokenized examples: train, validation and test, as far as the run needs them.
+        data_collator: makes batches of them.
+        scores: compare answers with references, and keep both; None where there are no answers.
         num_beams: of generation.
         origin: what the card says of where the model comes from, by the names of `publish`.
     """
 
     training_args: TrainingArguments
-    model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    splits: dict[str, Any]
-    data_collator: Any
-    compute_metrics: Scores | None
-    answers: Answers | None
     arguments: Sequence[Any]
     task: Task
     continuation: Continuation
     load: Callable[[], Loaded]
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, Any]
+    data_collator: Any
     scores: Scores | None
     num_beams: int
     origin: dict[str, Any]
 
+    @property
+    def answers(self) -> Answers | None:
+        """How a decoder-only model's answers are generated in an evaluation; None where they are not."""
+        if self.scores is None or self.model.config.is_encoder_decoder or not self.task.generates:
+            return None
+        return Answers(self.scores, self.task.answer_length, self.num_beams)
+
+    @property
+    def compute_metrics(self) -> Scores | None:
+        """Scores what the trainer itself predicts in an evaluation; None where it predicts nothing to score."""
+        return None if self.answers else self.scores
+
     def finish(self, trainer: Any, command: str) -> None:
-        """Train, evaluate before and after, report and save; or tell of powers, where that is asked for instead.
+        """Train, evaluate before and after, report and save; or suggest or search p, where that is asked for instead.
 
         Args:
             trainer: has a `CardMixin` in front.
@@ -98,8 +106,7 @@ def prepare_causal_lm(parsed: Sequence[Any]) -> FineTuning:
     """The run of a decoder-only model.
 
     Args:
-        parsed: an object of each of `CAUSAL_ARGUMENTS`, further ones in front of the last; all but the last make a
-            run the same one.
+        parsed: an object of each of `CAUSAL_ARGUMENTS`; further ones may stand in front of the last.
     """
     *arguments, training_args = parsed
     model_args, summarization_args, language_modeling_args = arguments[0], arguments[3], arguments[5]
@@ -112,34 +119,20 @@ def prepare_causal_lm(parsed: Sequence[Any]) -> FineTuning:
     with training_args.main_process_first():
         model, tokenizer = load()
         splits = task.encode(tokenizer, model.config)
-    scores = task.scores(tokenizer, model.config)
-    num_beams = summarization_args.num_beams
-    packs = language_modeling_args.packing
-    base = model_args.model_name_or_path or model_args.model_type or EMBEDDED_MODEL
-    return FineTuning(
-        training_args=training_args,
-        model=model,
-        tokenizer=tokenizer,
-        splits=splits,
-        data_collator=(
-            DataCollatorWithFlattening()
-            if packs
-            else DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
-        ),
-        compute_metrics=None if task.generates else scores,
-        answers=Answers(scores, task.answer_length, num_beams) if task.generates and scores is not None else None,
-        arguments=arguments,
-        task=task,
-        continuation=continuation,
-        load=load,
-        scores=scores,
-        num_beams=num_beams,
-        origin={
-            "trained": base,
-            "base_model": None if model_args.model_type else base,
-            "base_model_note": EMBEDDED_PROVENANCE if base == EMBEDDED_MODEL else None,
-        },
+    collator = (
+        DataCollatorWithFlattening()
+        if language_modeling_args.packing
+        else DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
     )
+    base = model_args.model_name_or_path or model_args.model_type or EMBEDDED_MODEL
+    origin = {
+        "trained": base,
+        "base_model": None if model_args.model_type else base,
+        "base_model_note": EMBEDDED_PROVENANCE if base == EMBEDDED_MODEL else None,
+    }
+    scores, num_beams = task.scores(tokenizer, model.config), summarization_args.num_beams
+    prepared = (model, tokenizer, splits, collator, scores, num_beams, origin)
+    return FineTuning(training_args, arguments, task, continuation, load, *prepared)
 
 
 def prepare_seq2seq(parsed: Sequence[Any]) -> FineTuning:
@@ -157,39 +150,26 @@ def prepare_seq2seq(parsed: Sequence[Any]) -> FineTuning:
     with training_args.main_process_first():
         model, tokenizer = load()
         splits = task.encode(tokenizer, model.config)
-    scores = task.scores(tokenizer, model.config) if training_args.predict_with_generate else None
+    collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORE_INDEX)
     pair = (model_args.encoder_model_name_or_path, model_args.decoder_model_name_or_path)
     made = " and ".join(filter(None, pair)) or model_args.model_type or "a small T5"
     base = model_args.model_name_or_path
-    return FineTuning(
-        training_args=training_args,
-        model=model,
-        tokenizer=tokenizer,
-        splits=splits,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORE_INDEX),
-        compute_metrics=scores,
-        answers=None,
-        arguments=arguments,
-        task=task,
-        continuation=continuation,
-        load=load,
-        scores=scores,
-        num_beams=training_args.generation_num_beams,
-        origin={
-            "trained": base or made,
-            "base_model": base,
-            "base_model_note": None if base else f"A new model: {made}.",
-        },
-    )
+    note = None if base else f"A new model: {made}."
+    origin = {"trained": base or made, "base_model": base, "base_model_note": note}
+    scores = task.scores(tokenizer, model.config) if training_args.predict_with_generate else None
+    prepared = (model, tokenizer, splits, collator, scores, training_args.generation_num_beams, origin)
+    return FineTuning(training_args, arguments, task, continuation, load, *prepared)
 
 
 def _begin(arguments: Sequence[Any], training_args: TrainingArguments) -> tuple[Task, Continuation]:
-    """The task with its data, and where the run goes on; nothing of the model is loaded yet."""
+    """Load the data and find the checkpoint to resume from, before anything of the model is loaded."""
     model_args, task_args = arguments[:2]
     require_4bit(model_args)
     share_cores()
     set_seed(training_args.seed)
     task = load_task(arguments[1 : 1 + len(TASK_KINDS)], training_args)
+    if not training_args.do_predict and len(task.data.splits) > 1:
+        task.unused = ("test",)
     training_args.do_train &= not (task_args.suggest_power or task_args.search_power)
     return task, begin(training_args, arguments, task)
 
@@ -198,7 +178,7 @@ def _seq2seq_model(arguments: Seq2SeqModelArguments, task: Task) -> tuple[PreTra
     """The model that is named, with its tokenizer; else a small T5 from scratch, its tokenizer trained on the texts.
 
     Raises:
-        ValueError: none is named, and the task has no texts.
+        ValueError: no model is named, and the task has no texts.
     """
     named = arguments.model_name_or_path or arguments.encoder_model_name_or_path or arguments.model_type
     if named:

@@ -1,4 +1,4 @@
-"""What a run found: evaluations kept in a file, a table and samples before and after, picture, card."""
+"""The results of a run: evaluations in a file, a table and samples before and after, pictures, and the card."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_temporal.hub.model_card import CARD_NAME, TrainingRun, add_temporal_section
+
+from .tables import markdown
 
 EVALUATIONS_NAME = "evaluations.json"
 RESULTS_NAME = "all_results.json"
@@ -41,28 +43,23 @@ def save_evaluation(output_dir: Path, evaluation: Evaluation) -> None:
 def load_evaluations(output_dir: Path) -> list[Evaluation]:
     """The evaluations of a run in the order of their steps."""
     path = output_dir / EVALUATIONS_NAME
-    if not path.is_file():
-        return []
-    evaluations: list[Evaluation] = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
-    return evaluations
+    return [*json.loads(path.read_text(encoding="utf-8"))["evaluations"]] if path.is_file() else []
 
 
 def save_results(output_dir: Path, logs: list[dict[str, float]]) -> None:
     """Write the last evaluation's metrics and the training's into `all_results.json`, which closes the run."""
     path = output_dir / RESULTS_NAME
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # of a run that is only reported
-    results |= {name: value for log in logs if "train_runtime" in log for name, value in log.items()}
-    results |= {name: value for each in load_evaluations(output_dir)[-1:] for name, value in each["metrics"].items()}
+    last = [each["metrics"] for each in load_evaluations(output_dir)[-1:]]
+    for found in [*(log for log in logs if "train_runtime" in log), *last]:
+        results |= found
     write_json(path, dict(sorted(results.items())))
 
 
 def save_divergence(output_dir: Path, last_step: int) -> None:
     """Close a run that ended early with weights that are not finite: its evaluation at the last step is all NaN."""
-    evaluations = load_evaluations(output_dir)
-    if evaluations:
-        save_evaluation(
-            output_dir, {"step": last_step, "metrics": dict.fromkeys(evaluations[-1]["metrics"], math.nan)}
-        )
+    for last in load_evaluations(output_dir)[-1:]:
+        save_evaluation(output_dir, {"step": last_step, "metrics": dict.fromkeys(last["metrics"], math.nan)})
         save_results(output_dir, [])
 
 
@@ -82,21 +79,13 @@ def before_and_after(output_dir: Path, metrics: Metrics) -> dict[str, float | tu
 
 
 def report(output_dir: Path, metrics: Metrics) -> str:
-    """Table and samples of the first and the last evaluation, in Markdown."""
+    """The first and the last evaluation in Markdown: a table of `metrics`, with 95 % intervals if any, and samples."""
     shown = first_and_last(output_dir)
-    return f"{results_table(shown, metrics)}\n\n{samples(shown)}".rstrip() if shown else ""
-
-
-def results_table(evaluations: list[Evaluation], metrics: Metrics) -> str:
-    """A row for each of `metrics`, a column for each evaluation; with 95 % intervals where there are any."""
-    rows = [["", *(f"step {each['step']}" for each in evaluations)]]
+    rows = [["", *(f"step {each['step']}" for each in shown)]]
     for name, (title, decimals) in metrics.items():
-        cells = [_cell(each["metrics"], f"eval_{name}", decimals) for each in evaluations]
+        cells = [_cell(each["metrics"], f"eval_{name}", decimals) for each in shown]
         rows += [[title, *cells]] if any(cells) else []
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+    return f"{markdown(rows)}\n\n{samples(shown)}".rstrip() if shown else ""
 
 
 def _cell(metrics: dict[str, float], name: str, decimals: int) -> str:
@@ -120,27 +109,24 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()) or "(nothing)"
 
 
-def draw_recall_by_position(output_dir: Path) -> None:
-    """Draw what share of the tokens was copied at each position, at the first and the last evaluation, if any was."""
-    recalls = {
-        f"step {each['step']}": each["recall_by_position"]
-        for each in first_and_last(output_dir)
-        if "recall_by_position" in each
-    }
-    if recalls:
-        from hf_temporal.plots import plot_recall_by_position  # matplotlib takes its time, and is needed at the end
+def draw_records(output_dir: Path) -> None:
+    """Draw what the first and the last evaluation recorded, if anything, as far as there is a picture for it.
 
-        plot_recall_by_position(recalls, output_dir / RECALL_NAME)
+    These are the share of the tokens that was copied at each position, and the target's memory function beside the
+    model's.
+    """
+    shown = first_and_last(output_dir)
+    recalls, memories = (
+        {f"step {each['step']}": each[name] for each in shown if name in each}
+        for name in ("recall_by_position", "memory")
+    )
+    if recalls or memories:
+        from hf_temporal.plots import plot_memory, plot_recall_by_position  # matplotlib takes its time
 
-
-def draw_memory(output_dir: Path) -> None:
-    """Draw the target's memory function beside the model's at the first and the last evaluation, if it was probed."""
-    shown = [each for each in first_and_last(output_dir) if "memory" in each]
-    if shown:
-        from hf_temporal.plots import plot_memory  # as above
-
-        memories = {f"step {each['step']}": each["memory"] for each in shown}
-        plot_memory(memories, shown[-1]["target_memory"], output_dir / MEMORY_NAME)
+        if recalls:
+            plot_recall_by_position(recalls, output_dir / RECALL_NAME)
+        if memories:
+            plot_memory(memories, shown[-1]["target_memory"], output_dir / MEMORY_NAME)
 
 
 @dataclass(frozen=True)
@@ -162,8 +148,7 @@ class Card:
             base_model=self.run.base_model,
             model_name=self.name,
         )
-        shown = first_and_last(folder)
-        answers = samples(shown)
+        answers = samples(first_and_last(folder))
         held_out = f"\n\n## Answers to held-out examples\n\n{answers}" if answers else ""
         if (folder / RECALL_NAME).is_file():
             held_out += f"\n\n![Recall by position among the copied tokens]({RECALL_NAME})"

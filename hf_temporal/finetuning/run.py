@@ -1,4 +1,4 @@
-"""What the recipes share: evaluation before and after training, going on, what is written at the end."""
+"""What the recipes do around a trainer: evaluate before and after training, resume a run, write its results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import load_checkpoint_in_model
@@ -31,30 +31,27 @@ from .models import ModelArguments
 from .report import (
     Card,
     before_and_after,
-    draw_memory,
-    draw_recall_by_position,
+    draw_records,
     report,
     save_divergence,
     save_evaluation,
     save_results,
+    write_json,
 )
-from .tasks import Task
+from .tasks import Recorder, Task
 from .usage import usage
 
 PREDICTIONS_NAME = "predictions.jsonl"
 POWERS_NAME = "suggested_power.png"
-FREE_SETTINGS = (
-    "overwrite_cache",
-    "preprocessing_num_workers",
-    "suggest_power",
-    "search_power",
-)  # a run stays the same one when they change
+# A run stays the same one when they change.
+FREE_SETTINGS = ("overwrite_cache", "preprocessing_num_workers", "suggest_power", "search_power")
 
 
 def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task) -> Continuation:
-    """Where training goes on in `output_dir`; a `hub_token` becomes the environment's HF_TOKEN.
+    """Check that the run can begin, and find the checkpoint that it resumes from.
 
-    `arguments` are the dataclasses that, beside the training's, make a run the same one.
+    A `hub_token` becomes the environment's HF_TOKEN. A run is the same one where its training arguments, `arguments`
+    and data are the same.
 
     Raises:
         ValueError: nothing is to be done; a split is missing that `do_train`, `do_eval` or `do_predict` needs; the
@@ -72,10 +69,9 @@ def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task
             f"world_size={training_args.world_size}, and {launched} processes were launched: each would train alone; "
             "accepted: --use_cpu where they are to run on the CPU"
         )
-    there = task.data.splits
     for flag, split in (("do_train", "train"), ("do_eval", "validation"), ("do_predict", "test")):
-        if getattr(training_args, flag) and split not in there:
-            raise ValueError(f"{flag}=True needs a {split} split, and the data have: {', '.join(there)}")
+        if getattr(training_args, flag) and split not in task.data.splits:
+            raise ValueError(f"{flag}=True needs a {split} split, and the data have: {', '.join(task.data.splits)}")
     if training_args.hub_token:
         # training_args.bin holds every argument
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
@@ -85,16 +81,17 @@ def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task
 
 
 def settings_of(arguments: Sequence[Any], task: Task) -> dict[str, Any]:
-    """What, beside the training's arguments, makes a run the same one: these dataclasses, and the data."""
+    """The settings that, beside the training arguments, tell one run from another: these dataclasses, and the data."""
     settings = {name: value for each in arguments for name, value in asdict(each).items() if name not in FREE_SETTINGS}
     return {**settings, "sha256_of_the_data": task.data.sha256}
 
 
 def tell_powers(trainer: Any) -> None:
-    """Print what each p would do with this model and these data, and draw it into `output_dir`."""
+    """Print what each p would do with this model and these data; write its numbers and a picture into `output_dir`."""
     report = suggest_power(trainer)
     picture = Path(trainer.args.output_dir) / POWERS_NAME
     report.plot(picture)
+    write_json(picture.with_suffix(".json"), asdict(report))
     print(f"\n{report}\n\n{picture}")
 
 
@@ -118,17 +115,11 @@ def share_cores() -> None:
         torch.set_num_threads(own_cores())
 
 
-class Recorder(Protocol):
-    """What an evaluation found beside its metrics is in `record`."""
-
-    record: dict[str, list[Any]]
-
-
 class EvaluationLog(TrainerCallback):
-    """Evaluates after the last step, and keeps what every evaluation found, so that an interruption loses none.
+    """Evaluates after the last step, and saves every evaluation at once, so that an interruption loses none.
 
-    Beside an evaluation's metrics stand `grad_norm`, the mean over the steps since the last one, as far as they were
-    logged, and `grad_norm_spread`, where they are several their standard deviation divided by that mean.
+    To the metrics it adds `grad_norm`, the mean of the gradient norms that were logged since the evaluation before,
+    and `grad_norm_spread`, their standard deviation divided by that mean.
     """
 
     def __init__(self, scores: Recorder | None) -> None:
@@ -156,26 +147,28 @@ def gradient_norms(state: TrainerState) -> dict[str, float]:
     history, now = state.log_history, state.global_step
     before = max((logs["step"] for logs in history if "eval_runtime" in logs and logs["step"] < now), default=0)
     norms = [logs["grad_norm"] for logs in history if "grad_norm" in logs and logs["step"] > before]
-    if not norms:
-        return {}
-    mean = fmean(norms)
-    if len(norms) == 1:
-        return {"grad_norm": mean}
-    spread = pstdev(norms) / (mean or 1.0) if math.isfinite(mean) else math.nan
-    return {"grad_norm": mean, "grad_norm_spread": spread}
+    found = {"grad_norm": fmean(norms)} if norms else {}
+    if len(norms) > 1:
+        mean = found["grad_norm"]
+        found["grad_norm_spread"] = pstdev(norms) / (mean or 1.0) if math.isfinite(mean) else math.nan
+    return found
 
 
 class FiniteWeights(TrainerCallback):
     """Ends a run whose weights are no longer finite, before anything of them is logged, evaluated or saved.
 
-    Its evaluation at the last step is then NaN in every metric, and the run is closed: a comparison counts it as one
-    that came to a value that is not finite. The same command goes on from the last checkpoint all the same.
+    The evaluation at its last step is recorded as NaN in every metric, which a comparison counts as a run that
+    diverged. The same command still resumes from the last checkpoint.
     """
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Raise FloatingPointError, which names a weight that is not finite, where this step logs or the like."""
+        """Check the weights where this step logs, evaluates or saves.
+
+        Raises:
+            FloatingPointError: a weight is not finite; the message has its name.
+        """
         if not (control.should_log or control.should_evaluate or control.should_save):
             return
         for name, weight in model.named_parameters():
@@ -205,7 +198,7 @@ class CardMixin:
 
 
 def carry_out(trainer: Any, run: Continuation, task: Task, scores: Recorder | None, splits: dict[str, Any]) -> None:
-    """Train with an evaluation before and after, predict, and report: whatever `do_train` and the like ask for."""
+    """Evaluate, train, evaluate again, predict and print the report, as far as `do_train` and the like ask for it."""
     args = trainer.args
     if args.do_eval:
         trainer.add_callback(EvaluationLog(scores))
@@ -240,11 +233,9 @@ def predict(trainer: Any, scores: Recorder | None, examples: Any) -> None:
     """Print the metrics of the test examples, and write their answers into `predictions.jsonl`."""
     trainer.log_metrics("predict", trainer.predict(examples, metric_key_prefix="predict").metrics)
     if trainer.args.should_save and scores is not None:
-        lines = [
-            json.dumps({"generated": generated, "reference": reference}, ensure_ascii=False) + "\n"
-            for generated, reference in zip(scores.record["generated"], scores.record["references"], strict=True)
-        ]
-        (Path(trainer.args.output_dir) / PREDICTIONS_NAME).write_text("".join(lines), encoding="utf-8")
+        with (Path(trainer.args.output_dir) / PREDICTIONS_NAME).open("w", encoding="utf-8") as file:
+            for generated, reference in zip(scores.record["generated"], scores.record["references"], strict=True):
+                file.write(json.dumps({"generated": generated, "reference": reference}, ensure_ascii=False) + "\n")
 
 
 def publish(
@@ -258,9 +249,9 @@ def publish(
     base_model: str | None,
     base_model_note: str | None,
 ) -> None:
-    """Merge the adapter if asked to, save the model with its card, push both where `push_to_hub` says so.
+    """Merge the adapter if asked to, save the model with its card, and push both if `push_to_hub` is set.
 
-    `all_results.json`, the last of all files, closes the run: it tells that nothing is left to do.
+    `all_results.json` is written last: a run that has it is finished.
 
     Args:
         trainer: has a `CardMixin` in front.
@@ -279,13 +270,14 @@ def publish(
     weights = f"a LoRA adapter of rank {model_args.lora_r}" if model_args.use_peft else "all its weights"
     sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in data.splits.items())
     if args.should_save:
-        draw_recall_by_position(output_dir)
-        draw_memory(output_dir)
+        draw_records(output_dir)
+    # what the model is loaded by
+    name = args.hub_model_id if args.push_to_hub and args.hub_model_id else output_dir.name
     by_package = "; no package is in two of these" if data.provenance else ""
     trainer.card = Card(
         name=output_dir.name,
         summary=f"{trained} with {weights} trained to {task.verb}: {data.name}.",
-        usage=usage(task, model_args, trainer.processing_class, config, name=name_of(trainer), num_beams=num_beams),
+        usage=usage(task, model_args, trainer.processing_class, config, name=name, num_beams=num_beams),
         library="peft" if isinstance(trainer.model, PeftModel) else "transformers",
         pipeline_tag=task.pipeline_tag,
         run=dataclasses.replace(
@@ -311,14 +303,8 @@ def publish(
         save_results(output_dir, trainer.state.log_history)
 
 
-def name_of(trainer: Any) -> str:
-    """What the model is loaded by: its id on the Hub where it is pushed there, else its folder's name."""
-    args = trainer.args
-    return str(args.hub_model_id) if args.push_to_hub and args.hub_model_id else Path(args.output_dir).name
-
-
 def command_line(script: str, argv: Sequence[str], training_args: TrainingArguments) -> str:
-    """The command that makes this run again; of an installed recipe that of `hf-temporal`, else of its script."""
+    """The command that repeats this run: `hf-temporal` for an installed recipe, else its script."""
     path = Path(script).resolve()
     processes = f"--num_processes {training_args.world_size} " if training_args.world_size > 1 else ""
     if path.is_relative_to(PACKAGE):

@@ -32,15 +32,15 @@ def search_power(
 ) -> str:
     """Train `trials` models, p = 0 first, then p from 0 to 10 as Optuna's TPE suggests; a table of what they reached.
 
-    What decides is `metric_for_best_model` at the end of a run, the loss where none is named: p leaves both alone. The
-    study lies in a folder `search` in `output_dir`, with all that the trials write. The same settings go on with it,
-    others begin another beside it. A run that ends without a finite value counts as infinitely bad.
+    Trials are compared by `metric_for_best_model` at the end of a run, by default the unweighted loss. The study and
+    what the trials write are kept in the folder `search` of `output_dir`; the same settings continue a study, others
+    begin a new one. A run that ends without a finite value counts as infinitely bad.
 
     Args:
         trainer: of the recipe.
         model_init: an untrained model, as `Trainer` takes it.
-        settings: what, beside the training's arguments, makes a search the same one.
-        trials: how many there are to be, those that are finished among them.
+        settings: what, beside the training arguments, tells one search from another.
+        trials: how many there are to be, including those already finished.
 
     Raises:
         ValueError: a metric that cannot choose a p, or is not measured; several processes.

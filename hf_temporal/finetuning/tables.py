@@ -34,10 +34,15 @@ def environment() -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """A Markdown table of the given columns of the rows; floats with three significant digits."""
-    cells = [list(columns), ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join(f"| {line} |" for line in lines)
+    return markdown([list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The lines, of which the first is the head, as a Markdown table."""
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    widths = [max(map(len, column)) for column in zip(*ruled, strict=True)]
+    cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in ruled]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _cell(value: Any) -> str:

@@ -1,11 +1,11 @@
-"""The tasks of the recipes: each loads its data, shows them to a model, scores its answers and says what counts."""
+"""The tasks of the recipes: each loads and tokenizes its data, scores the answers, and names its metrics."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -19,6 +19,7 @@ from hf_temporal.data.copying_scores import CopyScores
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
 from hf_temporal.data.loading import DataArguments, TaskData
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
+from hf_temporal.errors import is_users_mistake
 from hf_temporal.installed import require
 from hf_temporal.positions import IGNORE_INDEX
 
@@ -65,13 +66,14 @@ class TaskArguments:
             require("search")
 
 
-class Scores(Protocol):
-    """Compares answers with references, both rows of tokens.
-
-    `record` holds the texts of both, "generated" and "references", and whatever else an evaluation is to keep.
-    """
+class Recorder(Protocol):
+    """Keeps in `record` what an evaluation found beside its metrics."""
 
     record: dict[str, list[Any]]
+
+
+class Scores(Recorder, Protocol):
+    """Compares answers with references, both rows of tokens, and records their texts, `generated` and `references`."""
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """A Trainer's `compute_metrics`."""
@@ -87,9 +89,10 @@ class Task(ABC):
         verb: what a model learns to do.
         pipeline_tag: the Hub's name for it.
         metrics: what a table shows, by name in the logs: title and decimals.
-        data: not tokenized yet.
-        answer_length: tokens that are generated at most.
-        generates: whether a decoder-only model's answers are generated, and not read off at each position.
+        data: the examples, not tokenized yet.
+        answer_length: the largest number of tokens to generate.
+        generates: whether a decoder-only model's answers are generated; else they are read off at each position.
+        unused: splits that the run does not need, so that they are not tokenized.
     """
 
     verb: ClassVar[str]
@@ -98,10 +101,15 @@ class Task(ABC):
     data: TaskData
     answer_length: int
     generates: bool = True
+    unused: Collection[str] = ()
 
     def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:  # noqa: ARG002
         """The tokenizer that comes with the task, unless another one is named; None: the model's."""
         return None
+
+    def used(self) -> dict[str, Any]:
+        """The splits that are tokenized."""
+        return {split: examples for split, examples in self.data.splits.items() if split not in self.unused}
 
     @abstractmethod
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
@@ -133,13 +141,13 @@ class Summarization(Task):
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         settings = {"tokenizer": tokenizer, "arguments": self.arguments}
         if not config.is_encoder_decoder:
-            return tokenize(self.data, summarization.encode_for_causal_lm, settings, self.data_args, config)
+            return tokenize(self.used(), summarization.encode_for_causal_lm, settings, self.data_args, config)
         for side, name in (("encoder", "max_source_length"), ("decoder", "max_target_length")):
             limit, length = positions(config, side), getattr(self.arguments, name)
             if limit is not None and length > limit:
                 raise ValueError(f"{name}={length}, and the model has {limit} positions; accepted: at most that")
         settings["decoder_start_token_id"] = getattr(config, "decoder_start_token_id", None)
-        return tokenize(self.data, summarization.encode_for_seq2seq_lm, settings, self.data_args, config)
+        return tokenize(self.used(), summarization.encode_for_seq2seq_lm, settings, self.data_args, config)
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:  # noqa: ARG002
         return SummaryScores(tokenizer, self.arguments.rouge_tokenizer)
@@ -187,7 +195,7 @@ class Copying(Task):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         encoded: dict[str, Any] = {}
-        for split, examples in self.data.splits.items():
+        for split, examples in self.used().items():
             how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
             size = self.sizes[split]
             if self.generates:
@@ -227,7 +235,7 @@ class LanguageModeling(Task):
         if config.is_encoder_decoder:
             raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
         settings = {"tokenizer": tokenizer, "arguments": self.arguments}
-        return tokenize(self.data, language_modeling.encode_texts, settings, self.data_args, config)
+        return tokenize(self.used(), language_modeling.encode_texts, settings, self.data_args, config)
 
 
 TASK_KINDS = (TaskArguments, DataArguments, SummarizationArguments, CopyingArguments, LanguageModelingArguments)
@@ -237,23 +245,34 @@ def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Tas
     """The task with its data, from one object of each of `TASK_KINDS`.
 
     One process of a machine loads the data first, the others find them in the cache.
+
+    Raises:
+        ValueError: the data set of the Hub cannot be loaded, or the data are not what the task needs.
     """
     task_args, data_args, summarization_args, copying_args, language_modeling_args = arguments
     text_column = summarization_args.text_column
-    with training_args.main_process_first():
-        if task_args.task == "summarization":
-            return Summarization(data_args, summarization_args)
-        if task_args.task == "copying":
-            if language_modeling_args.packing and copying_args.copying_form == "digits":
-                raise ValueError(
-                    "packing=True and copying_form='digits': each row is read alone; accepted: one of them"
-                )
-            return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
-        return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
+    packs_digits = language_modeling_args.packing and copying_args.copying_form == "digits"
+    if task_args.task == "copying" and packs_digits:
+        raise ValueError("packing=True and copying_form='digits': each row is read alone; accepted: one of them")
+    try:
+        with training_args.main_process_first():
+            if task_args.task == "summarization":
+                return Summarization(data_args, summarization_args)
+            if task_args.task == "copying":
+                return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
+            return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
+    except (OSError, ValueError) as error:
+        if data_args.dataset_name is None or is_users_mistake(error):
+            raise
+        raise ValueError(
+            f"dataset_name={data_args.dataset_name!r} with dataset_config_name={data_args.dataset_config_name!r} "
+            f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}; accepted: a folder, or the id of a data "
+            "set on the Hub and one of its configurations"
+        ) from error
 
 
 def tokenize(
-    data: TaskData,
+    splits: Mapping[str, Dataset],
     function: Callable[..., dict[str, list[list[int]]]],
     settings: dict[str, Any],
     data_args: DataArguments,
@@ -261,10 +280,11 @@ def tokenize(
 ) -> dict[str, Dataset]:
     """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from.
 
-    Raises ValueError where a split has no other row.
+    Raises:
+        ValueError: a split has no other row.
     """
     encoded = {}
-    for split, examples in data.splits.items():
+    for split, examples in splits.items():
         rows = mapped(examples, split, function, settings, data_args)
         limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
         kept = rows.filter(_can_be_learned, batched=True, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
@@ -297,21 +317,18 @@ def mapped(
 
 
 def _can_be_learned(batch: dict[str, list[list[int]]], limits: dict[str, int | None]) -> list[bool]:
-    fits = [
-        all(limit is None or len(row) <= limit for row, limit in zip(rows, limits.values(), strict=True))
-        for rows in zip(*(batch[name] for name in limits), strict=True)
-    ]
     return [
-        fit and any(label != IGNORE_INDEX for label in labels)
-        for fit, labels in zip(fits, batch["labels"], strict=True)
+        any(label != IGNORE_INDEX for label in labels)
+        and all(
+            limit is None or len(row) <= limit
+            for row, limit in ((ids, limits["input_ids"]), (labels, limits["labels"]))
+        )
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
     ]
 
 
 def positions(config: PreTrainedConfig, side: str) -> int | None:
-    """How many positions the encoder or the decoder has; None where there is no limit, as in T5.
-
-    A decoder-only model is both.
-    """
+    """How many positions the encoder or the decoder has, either for a decoder-only model; None: any, as in T5."""
     part = getattr(config, side, config)
     own = part if isinstance(part, PreTrainedConfig) else config
     limit: int | None = getattr(own, f"max_{side}_position_embeddings", getattr(own, "max_position_embeddings", None))

@@ -1,4 +1,4 @@
-"""Python code for a model card: load the model that was trained, and use it for what it learned."""
+"""Python code for a model card, which loads the trained model and applies it to a text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .functional import LearnedFunctional
 from .models import ModelArguments
 from .tasks import Copying, Summarization, Task
 
-CHAT = '''
-messages = [{{"role": "user", "content": """{prefix}""" + text}}]
+CHAT = """
+messages = [{{"role": "user", "content": {text}}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-'''.strip()
-PLAIN = 'inputs = tokenizer("""{prefix}""" + text + "\\n\\nSummary:\\n", return_tensors="pt")'
-SOURCE = 'inputs = tokenizer("""{prefix}""" + text, truncation=True, max_length={max_length}, return_tensors="pt")'
+""".strip()
+PLAIN = 'inputs = tokenizer({text} + "\\n\\nSummary:\\n", return_tensors="pt")'
+SOURCE = 'inputs = tokenizer({text}, truncation=True, max_length={max_length}, return_tensors="pt")'
 TEXT = 'inputs = tokenizer(text, return_tensors="pt")'
 DIGITS = 'inputs = tokenizer("{digits}", add_special_tokens=False, return_tensors="pt")'
 
@@ -41,7 +41,7 @@ def usage(
     name: str,
     num_beams: int,
 ) -> str:
-    """The code, for the model in the folder `name`; the text to work on is `text`."""
+    """The code for the model that is loaded as `name`; its variable `text` is the text to work on."""
     if isinstance(task, LearnedFunctional):
         return SERIES.format(name=name, time=task.arguments.length, size=config.input_size)
     lines = [*_load(model_args, config, name), _inputs(task, tokenizer, config)]
@@ -69,10 +69,11 @@ def _load(model_args: ModelArguments, config: PreTrainedConfig, name: str) -> li
 
 def _inputs(task: Task, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig) -> str:
     if isinstance(task, Summarization):
-        prefix, length = task.arguments.source_prefix, task.arguments.max_source_length
+        prefix = task.arguments.source_prefix
+        text = f'"""{prefix}""" + text' if prefix else "text"
         if config.is_encoder_decoder:
-            return SOURCE.format(prefix=prefix, max_length=length)
-        return (CHAT if tokenizer is not None and tokenizer.chat_template else PLAIN).format(prefix=prefix)
+            return SOURCE.format(text=text, max_length=task.arguments.max_source_length)
+        return (CHAT if tokenizer is not None and tokenizer.chat_template else PLAIN).format(text=text)
     if isinstance(task, Copying) and not task.generates:
         return DIGITS.format(digits=task.example_digits())
     return TEXT

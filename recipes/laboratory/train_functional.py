@@ -21,9 +21,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate import PartialState
 from transformers import AutoConfig, AutoModel, set_seed
 
+from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.controls import ControlArguments, controlled
 from hf_temporal.finetuning.functional import FunctionalArguments, LearnedFunctional, MemoryScores
@@ -93,5 +93,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    PartialState().destroy_process_group()
+    run_script(main)

@@ -6,28 +6,22 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    BertConfig,
     BertLMHeadModel,
     BertModel,
-    BertTokenizer,
     MT5ForConditionalGeneration,
     PreTrainedModel,
-    TrainingArguments,
 )
 
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL
 from hf_temporal.finetuning import models
-from hf_temporal.finetuning.adapters import add_adapter, check_mergeable, merge_adapter
 from hf_temporal.finetuning.models import (
     ModelArguments,
     Seq2SeqModelArguments,
@@ -36,68 +30,10 @@ from hf_temporal.finetuning.models import (
     load_tokenizer,
     require_4bit,
 )
-from hf_temporal.trainer import TemporalWeightTrainer
 from tests import chinese
-from tests.tiny_models import PadCollator, causal_examples, tiny_model
-from tests.tiny_summarization import tiny_llama, tiny_tokenizer
-
-TEXT = chinese.PAIRS[0]["title"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder-only model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
-    tiny_llama(len(tokenizer)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def t5_pegasus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of T5-PEGASUS's shape."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "t5_pegasus"
-    chinese.write_checkpoint(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A masked language model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = chinese.vocabulary()
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,
-    )
-    BertLMHeadModel(config).save_pretrained(folder)
-    BertTokenizer({word: index for index, word in enumerate(words)}).save_pretrained(folder)
-    return folder
-
-
-def as_bert(folder: Path) -> Seq2SeqModelArguments:
-    return Seq2SeqModelArguments(model_name_or_path=str(folder), tokenizer_type="bert")
-
-
-def pair_of(bert: Path, **settings: Any) -> Seq2SeqModelArguments:
-    names = {"encoder_model_name_or_path": str(bert), "decoder_model_name_or_path": str(bert)}
-    return Seq2SeqModelArguments(**(names | settings))
-
-
-def seq2seq_logits(model: Any, tokenizer: Any) -> torch.Tensor:
-    inputs = tokenizer([chinese.PAIRS[0]["abstract"]], return_tensors="pt")
-    labels = tokenizer([TEXT], return_tensors="pt").input_ids
-    with torch.no_grad():
-        return model.eval()(**inputs, labels=labels).logits
-
+from tests.finetuning.tiny_checkpoints import TEXT, as_bert, pair_of, seq2seq_logits
+from tests.tiny_models import tiny_model
+from tests.tiny_summarization import tiny_tokenizer
 
 # ---- arguments
 
@@ -408,113 +344,3 @@ def test_four_bits_are_asked_of_the_library(
     assert asked["device_map"] == {"": 0}
     assert asked["dtype"] == dtype
     assert not any(parameter.requires_grad for parameter in model.parameters())  # until it has an adapter
-
-
-# ---- adapters
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mt5", "bart", "encoder_decoder"])
-def test_everywhere_is_every_linear_layer_but_the_head(name: str) -> None:
-    model = tiny_model(name)
-    encoder_decoder = model.config.is_encoder_decoder
-    adapted = add_adapter(
-        model, ModelArguments(use_peft=True, lora_r=2), "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
-    )
-    trained = [key for key, parameter in adapted.named_parameters() if parameter.requires_grad]
-    assert trained
-    assert all("lora_" in key for key in trained)
-    assert not any("lm_head" in key or "predictions.decoder" in key for key in trained)
-    layers = {re.sub(r"\.lora_.*", "", key) for key in trained}
-    assert len(layers) >= (20 if encoder_decoder else 8)
-    if encoder_decoder:
-        assert any("encoder" in key for key in layers)
-        assert any("decoder.bert" in key or "decoder.layers" in key or "decoder.block" in key for key in layers)
-
-
-def test_adapter_modules_by_name() -> None:
-    arguments = ModelArguments(use_peft=True, lora_r=2, lora_target_modules=["q_proj", "down_proj"])
-    adapted = add_adapter(tiny_model("llama"), arguments, "CAUSAL_LM")
-    layers = {re.findall(r"(\w+)\.lora_", key)[0] for key, _ in adapted.named_parameters() if "lora_" in key}
-    assert layers == {"q_proj", "down_proj"}
-    arguments.lora_target_modules = ["q_proj", "qkv"]
-    with pytest.raises(ValueError, match=r"'qkv' is no module here; accepted: .*down_proj.*q_proj"):
-        add_adapter(tiny_model("llama"), arguments, "CAUSAL_LM")
-
-
-@pytest.mark.parametrize("names", [["all-linear"], ["query", "value"]])
-def test_the_new_attention_of_a_pair_is_trained_in_full(bert: Path, tmp_path: Path, names: list[str]) -> None:
-    arguments = pair_of(bert, use_peft=True, merge_adapter=True, lora_target_modules=names)
-    model, tokenizer = load_seq2seq_lm(arguments)
-    adapted = add_adapter(model, arguments, "SEQ_2_SEQ_LM")
-    trained = {key: parameter for key, parameter in adapted.named_parameters() if parameter.requires_grad}
-    full = [key for key in trained if "crossattention.modules_to_save" in key]
-    new = [key for key, _ in model.named_parameters() if "crossattention.original_module" in key]
-    assert len(full) == len(new) > 0
-    assert any("encoder.encoder.layer.0.attention.self.query.lora_A" in key for key in trained)
-    assert all("crossattention" in key or "lora_" in key for key in trained)
-    with torch.no_grad():
-        for parameter in trained.values():
-            parameter.add_(torch.randn_like(parameter) / 4)
-    expected = seq2seq_logits(adapted, tokenizer)
-    adapted.merge_and_unload().save_pretrained(tmp_path)
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(seq2seq_logits(again, tokenizer), expected, rtol=1e-4, atol=1e-4)
-
-
-# ---- merging
-
-
-def trained_adapter(folder: Path, base: Path, **settings: Any) -> TemporalWeightTrainer:
-    model, tokenizer = load_causal_lm(ModelArguments(model_name_or_path=str(base), use_peft=True))
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=2, save_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True,
-        **settings,
-    )  # fmt: skip
-    trainer = TemporalWeightTrainer(
-        add_adapter(model, ModelArguments(use_peft=True), "CAUSAL_LM"),
-        arguments,
-        train_dataset=causal_examples(),
-        data_collator=PadCollator(),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    return trainer
-
-
-def test_merged_is_the_plain_model_with_the_adapters_logits(llama: Path, tmp_path: Path) -> None:
-    trainer = trained_adapter(tmp_path, llama)
-    ids = torch.arange(3, 40).view(1, -1)
-    model: Any = trainer.model
-    with torch.no_grad():
-        adapted = model.eval()(input_ids=ids).logits
-        base = AutoModelForCausalLM.from_pretrained(llama)(input_ids=ids).logits
-    trainer.save_model()
-    assert (tmp_path / "adapter_config.json").exists()
-    merge_adapter(trainer)
-    trainer.save_model()
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
-    assert not [name for name in names if name.startswith("adapter_")]
-    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
-    assert b"lora" not in (tmp_path / "model.safetensors").read_bytes()
-    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with torch.no_grad():
-        merged = again(input_ids=ids).logits
-    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
-    assert (merged - base).abs().max() > 0.01
-    assert again.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
-
-    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "checkpoint-2")
-    with torch.no_grad():
-        torch.testing.assert_close(fresh(input_ids=ids).logits, adapted)
-
-
-def test_sharded_weights_are_not_merged(llama: Path, tmp_path: Path) -> None:
-    trainer = trained_adapter(tmp_path, llama)
-    check_mergeable(trainer)
-    for engine, flag in (("FSDP", "is_fsdp_enabled"), ("DeepSpeed", "is_deepspeed_enabled")):
-        flags = {"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | {flag: True}
-        sharded = SimpleNamespace(model=trainer.model, args=trainer.args, **flags)
-        with pytest.raises(ValueError, match=f"merge_adapter=True under {engine}, which shards the weights"):
-            merge_adapter(sharded)
-        assert isinstance(sharded.model, PeftModel)

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, LlamaC
 
 from hf_temporal.data.loading import DataArguments
 from hf_temporal.data.summarization import SummarizationArguments
+from hf_temporal.finetuning.configuration import parse
+from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, prepare_causal_lm
 from hf_temporal.finetuning.tasks import Summarization
 from recipes import finetune_causal_lm, finetune_seq2seq
 from tests.tiny_run import Tiny
@@ -146,6 +148,17 @@ def test_plain_text_is_the_causal_recipe_s_alone(tiny: Tiny, tmp_path: Path) -> 
     text = ("--task", "language_modeling", "--text_column", "article", *tiny.data_flags)
     with pytest.raises(ValueError, match=r"task='language_modeling' is for finetune_causal_lm\.py"):
         finetune_seq2seq.main([*text, *t5, *QUICK, "--output_dir", str(tmp_path)])
+
+
+# ---- splits
+
+
+@pytest.mark.parametrize("more", [(), ("--do_predict",)])
+def test_the_test_split_is_tokenized_where_it_is_needed(more: tuple[str, ...], tiny: Tiny, tmp_path: Path) -> None:
+    flags = tiny.flags(tmp_path, *more)
+    prepared = prepare_causal_lm(parse(CAUSAL_ARGUMENTS, flags))
+    assert [*prepared.splits] == ["train", "validation", "test"][: 3 if more else 2]
+    assert [*prepared.task.data.splits] == ["train", "validation", "test"]
 
 
 # ---- what does not fit

@@ -60,8 +60,11 @@ def test_powers_are_told_and_nothing_is_trained(tiny: Tiny, tmp_path: Path, caps
     text = capsys.readouterr().out
     assert "24 documents of " in text
     assert "| weight at p = 4 " in text
-    (picture,) = (tmp_path / "look").iterdir()
-    assert picture.name == "suggested_power.png"
+    numbers, picture = sorted((tmp_path / "look").iterdir())
+    assert (numbers.name, picture.name) == ("suggested_power.json", "suggested_power.png")
+    told = json.loads(numbers.read_text("utf-8"))
+    assert told["documents"] == 24
+    assert {"power", "effective_sample_size", "quarters", "loss"} <= told["effects"][0].keys()
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

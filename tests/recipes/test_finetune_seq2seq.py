@@ -68,7 +68,8 @@ def test_powers_are_told_and_nothing_is_trained(
 ) -> None:
     main(flags(tiny, tmp_path / "look", "--suggest_power"))
     assert "24 documents of " in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "look").iterdir()] == ["suggested_power.png"]
+    names = sorted(path.name for path in (tmp_path / "look").iterdir())
+    assert names == ["suggested_power.json", "suggested_power.png"]
 
 
 def test_interrupted_run_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
