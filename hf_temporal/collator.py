@@ -16,6 +16,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
+from ._trl import is_sft_collator
 from .losses import check_vocabulary
 from .positions import (
     IGNORE_INDEX,
@@ -191,7 +192,9 @@ class TimelineCollator:
 
     def __call__(self, features: list[Any]) -> Any:
         first = features[0] if len(features) and isinstance(features[0], Mapping) else {}
-        known = isinstance(self.collator, (*PADDING_COLLATORS, DataCollatorWithFlattening))
+        known = isinstance(self.collator, (*PADDING_COLLATORS, DataCollatorWithFlattening)) or is_sft_collator(
+            self.collator
+        )
         columns = {key: [row[key] for row in features] for key in KEPT_COLUMNS if key in first}
         if not all(isinstance(row, (list, tuple, Tensor)) for row in columns.get("document_ids", ())):
             del columns["document_ids"]

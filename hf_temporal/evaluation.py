@@ -70,7 +70,19 @@ class TokenLosses(ABC):
             of_targets, correct_targets = losses_and_hits(logits, answered, labels[target])
             losses, correct = of_targets.new_zeros(labels.shape), torch.zeros_like(target)
             losses[target], correct[target] = of_targets, correct_targets
-        losses = losses.to(wide_dtype(losses.device))
+        self.add_losses(losses, correct, positions, document_ids=document_ids, loss_weights=loss_weights)
+
+    def add_losses(
+        self,
+        losses: Tensor,
+        correct: Tensor | None,
+        positions: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+    ) -> None:
+        """Add a batch whose losses are known: `losses` and `correct` of each label, `[batch, time]`; see `add`."""
+        losses = losses.to(wide_dtype(losses.device)).where(positions > 0, 0)
         self._add(TokenBatch(losses, correct, positions, document_ids, loss_weights))
 
     @abstractmethod

@@ -80,6 +80,14 @@ class EvaluationByPosition(TimelineHooks):
         batch = self._prepare_inputs(batch)
         labels = batch.pop("labels")
         outputs = calls[0]
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("log_probs"), Tensor):  # of TRL's head
+            self._losses.add_losses(
+                *_of_all_labels(outputs, labels),
+                timeline[POSITIONS],
+                document_ids=timeline.get(DOCUMENTS),
+                loss_weights=timeline.get(LOSS_WEIGHTS),
+            )
+            return result
         if isinstance(outputs, Mapping) and outputs.get("logits") is None:
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**batch, **missing_decoder_inputs(self._root, batch, labels))
@@ -93,3 +101,11 @@ class EvaluationByPosition(TimelineHooks):
             loss_weights=timeline.get(LOSS_WEIGHTS),
         )
         return result
+
+
+def _of_all_labels(outputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and hits at the labels that they belong to, of the log-probabilities of all but the first of a row."""
+    log_probs, hits = (outputs[name][:, -(labels.shape[1] - 1) :] for name in ("log_probs", "is_top1"))
+    losses, correct = log_probs.new_zeros(labels.shape), hits.new_zeros(labels.shape, dtype=torch.bool)
+    losses[:, 1:], correct[:, 1:] = -log_probs, hits.bool()
+    return losses, correct

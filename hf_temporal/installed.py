@@ -14,6 +14,7 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "memory": ("scipy",),
     "search": ("optuna",),
+    "trl": ("trl",),
 }
 
 

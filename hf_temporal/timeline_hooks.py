@@ -19,11 +19,12 @@ from hf_temporal.model.model_loss import (
     regression_problem,
 )
 
+from . import _trl
 from ._peft import base_model, check_merged_head, described, is_prompt_learner
 from ._transformers import forget_eval_dataloaders, keep_columns
 from .collator import KEPT_COLUMNS, LOSS_WEIGHTS, OWN_KEYS, Timeline, TimelineCollator, has_time
 from .schedules import power_at
-from .training_args import _TemporalFields
+from .training_args import TemporalFields
 from .weighting import TemporalWeighting
 
 if TYPE_CHECKING:
@@ -48,14 +49,14 @@ class TimelineHooks(_Trainer):
         """The weighting at its final power: the argument, else the arguments' fields, else `TemporalWeighting()`."""
         if self._given_weighting is not None:
             return self._given_weighting
-        if isinstance(self.args, _TemporalFields):
+        if isinstance(self.args, TemporalFields):
             return self.args.temporal_weighting()
         return TemporalWeighting()
 
     @property
     def temporal_power(self) -> float:
         power = self.weighting.power
-        if not isinstance(self.args, _TemporalFields):
+        if not isinstance(self.args, TemporalFields):
             return power
         return power_at(
             self.state.global_step,
@@ -193,7 +194,9 @@ class TimelineHooks(_Trainer):
         return any(
             name in vars(kind)
             for kind in kinds[kinds.index(TimelineHooks) if behind else 0 :]
-            if kind not in (Trainer, Seq2SeqTrainer) and kind.__module__.partition(".")[0] != __package__
+            if kind not in (Trainer, Seq2SeqTrainer)
+            and kind.__module__.partition(".")[0] != __package__
+            and kind.__module__ not in _trl.KNOWN_MODULES
             for name in names
         )
 
@@ -201,6 +204,7 @@ class TimelineHooks(_Trainer):
         """Whether p is 0 throughout and the trainer has a loss of its own, which then is left as it is."""
         return self._is_trivial(batch) and (
             self.compute_loss_func is not None
+            or _trl.has_other_loss(self)
             or self._has_own("compute_loss", "training_step", "get_batch_samples", "_get_num_items_in_batch")
         )
 

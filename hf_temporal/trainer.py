@@ -15,6 +15,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from hf_temporal.hub.push import HubMixin
 from hf_temporal.model.weighted_loss import Share, WeightedForward, chosen_fused_head, missing_decoder_inputs
 
+from . import _trl
 from ._transformers import (
     attribute,
     divides_by_accumulation_steps,
@@ -31,7 +32,7 @@ from .collator import (
 from .evaluation_hooks import EvaluationByPosition
 from .positions import IGNORE_INDEX, shift_left
 from .step_weights import WeightedStep, weigh_batches
-from .training_args import _TemporalFields
+from .training_args import TemporalFields
 from .unsupported import LossCheck, check_arguments, check_engine, check_loss_func, check_order
 from .weighting import TemporalWeighting
 
@@ -70,7 +71,9 @@ class TemporalWeightMixin(EvaluationByPosition):
         if weighting is not None and not isinstance(weighting, TemporalWeighting):
             raise TypeError(f"weighting={weighting!r} is a {type(weighting).__name__}; accepted: a TemporalWeighting.")
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
-        check_arguments({**given, **given.get("kwargs", {})})
+        given |= given.get("kwargs", {})
+        check_arguments(given)
+        _trl.check_sft_arguments(type(self), given, LOSS_WEIGHTS)
         self._given_weighting = weighting
         self._step: WeightedStep | None = None
         self._sample_sizes: list[Tensor] = []
@@ -79,21 +82,26 @@ class TemporalWeightMixin(EvaluationByPosition):
         super().__init__(*args, **kwargs)
         check_engine(self)
         if not self._is_trivial({}):
-            check_loss_func(self)
+            self._check_own_loss()
         self.add_callback(LossCheck(self._check_weighted))
-        if isinstance(self.args, _TemporalFields):
+        if isinstance(self.args, TemporalFields):
             self.args.validate_schedule(self.weighting.power)
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
         searched = [name for name in getattr(trial, "params", trial) or () if name.startswith("temporal_")]
-        if isinstance(self.args, _TemporalFields):
+        if isinstance(self.args, TemporalFields):
             self.args.validate_temporal_fields()
         if searched and self._given_weighting is not None:
             raise ValueError(
                 f"{searched[0]} is searched beside an explicit weighting={self._given_weighting!r}, which overrides "
                 "it; accepted: one of the two."
             )
+
+    def _check_own_loss(self) -> None:
+        """Look for losses that are not the model's own: each may be set at any time."""
+        check_loss_func(self)
+        _trl.check_loss_type(self)
 
     # ---- training
 
@@ -118,7 +126,7 @@ class TemporalWeightMixin(EvaluationByPosition):
         if problem := self._problem_with(batches[0]):
             self._check_power_is_0(batches[0], problem)
             return [_without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
-        check_loss_func(self)
+        self._check_own_loss()
         batches = [batch if _is_unchanged(batch, collected) else _without(batch, TIMES) for batch in batches]
         step = self._step = self._weigh(batches, device)
         self._sample_sizes.append(step.effective_sample_size)
@@ -189,7 +197,7 @@ class TemporalWeightMixin(EvaluationByPosition):
             self._check_power_is_0(inputs, problem)
         if problem or not weighs:
             return self._unweighted_loss(model, inputs, return_outputs, num_items_in_batch)
-        check_loss_func(self)
+        self._check_own_loss()
         steps = [] if self._step is None else [self._step]
         if not any(step.find(inputs["labels"]) for step in steps):
             if self.get_cp_size() > 1:
@@ -199,7 +207,7 @@ class TemporalWeightMixin(EvaluationByPosition):
                 )
             steps.append(self._weigh([inputs], self.args.device))
         own = self._read_model_loss()
-        mode = self.args.temporal_fused_head if isinstance(self.args, _TemporalFields) else "auto"
+        mode = self.args.temporal_fused_head if isinstance(self.args, TemporalFields) else "auto"
         sees_logits = return_outputs or (mode == "auto" and self._has_own("compute_loss", behind=True))
         needs_logits = sees_logits or own.needs_labels or inputs["labels"].is_floating_point()
         forward = WeightedForward(
@@ -240,10 +248,11 @@ class TemporalWeightMixin(EvaluationByPosition):
             num_items_in_batch: what `compute_loss` was given.
             call: the keyword arguments of the call.
         """
-        items = call.get("num_items_in_batch")
+        by_trainer = num_items_in_batch if call.get(_trl.FUSED_HEAD) else None
+        items = call.get("num_items_in_batch", by_trainer)
         known = [(step, found) for step in steps if (found := step.find(call["labels"])) is not None]
         if not known:
-            alone = self._weigh([_without(call, ("num_items_in_batch",))], self.args.device)
+            alone = self._weigh([_without(call, ("num_items_in_batch", _trl.FUSED_HEAD))], self.args.device)
             known = [(alone, alone.weighted[0])]
         step, found = known[0]
         coefficient = self._read_model_loss().auxiliary_coefficient
@@ -252,7 +261,7 @@ class TemporalWeightMixin(EvaluationByPosition):
             micro_batches = getattr(self, "current_gradient_accumulation_steps", len(step.batches))
         copies = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         if items is not None:  # the trainer then multiplies by the copies
-            return Share(found, 1 / items, coefficient / (micro_batches * copies))
+            return Share(found, 1 / items, coefficient / (micro_batches * copies), by_trainer)
         if step is not self._step:
             return Share(found, copies / step.denominator, coefficient)
         if self.model_accepts_loss_kwargs:  # the trainer's code asks for the mean of this micro-batch

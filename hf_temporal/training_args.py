@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +23,9 @@ def _field(default: Any, text: str, choices: Sequence[str] | None = None) -> Any
 
 
 @dataclass(repr=False)
-class _TemporalFields:
+class TemporalFields:
+    """The `temporal_*` fields, to stand in front of a configuration, see `TemporalTrainingArguments`."""
+
     temporal_power: float = _field(1.0, "p of the weight t^p: 0 is the usual loss, inf the last target token alone.")
     temporal_origin: str = _field("target", "Where t starts: target, sequence or turn.", ORIGINS)
     temporal_normalization: str = _field(
@@ -47,7 +52,35 @@ class _TemporalFields:
         FUSED_HEAD_MODES,
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the defaults of a configuration that stands behind ours, as of SFTConfig in
+
+        @dataclass class Arguments(TemporalTrainingArguments, SFTConfig). A dataclass takes a field from the first of
+        its bases that has it, be it inherited there; here it is the first that defines it, as for any attribute.
+        """
+        super().__init_subclass__(**kwargs)
+        defined: dict[str, type] = {}
+        for base in cls.__mro__[1:]:
+            defined |= {name: base for name in inspect.get_annotations(base) if name not in defined}
+        inherited: dict[str, Any] = {}
+        for base in reversed(cls.__mro__[1:]):
+            inherited |= getattr(base, "__dataclass_fields__", {})
+        own = inspect.get_annotations(cls)
+        for name, given in inherited.items():
+            meant = getattr(defined.get(name), "__dataclass_fields__", {}).get(name, given)
+            if meant is not given and name not in own:
+                own[name] = meant.type
+                setattr(cls, name, copy.copy(meant))
+        cls.__annotations__ = own
+
     def __post_init__(self) -> None:
+        fields = {each.name for each in dataclasses.fields(self)}
+        missing = {name for base in type(self).__mro__ for name in getattr(base, "__dataclass_fields__", ())} - fields
+        if missing:
+            raise TypeError(
+                f"{type(self).__name__} lacks the fields {', '.join(sorted(missing)[:3])}, ... of one of its bases; "
+                "accepted: the class with @dataclass in front of it."
+            )
         for name in ("temporal_power", "temporal_mixture", "temporal_power_start", "temporal_power_warmup_ratio"):
             value: Any = getattr(self, name)
             try:
@@ -86,7 +119,7 @@ class _TemporalFields:
 
 
 @dataclass(repr=False)  # TrainingArguments' own leaves out the tokens
-class TemporalTrainingArguments(_TemporalFields, TrainingArguments):
+class TemporalTrainingArguments(TemporalFields, TrainingArguments):
     """`TrainingArguments` plus the `temporal_*` fields of `TemporalWeightTrainer`, whose `help` says what they mean.
 
     `temporal_power` (p of the weight t^p), `temporal_normalization` and `temporal_mixture` are those of
@@ -99,5 +132,5 @@ class TemporalTrainingArguments(_TemporalFields, TrainingArguments):
 
 
 @dataclass(repr=False)
-class TemporalSeq2SeqTrainingArguments(_TemporalFields, Seq2SeqTrainingArguments):
+class TemporalSeq2SeqTrainingArguments(TemporalFields, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` plus the `temporal_*` fields, see `TemporalTrainingArguments`."""

@@ -60,6 +60,7 @@ def numbers(logs: list[dict[str, float]]) -> list[float]:
     return [entry[key] for entry in logs for key in ("loss", "grad_norm")]
 
 
+@torch.no_grad()
 def reference(power: float, *, rows: list[dict[str, Any]] = ROWS[:4], labels_of: Callable[[Any], Any] = list) -> float:
     """Σ wℓ / D of the first step, in float64, one document at a time."""
     model: Any = tiny_model("llama").double().eval()

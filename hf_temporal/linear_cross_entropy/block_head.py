@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .head import Head, Term
+from .head import Head, Term, TokenStatistics
 
 BLOCK_LOGITS, SMALLEST_BLOCK = 2**20, 128  # 4 MiB of float32
 SPAN = 16  # blocks whose share of ∂/∂x is one product, where none of its factors has to be converted
@@ -46,6 +46,11 @@ class BlockHead(Head):
     def is_narrow(self) -> bool:
         """Whether a product is computed in float16, whose range its factors must not leave."""
         return any(term.dtype == torch.float16 for term in self.terms)
+
+    @property
+    def has_entropy_of_gradients(self) -> bool:
+        """Whether the entropy is ℓ − Σ_v z_v ∂ℓ/∂z_v without a sweep for it: z is linear in what has a gradient."""
+        return self.softcap is None and all(term.needs_grad_x for term in self.terms)
 
     @property
     def smoothed(self) -> float:
@@ -84,6 +89,8 @@ class BlockHead(Head):
             assert swept is not None
         expected = (1 - self.label_smoothing) * swept.chosen + self.smoothed * swept.plain
         losses = swept.bound + swept.total.log() - expected
+        if self.measured is not None and self.has_entropy_of_gradients:
+            self.measured.entropy = losses.clone()
         if not self.needs_gradient:
             return losses, [None] * len(xs)
         return losses, self._second_sweep(xs, targets, w, swept, is_first=is_first, is_last=is_last)
@@ -137,7 +144,9 @@ class BlockHead(Head):
         """
         n = len(xs[0])
         bound = xs[0].new_full((n,), torch.finfo(self.exact).min if self.is_shifted else 0, dtype=self.exact)
-        total, chosen, plain = bound.new_zeros(3, n)
+        total, chosen, plain, expected = bound.new_zeros(4, n)
+        highest = bound.new_full((n,), -math.inf)
+        sums_entropy = self.measures and not self.has_entropy_of_gradients
         groups: list[tuple[Tensor, list[slice]]] = []
         for rows in self._blocks():
             z = self._part(rows, n)
@@ -148,19 +157,28 @@ class BlockHead(Head):
             chosen += torch.where(inside, logits.view(-1).index_select(0, at), 0)
             if self.label_smoothing:
                 plain += logits.sum(0)
+            if self.measures:
+                highest = torch.maximum(highest, logits.amax(0))
+            kept = self.scratch("kept", logits.shape, self.exact).copy_(logits) if sums_entropy else None
             if self.is_shifted:
                 higher = torch.maximum(bound, _bound(logits, z.dtype))
-                total *= (bound - higher).exp_()
+                factor = (bound - higher).exp_()
+                total *= factor
+                expected *= factor
                 logits -= higher
                 if not groups or not _is_same(bound, higher):
                     groups.append((higher, []))
                 groups[-1][1].append(rows)
                 bound = higher
             total += self._exp_(logits).sum(0)
+            if kept is not None:
+                expected += kept.mul_(logits).sum(0)
             if not self.is_shifted and rows.start == 0 and _may_leave_range(total):
                 return None
             if slope is None and logits is not z:
                 z.copy_(logits)
+        if self.measures:
+            self.measured = TokenStatistics(bound + total.log() - expected / total, chosen >= highest)
         if self.is_shifted:
             return _Swept(bound, total, chosen, plain, groups)
         return None if _may_leave_range(total) else _Swept(bound, total, chosen, plain, [(bound, self._blocks())])
@@ -174,9 +192,11 @@ class BlockHead(Head):
             for x, t in zip(xs, self.terms, strict=True)
         ]
         span = SPAN if all(term.matrix.dtype == term.dtype == self.stored for term in self.terms) else 1
+        entropy = self.measured.entropy if self.measured is not None and self.has_entropy_of_gradients else None
         groups = swept.groups if self.softcap is None else [(swept.bound, self._blocks())]
         for bound, blocks in groups:
             units = self._units(swept, bound, w)
+            share = self.logit_scale / units.one
             factors = [(x * units.factor.unsqueeze(1)).to(term.dtype) for x, term in zip(xs, self.terms, strict=True)]
             for start in range(0, len(blocks), span):
                 neighbours = blocks[start : start + span]
@@ -190,10 +210,14 @@ class BlockHead(Head):
                             self.accumulate_product_(target[rows], z.to(term.dtype), x, onto=onto)
                 rows = slice(neighbours[0].start, neighbours[-1].stop)
                 z = self._part(rows, len(targets.y))
-                for term, grad_x in zip(self.terms, grads_x, strict=True):
+                for term, x, grad_x in zip(self.terms, xs, grads_x, strict=True):
                     if grad_x is not None:
-                        product = self.product(z.to(term.dtype).t(), self.rows_of(term, rows))
-                        grad_x.addcmul_(self.converted(product), units.factor.unsqueeze(1))
+                        product = self.converted(self.product(z.to(term.dtype).t(), self.rows_of(term, rows)))
+                        grad_x.addcmul_(product, units.factor.unsqueeze(1))
+                        if entropy is not None:
+                            entropy -= product.mul_(x).sum(1) * share
+                if entropy is not None and self.bias is not None:
+                    entropy -= (self.bias[rows].to(z.dtype) @ z).to(entropy.dtype) * share
         return grads_x
 
     def _units(self, swept: _Swept, bound: Tensor, w: Tensor) -> _Units:

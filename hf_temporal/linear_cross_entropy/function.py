@@ -16,7 +16,7 @@ from hf_temporal.positions import IGNORE_INDEX, SIGNED_INTEGERS
 from hf_temporal.weighting import check_weights
 
 from .block_head import BlockHead
-from .head import Head, Term, product_dtype
+from .head import Head, Term, TokenStatistics, product_dtype
 
 ROUNDING = 64
 
@@ -88,6 +88,7 @@ def weighted_linear_cross_entropy_terms(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     chunk_size: int | None = None,
+    statistics: TokenStatistics | None = None,
 ) -> Tensor:
     """`weighted_linear_cross_entropy` of z_n = c tanh(s (Σ_i W_i x_i,n + b) / c).
 
@@ -100,6 +101,7 @@ def weighted_linear_cross_entropy_terms(
         terms: the pairs (x_i [N, H_i], W_i [V, H_i]); the first names `hidden` and `head_weight` in the errors.
         positions: n of all that have a target, any order, [M]; where `weights` needs no gradient, others of weight 0
             may be among them. With None they are searched for, which synchronises with the device.
+        statistics: is filled at these positions.
     """
     _check_options(softcap, label_smoothing, chunk_size)
     bias = None if bias is None else _gathered(bias)
@@ -116,26 +118,30 @@ def weighted_linear_cross_entropy_terms(
         label_smoothing=label_smoothing,
     )
     with torch.autocast(flat[0].device.type, enabled=False):  # the dtypes of the products are settled
-        return _WeightedLinearCrossEntropy.apply(make_head, chunk_size, targets, weights, positions, bias, *flat)
+        return _WeightedLinearCrossEntropy.apply(
+            make_head, chunk_size, statistics, targets, weights, positions, bias, *flat
+        )
 
 
 class _WeightedLinearCrossEntropy(torch.autograd.Function):
-    """apply(make_head, chunk_size, targets, weights, positions, bias, x_0, W_0, x_1, W_1, ...)."""
+    """apply(make_head, chunk_size, statistics, targets, weights, positions, bias, x_0, W_0, x_1, W_1, ...)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         make_head: Callable[..., Head],
         chunk_size: int | None,
+        statistics: TokenStatistics | None,
         targets: Tensor,
         weights: Tensor,
         positions: Tensor | None,
         bias: Tensor | None,
         *flat: Tensor,
     ) -> Tensor:
-        _, _, _, needs_weights, _, needs_bias, *needs = ctx.needs_input_grad
+        needs_weights, _, needs_bias, *needs = ctx.needs_input_grad[4:]
         xs = flat[0::2]
         head = make_head(flat, bias, needs, needs_bias)
+        head.measures = statistics is not None
         if positions is None:
             chosen = targets != IGNORE_INDEX
             if not needs_weights:
@@ -163,6 +169,9 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             losses[chunk], gradients = head.losses(
                 inputs, y[chunk], shares[chunk], is_first=i == 0, is_last=i == count - 1
             )
+            if statistics is not None and head.measured is not None:
+                statistics.entropy[index] = head.measured.entropy
+                statistics.is_top1[index] = head.measured.is_top1
             for grad_x, gradient in zip(grads_x, gradients, strict=True):
                 if grad_x is not None and gradient is not None:
                     grad_x.index_copy_(0, index, gradient.to(grad_x.dtype))
@@ -197,7 +206,7 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(factor)
         typed = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return None, None, None, *typed
+        return None, None, None, None, *typed
 
 
 def _head(

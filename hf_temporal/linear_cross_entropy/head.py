@@ -28,6 +28,14 @@ class Term:
 
 
 @dataclass(eq=False, repr=False)
+class TokenStatistics:
+    """What is measured of each target token's logits while they are there; nothing of it is differentiated."""
+
+    entropy: Tensor  # −Σ_v p_v log p_v, [N]
+    is_top1: Tensor  # whether no logit is larger than the target's, [N]
+
+
+@dataclass(eq=False, repr=False)
 class Head(ABC):
     """The logits z = c tanh(s (Σ x Wᵀ + b) / c), their loss, and the gradients of b and the W, chunk after chunk."""
 
@@ -39,6 +47,8 @@ class Head(ABC):
     label_smoothing: float  # ε
     exact: torch.dtype  # of what is neither a matrix nor a logit
     stored: torch.dtype  # of the logits of a chunk
+    measures: bool = False  # whether `measured` is wanted
+    measured: TokenStatistics | None = None  # of the last chunk, [n]
 
     @property
     def vocabulary(self) -> int:
@@ -87,6 +97,15 @@ class Head(ABC):
         Returns:
             The losses ℓ [n], unweighted, and ∂ Σ w ℓ / ∂x of each term, [n, H], None where it is not wanted.
         """
+
+
+@torch.no_grad()
+def statistics_of(logits: Tensor, y: Tensor) -> TokenStatistics:
+    """The statistics of logits [n, V] with targets y [n]."""
+    logits = logits.float()
+    log_p = logits.log_softmax(-1)
+    chosen = logits.gather(-1, y[:, None])[:, 0]
+    return TokenStatistics(-(log_p.exp() * log_p).sum(-1), chosen >= logits.amax(-1))
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import triton_kernel
-from .head import Head
+from .head import Head, statistics_of
 
 
 @dataclass(eq=False, repr=False)
@@ -26,6 +26,11 @@ class RowHead(Head):
         row = -(-self.vocabulary // 16) * 16  # for loads of 16 bytes
         self.logits = self.terms[0].matrix.new_empty(positions, row, dtype=self.stored)
 
+    def _scaled(self, z: Tensor) -> Tensor:
+        logits = z.float() if self.bias is None else z + self.bias.float()
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def losses(
         self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
@@ -36,6 +41,8 @@ class RowHead(Head):
                 torch.addmm(z, x, matrix, beta=float(i > 0), out=z)
             else:
                 z.copy_(x @ matrix) if i == 0 else z.add_(x @ matrix)
+        if self.measures:
+            self.measured = statistics_of(self._scaled(z), y)
         losses = triton_kernel.losses_and_gradient_(
             z,
             y,

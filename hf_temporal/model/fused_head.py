@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from hf_temporal._peft import adapter_terms, is_lora, is_prompt_learner, known_layer
 from hf_temporal.linear_cross_entropy.function import weighted_linear_cross_entropy_terms
+from hf_temporal.linear_cross_entropy.head import TokenStatistics
 
 FINAL_BIAS = "final_logits_bias"
 
@@ -27,6 +28,7 @@ class _Call:
         weights: `[batch, time]`.
         targets: where in the flattened labels the targets are, where that is known.
         label_smoothing: ε.
+        statistics: is filled at the targets, where it is wanted.
         loss: Σ wℓ, once the head was called.
         hidden: what the head was given, where there are no labels.
     """
@@ -36,6 +38,7 @@ class _Call:
     weights: Tensor | None = None
     targets: Tensor | None = None
     label_smoothing: float = 0.0
+    statistics: TokenStatistics | None = None
     loss: Tensor | None = None
     hidden: Tensor | None = None
 
@@ -76,7 +79,14 @@ class FusedHead:
 
     @contextlib.contextmanager
     def computing(
-        self, model: nn.Module, labels: Tensor, weights: Tensor, *, targets: Tensor | None, label_smoothing: float
+        self,
+        model: nn.Module,
+        labels: Tensor,
+        weights: Tensor,
+        *,
+        targets: Tensor | None,
+        label_smoothing: float,
+        statistics: TokenStatistics | None = None,
     ) -> Iterator[Callable[[Mapping[str, Any]], Tensor]]:
         """While inside, one call of the model (the unwrapped root, or what wraps it) returns `{"loss": Σ wℓ}`.
 
@@ -86,11 +96,12 @@ class FusedHead:
             weights: `[batch, time]`.
             targets: where in the flattened labels the targets are, where that is known.
             label_smoothing: ε.
+            statistics: of the flattened labels, filled at the targets.
 
         Yields:
             A function from the outputs to Σ wℓ in float32: FSDP2 rounds what a module returns to its `output_dtype`.
         """
-        call = _Call(model, labels, weights, targets, label_smoothing)
+        call = _Call(model, labels, weights, targets, label_smoothing, statistics)
 
         def loss_of(outputs: Mapping[str, Any]) -> Tensor:
             return call.loss if call.loss is not None and isinstance(model, FSDPModule) else outputs["loss"]
@@ -156,6 +167,7 @@ class FusedHead:
             logit_scale=self.logit_scale,
             softcap=self.softcap,
             label_smoothing=call.label_smoothing,
+            statistics=call.statistics,
         )
 
     def _return_loss(self, module: nn.Module, _: Any, output: Any) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_temporal import _trl
 from hf_temporal._peft import base_model, described
 from hf_temporal.collator import Batch
+from hf_temporal.linear_cross_entropy.head import TokenStatistics, statistics_of
 from hf_temporal.losses import weighted_cross_entropy, weighted_regression_loss
 from hf_temporal.positions import IGNORE_INDEX, shift_left
 from hf_temporal.step_weights import WeightedLabels
@@ -22,6 +25,7 @@ from .model_loss import ModelLoss, decoder_inputs, logits_of
 logger = logging.get_logger(__name__)
 
 SMALLEST_VOCABULARY_TO_FUSE = 1024
+LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class Share:
         weighted: the weights of its labels.
         scale: 1 / D, with what the trainer will multiply or divide the model's loss by undone.
         auxiliary_scale: the same for a mixture-of-experts auxiliary loss, its coefficient included.
+        items: what the trainer divides a sum over the labels by, where it does that itself.
     """
 
     weighted: WeightedLabels
     scale: Tensor | float
     auxiliary_scale: float
+    items: Tensor | int | None = None
 
 
 class WeightedForward:
@@ -91,13 +97,15 @@ class WeightedForward:
         if not isinstance(labels, Tensor):
             return None
         share = self._share_of(kwargs)
-        weights, targets = share.weighted.weights * share.scale, share.weighted.targets
+        weights, targets = share.weighted.weights, share.weighted.targets
         shifted = kwargs.get("shift_labels")
         inputs = {
-            key: value for key, value in kwargs.items() if key not in ("labels", "shift_labels", "num_items_in_batch")
+            key: value
+            for key, value in kwargs.items()
+            if key not in ("labels", "shift_labels", "num_items_in_batch", _trl.FUSED_HEAD)
         }
         if labels.is_floating_point():
-            self._call = _Call(labels, weights, share.auxiliary_scale, has_own_loss=True)
+            self._call = _Call(labels, weights * share.scale, share, has_own_loss=True)
             return args, {**inputs, "labels": labels}
         inputs |= {"labels": labels} if self._own.needs_labels else missing_decoder_inputs(self._root, inputs, labels)
         if share.weighted.is_split and shifted is not None:
@@ -106,12 +114,23 @@ class WeightedForward:
             labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
             targets = None if targets is None else targets - 1
         # The weights are divided instead of the loss: gradients that are made in the forward pass are then final.
-        labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
-        self._call = _Call(labels, weights, share.auxiliary_scale, has_own_loss=self._own.needs_labels)
+        weights = weights * share.scale
+        call = self._call = _Call(labels, weights, share, has_own_loss=self._own.needs_labels)
+        if kwargs.get(_trl.FUSED_HEAD):  # what is measured is that of all labels, of weight 0 as well
+            targets = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
+            size = labels.numel()
+            call.statistics = TokenStatistics(weights.new_zeros(size), targets.new_zeros(size, dtype=torch.bool))
+        else:
+            call.labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
         if self._fused_head is not None:
-            self._call.loss_of = self._fused.enter_context(
+            call.loss_of = self._fused.enter_context(
                 self._fused_head.computing(
-                    self._root, labels, weights, targets=targets, label_smoothing=self._label_smoothing
+                    self._root,
+                    call.labels,
+                    weights,
+                    targets=targets,
+                    label_smoothing=self._label_smoothing,
+                    statistics=call.statistics,
                 )
             )
         return args, inputs
@@ -123,10 +142,21 @@ class WeightedForward:
         self._fused.close()
         loss = call.loss_of(outputs) if call.loss_of is not None else self._from_logits(call, outputs)
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-        if auxiliary is not None and call.auxiliary_scale:
-            loss = loss + call.auxiliary_scale * auxiliary.to(loss.device)
+        if auxiliary is not None and call.share.auxiliary_scale and call.statistics is None:
+            loss = loss + call.share.auxiliary_scale * auxiliary.to(loss.device)
         if loss.requires_grad:
             loss.register_hook(self._on_backward)
+        if call.statistics is not None:
+            mask = call.labels != IGNORE_INDEX
+            divisor = torch.as_tensor(mask.sum() if call.share.items is None else call.share.items).clamp(min=1)
+            return OutputsWithoutLogits(
+                loss=loss,
+                log_probs=-loss * divisor,  # which the trainer adds up and divides
+                entropy=call.statistics.entropy.view(mask.shape),
+                is_top1=call.statistics.is_top1.view(mask.shape),
+                label_mask=mask,
+                aux_loss=auxiliary,
+            )
         if call.loss_of is not None:
             return OutputsWithoutLogits({**outputs, "loss": loss})
         if not isinstance(outputs, Mapping):
@@ -140,6 +170,11 @@ class WeightedForward:
             total, _ = weighted_regression_loss(logits, call.labels, call.weights, kind=self._regression_loss)
             return total
         logits = answer_logits(self._root, logits, call.labels.shape[1])
+        if call.statistics is not None:
+            at = (call.labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
+            for some in at.split(max(1, LOGITS_AT_ONCE // logits.shape[-1])):
+                found = statistics_of(logits.detach().flatten(0, 1)[some], call.labels.flatten()[some])
+                call.statistics.entropy[some], call.statistics.is_top1[some] = found.entropy, found.is_top1
         total, _ = weighted_cross_entropy(logits, call.labels, call.weights, label_smoothing=self._label_smoothing)
         return total
 
@@ -150,8 +185,9 @@ class _Call:
 
     labels: Tensor
     weights: Tensor
-    auxiliary_scale: float
+    share: Share
     has_own_loss: bool
+    statistics: TokenStatistics | None = None
     loss_of: Callable[[Mapping[str, Any]], Tensor] | None = None
 
 

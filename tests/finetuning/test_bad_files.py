@@ -28,10 +28,10 @@ from hf_temporal.data.summarization import SummarizationArguments, load_pairs
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS as KINDS
 from hf_temporal.positions import IGNORE_INDEX
-from hf_temporal.training_args import _TemporalFields
+from hf_temporal.training_args import TemporalFields
 from tests.tiny_summarization import tiny_tokenizer
 
-OWN = [each.name for kind in (*KINDS[:-1], _TemporalFields) for each in dataclasses.fields(kind)]
+OWN = [each.name for kind in (*KINDS[:-1], TemporalFields) for each in dataclasses.fields(kind)]
 TEMPORAL = ("temporal_power", "temporal_mixture", "temporal_power_start", "temporal_power_warmup_ratio")
 STOCK = [
     *("output_dir", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "warmup_steps"),

@@ -12,7 +12,7 @@ import pytest
 
 from hf_temporal import TemporalTrainingArguments
 from hf_temporal.finetuning.continuation import FREE_ARGUMENTS, SETTINGS_NAME, continue_run
-from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, _TemporalFields
+from hf_temporal.training_args import TemporalFields, TemporalSeq2SeqTrainingArguments
 
 DECIDING: dict[str, Any] = {
     "adam_beta2": 0.95,
@@ -101,6 +101,6 @@ def test_a_run_of_an_earlier_version_goes_on(begun: Path) -> None:
 def test_the_free_arguments_are_there() -> None:
     names = [each.name for each in fields(TemporalSeq2SeqTrainingArguments)]
     free = {name for name in names if any(fnmatch(name, pattern) for pattern in FREE_ARGUMENTS)}
-    assert free & {each.name for each in fields(_TemporalFields)} == {"temporal_fused_head"}
+    assert free & {each.name for each in fields(TemporalFields)} == {"temporal_fused_head"}
     assert free.isdisjoint(DECIDING.keys() - {"gradient_accumulation_steps"})
     assert free >= FREE.keys()
