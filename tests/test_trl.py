@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_temporal import TemporalTrainingArguments, TemporalWeighting, TemporalWeightMixin
 from tests.tiny_models import VOCABULARY, causal_examples, tiny_model
 
-trl = pytest.importorskip("trl", minversion="1.15.0")
+trl = pytest.importorskip("trl", minversion="1.16.0")
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
