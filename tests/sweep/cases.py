@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,10 +177,13 @@ def own_alignment(model: Any, rows: Rows) -> bool | None:
 
 
 def _layouts(model: Any, rows: Rows, shifts: bool | None) -> Iterator[tuple[str, Found]]:
+    alone = {}
+    if shifts is not None:
+        alone = {power: reference(model, rows, "right", shifts, power, alone=True) for power in (0.0, POWER)}
     for layout in LAYOUTS:
         if rows.seq2seq and layout in ("left", "packed"):
             continue
-        yield layout, _examine_layout(model, rows, layout, shifts)
+        yield layout, _examine_layout(model, rows, layout, shifts, alone)
 
 
 def _collator(rows: Rows, layout: str) -> Any:
@@ -188,18 +192,19 @@ def _collator(rows: Rows, layout: str) -> Any:
     return lambda some: rows.collate(some, "left" if layout == "left" else "right")
 
 
-def _examine_layout(model: Any, rows: Rows, layout: str, shifts: bool | None) -> Found:
+def _examine_layout(model: Any, rows: Rows, layout: str, shifts: bool | None, alone: dict[float, Step]) -> Found:
     found = Found()
     stock, zero, weighted = (train(model, rows, layout, kind, power) for kind, power in (
         (Trainer, 0.0), (TemporalWeightTrainer, 0.0), (TemporalWeightTrainer, POWER)))  # fmt: skip
-    references: dict[tuple[str, float], Step] = {}
-    if shifts is not None:
-        for power in (0.0, POWER):
-            for how in ("alone", "batch"):
-                references[how, power] = reference(model, rows, layout, shifts, power, how)
-    found.stock = _stand(stock, references, 0.0)
-    found.zero = "as stock" if _same(zero, stock) else _stand(zero, references, 0.0)
-    found.weighted = _stand(weighted, references, POWER)
+
+    @functools.cache
+    def batchwise(power: float) -> Step:
+        assert shifts is not None
+        return reference(model, rows, layout, shifts, power, alone=False)
+
+    found.stock = _stand(stock, alone, batchwise, 0.0)
+    found.zero = "as stock" if _same(zero, stock) else _stand(zero, alone, batchwise, 0.0)
+    found.weighted = _stand(weighted, alone, batchwise, POWER)
     return found
 
 
@@ -209,16 +214,16 @@ def _same(one: Step, other: Step) -> bool:
     return one.is_close(other)
 
 
-def _stand(step: Step, references: dict[tuple[str, float], Step], power: float) -> str:
+def _stand(step: Step, alone: dict[float, Step], batchwise: Callable[[float], Step], power: float) -> str:
     if step.error is not None:
         told = isinstance(step.error, (ValueError, TypeError)) and "ccepted" in str(step.error)
         return f"refused: {step.error}" if told else f"raised {_said(step.error)}"
-    for how, name in (("alone", "exact"), ("batch", "exact for the batch's logits")):
-        if (how, power) in references and step.is_close(references[how, power]):
-            return name
-    right = references.get(("alone", power))
-    if right is None:
+    if power not in alone:
         return "a loss of its own"
+    if step.is_close(right := alone[power]):
+        return "exact"
+    if step.is_close(batchwise(power)):
+        return "exact for the batch's logits"
     if right.error is not None:
         return f"no reference: {_said(right.error)}"
     return f"loss {step.loss / right.loss:.4g} ×"
@@ -248,7 +253,6 @@ def train(model: Any, rows: Rows, layout: str, kind: Any, power: float) -> Step:
                 folder, max_steps=1, per_device_train_batch_size=4 // micro, gradient_accumulation_steps=micro,
                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
                 max_grad_norm=1e9, remove_unused_columns=False, temporal_power=power, learning_rate=1e-3,
-                gradient_checkpointing=False,
             )  # fmt: skip
             one = kind(
                 model, args, train_dataset=rows.rows, data_collator=_collator(rows, layout), callbacks=[keeper]
@@ -261,26 +265,26 @@ def train(model: Any, rows: Rows, layout: str, kind: Any, power: float) -> Step:
     return Step(loss, keeper.gradient)
 
 
-def reference(model: Any, rows: Rows, layout: str, shifts: bool, power: float, how: str) -> Step:
+def reference(model: Any, rows: Rows, layout: str, shifts: bool, power: float, *, alone: bool) -> Step:
     """The loss and its gradients in float64.
 
     Args:
-        how: `"alone"`, the logits of each row by itself, or `"batch"`, those of the micro-batches as they are trained.
+        alone: takes the logits of each row by itself, else those of the micro-batches as they are trained.
     """
     model = copy.deepcopy(model).double()
     model.train()
     size = 2 if layout == "accumulated" else 4
     micro = [rows.rows[start : start + size] for start in range(0, 4, size)]
     batches = [_collator(rows, layout)(some) for some in micro]
-    if how == "alone":
+    if alone:
         batches = [rows.collate([row]) for row in rows.rows]
-    total = count = 0
+    total, count = torch.zeros((), dtype=torch.float64), 0
     try:
         for batch in batches:
             batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
             each, targets = losses(model(**batch)["logits"].double(), batch["labels"], shifts)
             documents = torch.zeros_like(targets, dtype=torch.long)
-            if layout == "packed" and how == "batch":
+            if layout == "packed":
                 documents = (batch["position_ids"] == 0).cumsum(1)
                 targets[:, :-1] &= documents[:, 1:] == documents[:, :-1]
             elif layout == "left" and shifts:
@@ -295,4 +299,4 @@ def reference(model: Any, rows: Rows, layout: str, shifts: bool, power: float, h
         (total / count).backward()
     except Exception as error:  # noqa: BLE001
         return Step(error=error)
-    return Step(float(total / count), gradient_of(model))
+    return Step(float(total.detach() / count), gradient_of(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import resource
 import signal
@@ -38,6 +39,7 @@ def classes() -> list[str]:
 def examine_all(names: Sequence[str], *, jobs: int = 1) -> Iterator[Report]:
     """A report of each, as they come."""
     torch.set_num_threads(1)
+    gc.freeze()  # the trainer collects garbage after each run, which otherwise takes most of the time
     logging.set_verbosity_error()
     with ThreadPoolExecutor(jobs) as pool:
         for done in as_completed([pool.submit(_examined, name) for name in names]):
