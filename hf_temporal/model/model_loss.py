@@ -41,7 +41,7 @@ class ModelLoss:
         unsupported: why the model's own loss is not the cross-entropy of its logits; empty where it is.
         vocabulary: the number of logits, None where it is not known.
         needs_labels: whether the model's forward cannot do without labels, or returns other logits then.
-        needs_position_ids: whether left padding changes the logits unless `position_ids` start after it.
+        needs_position_ids: whether `position_ids` that start after left padding leave the logits as they are.
         keeps_documents_apart: whether what stands before it in a packed row leaves a document's logits as they are.
         is_read: False where this is only presumed, from the model's class.
     """
@@ -99,7 +99,7 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
     try:
         with undisturbed(model):
             found, logits = _probe(model, presumed, inputs, labels)
-            if logits is not None and found.shifts_labels and not is_prompt_learner(model):
+            if logits is not None and not _is_encoder_decoder(base) and not is_prompt_learner(model):
                 found = _probe_rows(model, found, inputs, logits.float())
     except Exception as error:  # a model may raise anything on inputs that are not its own
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -208,9 +208,10 @@ def _probe_rows(model: nn.Module, found: ModelLoss, inputs: dict[str, Any], alon
         return torch.allclose(logits, alone, rtol=0, atol=tolerance)
 
     needs_position_ids = False
-    if found.needs_position_ids and "attention_mask" in inputs:
+    if found.shifts_labels and found.needs_position_ids and "attention_mask" in inputs:
         mask = torch.cat([torch.zeros_like(before), inputs["attention_mask"]], dim=1)
-        needs_position_ids = not is_same({"input_ids": torch.cat([before, tokens], dim=1), "attention_mask": mask})
+        padded = {"input_ids": torch.cat([before, tokens], dim=1), "attention_mask": mask}
+        needs_position_ids = is_same({**padded, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)})
     positions = torch.cat([torch.arange(count, device=tokens.device) for count in (before.shape[1], length)])[None]
     packed = {"input_ids": torch.cat([before, tokens], dim=1), "position_ids": positions}
     parameters = inspect.signature(base_model(model).forward).parameters

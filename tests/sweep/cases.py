@@ -65,6 +65,9 @@ class Rows:
         self.parameters = inspect.signature(model.forward).parameters
         self.main = model.main_input_name if self.seq2seq else "input_ids"
         generator = torch.Generator().manual_seed(0)
+        needs_image = self.parameters.get("pixel_values")
+        self.images = not self.seq2seq and needs_image is not None and needs_image.default is inspect.Parameter.empty
+        self.makes_decoder_inputs: Any = None
         self.rows: list[Row] = []
         for length in (9, 5, 7, 12):
             tokens = torch.randint(3, DATA_BELOW, (length,), generator=generator).tolist()
@@ -75,10 +78,16 @@ class Rows:
                 row = {"input_ids": source, "labels": tokens}
                 if self.main != "input_ids":
                     row[self.main] = features(model, self.main, generator)
+            elif self.images:
+                row["pixel_values"] = features(model, "pixel_values", generator)
             self.rows.append(row)
 
     def collate(self, rows: list[Row], side: str = "right") -> dict[str, Tensor]:
         batch = {"labels": _padded([row["labels"] for row in rows], IGNORE, side)}
+        if self.makes_decoder_inputs is not None:
+            batch["decoder_input_ids"] = self.makes_decoder_inputs(labels=batch["labels"])
+        if self.images:
+            batch["pixel_values"] = torch.stack([row["pixel_values"] for row in rows])
         if self.main in rows[0] and self.main != "input_ids":
             return batch | {self.main: torch.stack([row[self.main] for row in rows])}
         batch["input_ids"] = _padded([row["input_ids"] for row in rows], 0, side)
@@ -89,7 +98,8 @@ class Rows:
 
 def features(model: Any, name: str, generator: torch.Generator) -> Tensor:
     """Random features of an audio or image, of the shape that the configuration tells."""
-    config = getattr(model.config, "encoder", None) or model.config
+    parts = ("encoder", "encoder_config", "audio_config", "vision_config")
+    config = next((part for name in parts if (part := getattr(model.config, name, None)) is not None), model.config)
     if name == "input_values":
         return torch.randn(800, generator=generator)
     if name == "pixel_values":
@@ -121,7 +131,13 @@ def examine(kind: str) -> Report:
             try:
                 rows = Rows(model)
                 scramble(model, rows)
-                alignment = own_alignment(model, rows)
+                try:
+                    alignment = own_alignment(model, rows)
+                except ValueError:
+                    if not (rows.seq2seq and hasattr(model, "prepare_decoder_input_ids_from_labels")):
+                        raise
+                    rows.makes_decoder_inputs = model.prepare_decoder_input_ids_from_labels
+                    alignment = own_alignment(model, rows)
             except Exception as error:  # noqa: BLE001
                 said = said or _said(error)
                 continue
@@ -145,8 +161,12 @@ def scramble(model: Any, rows: Rows) -> None:
             for name, parameter in model.named_parameters():
                 if std is not None and parameter.dim() > 1 and not any(key in name for key in ("A_log", "dt_", "conv")):
                     parameter.normal_(std=std)
+        batch = rows.collate(rows.rows)
+        labels = batch.pop("labels")
+        if rows.seq2seq:  # a decoder wants something
+            batch["decoder_input_ids"] = labels.clamp(min=0)
         with torch.no_grad():
-            logits = model(**rows.collate(rows.rows))["logits"]
+            logits = model(**batch)["logits"]
         if logits.isfinite().all() and logits.abs().max() < 100:
             return
     raise ValueError("logits that are not finite")

@@ -27,6 +27,7 @@ class Sizes:
     key_value_heads: int = 2
     head_dim: int = 8
     layers: int = 2
+    rope_head_dim: int = 8
     keep: str = "$^"  # names that stay as they are
 
 
@@ -37,6 +38,7 @@ TRIED = (
     Sizes(layers=4, key_value_heads=4),
     Sizes(hidden=64, head_dim=16, key_value_heads=4),
     Sizes(hidden=64, head_dim=32, heads=2, key_value_heads=2),
+    Sizes(head_dim=16, rope_head_dim=8, key_value_heads=4),
     Sizes(keep="head_dim|head_size|d_kv"),
     Sizes(hidden=128, heads=2, head_dim=64, key_value_heads=1),
     Sizes(hidden=256, heads=2, head_dim=128, key_value_heads=2),
@@ -49,6 +51,9 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers|.*layerdrop|vocab_offset", 0),
     (r"first_k_dense_replace|moe_layer_start_index|n_shared_experts|num_shared_experts|n_group|n_groups", 1),
     (r"topk_group|mamba_n_groups|mamba_ngroups|num_codebooks|.*sparse_step|num_zero_experts|zero_expert_num", 1),
+    (r"index_topk", 64),
+    (r"mamba_d_ssm", lambda s: 2 * s.hidden),
+    (r"qk_rope_head_dim", lambda s: s.rope_head_dim),
     (r"num_experts_per_tok.*|moe_topk|moe_k|.*top_?k(_experts)?|num_selected_experts", 2),
     (r"num_.*experts|n_routed_experts|num_local_experts|moe_num_experts|.*num_experts", 4),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", lambda s: 2 * s.hidden // 8),
@@ -69,6 +74,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r".*(hidden_size|hidden_dim|proj_dim|projection_dim|projector_dim|embedding_dim|embed_dim|output_dim).*", "hidden"),
     (r"dim|width|output_hidden_size|out_hidden_size|word_embed_proj_dim|embedding_size|d_embed", "hidden"),
 )
+UNSET = {"num_experts_per_tok": 2, "n_routed_experts": 4, "vocabulary_map": {"<image>": 85}}
 DROPOUT = re.compile(r".*(dropout|_pdrop|drop_?rate|layerdrop|drop_path|jitter|mask_time_prob|mask_feature_prob).*")
 TOKEN = re.compile(r".*(token_id|token_index|token_ids?)")
 
@@ -142,7 +148,11 @@ def shrunk(config: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
     heads = next((config[key] for key in ("num_attention_heads", "n_head") if _is_int(config.get(key))), 0)
     result: dict[str, Any] = {}
     for index, (key, value) in enumerate(config.items()):
-        if key in SPECIAL or TOKEN.fullmatch(key):
+        if not isinstance(key, str) or key == "per_layer_config":
+            continue
+        if value is None and key in UNSET:
+            result[key] = UNSET[key]
+        elif key in SPECIAL or TOKEN.fullmatch(key):
             result[key] = _special(key, value, index)
         elif DROPOUT.fullmatch(key) and isinstance(value, float):
             result[key] = 0.0
@@ -153,6 +163,9 @@ def shrunk(config: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
         elif isinstance(value, list) and count and len(value) == count:
             some = [value[layer] for layer in kept]
             result[key] = [_sized(key, each, sizes, heads) for each in some]
+        elif isinstance(value, list) and key in ("embed_dim", "num_heads", "num_groups", "depths") and value:
+            start = {"embed_dim": 16, "depths": 1}.get(key, 1)
+            result[key] = [1 if key == "depths" else start * each // value[0] for each in value]
         elif key == "attention_types":
             result[key] = [[["global", "local"], 1]]
         elif key == "image_size" and _is_int(value):
@@ -195,6 +208,8 @@ def _shrunk_rope(value: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
     for key, entry in value.items():
         if isinstance(entry, dict):
             result[key] = _shrunk_rope(entry, sizes)
+        elif key == "alpha" and entry is None:
+            result[key] = 1.0
         elif key in ("mrope_section", "xdrope_section"):
             rest = half // len(entry)
             result[key] = [half - rest * (len(entry) - 1)] + [rest] * (len(entry) - 1)
