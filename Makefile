@@ -15,7 +15,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-distributed test-bad-input test-floor test-latest quality cards clean
+.PHONY: demo test test-distributed test-sweep test-bad-input test-floor test-latest quality cards clean
 
 demo: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 	$(VENV)/bin/accelerate launch recipes/finetune_causal_lm.py --config recipes/configs/summarization/smollm2_lora_docstrings.yaml $(ARGS)
@@ -25,6 +25,10 @@ test: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 
 test-distributed: $(VENV)/.stamp-packages
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m distributed $(ARGS)
+
+# Every model class of the installed transformers, made tiny. The page: .venv/bin/python -m tests.sweep --out docs/models.md
+test-sweep: $(VENV)/.stamp-packages
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m sweep tests/sweep $(ARGS)
 
 test-floor: $(FLOOR)/.stamp-packages $(FLOOR)/.stamp-model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(FLOOR)/bin/python $(PYTEST) $(ARGS)

@@ -340,19 +340,23 @@ def _auxiliary_coefficient(base: Any) -> float:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags, random states and FSDP2's shards are restored.
+    """Eval mode without gradients; training flags, random states, modules' counters and FSDP2's shards are restored.
 
-    FSDP2 leaves a root gathered after a forward, and an optimizer that is made then never sees its shards.
+    Some modules keep what a forward finds, such as a router the capacity of its experts. FSDP2 leaves a root gathered
+    after a forward, and an optimizer that is made then never sees its shards.
     """
-    training = [module for module in model.modules() if module.training]
+    before = [(module, _plain_attributes(module)) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
         model.eval()
         try:
             yield
         finally:
-            for module in training:
-                module.training = True
-            for module in model.modules():
+            for module, attributes in before:
+                vars(module).update(attributes)
                 if isinstance(module, FSDPModule):
                     module.reshard()
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if value is None or isinstance(value, (int, float, str))}

@@ -1,18 +1,19 @@
 """Trains every causal, seq2seq, image–text and speech class of the installed transformers for one step, made tiny.
 
-    python -m tests.sweep --out docs/models.md
-    python -m tests.sweep --only LlamaForCausalLM BartForConditionalGeneration
+make test-sweep ARGS='--out docs/models.md'
+python -m tests.sweep --only LlamaForCausalLM BartForConditionalGeneration
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from .run import classes, examine_all
-from .table import page
+from .table import faults, page
 
 
 def main() -> None:
@@ -33,6 +34,8 @@ def main() -> None:
         given.out.write_text(text, encoding="utf-8")
     else:
         print(text)  # noqa: T201
+    if wrong := faults(reports):
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

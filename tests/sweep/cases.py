@@ -101,7 +101,7 @@ def features(model: Any, name: str, generator: torch.Generator) -> Tensor:
     parts = ("encoder", "encoder_config", "audio_config", "vision_config")
     config = next((part for name in parts if (part := getattr(model.config, name, None)) is not None), model.config)
     if name == "input_values":
-        return torch.randn(800, generator=generator)
+        return torch.randn(4000, generator=generator)
     if name == "pixel_values":
         size = getattr(config, "image_size", 32)
         size = (size, size) if isinstance(size, int) else tuple(size)
@@ -111,7 +111,8 @@ def features(model: Any, name: str, generator: torch.Generator) -> Tensor:
         patches = torch.randn(6, channels + 2, generator=generator)
         patches[:, :2] = torch.tensor([[i // 3 + 1, i % 3 + 1] for i in range(6)])
         return patches
-    bins = getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", 80))
+    names = ("feature_projection_input_dim", "num_mel_bins", "input_feat_per_channel")
+    bins = next((size for name in names if (size := getattr(config, name, None))), 80)
     if type(model).__name__.startswith("Whisper"):
         return torch.randn(bins, 2 * config.max_source_positions, generator=generator)
     return torch.randn(40, bins, generator=generator)
@@ -159,7 +160,11 @@ def scramble(model: Any, rows: Rows) -> None:
         model.load_state_dict(before)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if std is not None and parameter.dim() > 1 and not any(key in name for key in ("A_log", "dt_", "conv")):
+                if (
+                    std is not None
+                    and parameter.dim() > 1
+                    and not any(key in name for key in ("A_log", "dt_", "conv"))
+                ):
                     parameter.normal_(std=std)
         batch = rows.collate(rows.rows)
         labels = batch.pop("labels")
@@ -253,8 +258,8 @@ class _Keeper(TrainerCallback):
     def __init__(self) -> None:
         self.gradient: Tensor | None = None
 
-    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        self.gradient = gradient_of(model)
+    def on_pre_optimizer_step(self, *_: Any, **given: Any) -> None:
+        self.gradient = gradient_of(given["model"])
 
 
 def gradient_of(model: nn.Module) -> Tensor:
@@ -274,9 +279,7 @@ def train(model: Any, rows: Rows, layout: str, kind: Any, power: float) -> Step:
                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
                 max_grad_norm=1e9, remove_unused_columns=False, temporal_power=power, learning_rate=1e-3,
             )  # fmt: skip
-            one = kind(
-                model, args, train_dataset=rows.rows, data_collator=_collator(rows, layout), callbacks=[keeper]
-            )
+            one = kind(model, args, train_dataset=rows.rows, data_collator=_collator(rows, layout), callbacks=[keeper])
             one._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows.rows)
             one.train()
         except Exception as error:  # noqa: BLE001
@@ -286,37 +289,48 @@ def train(model: Any, rows: Rows, layout: str, kind: Any, power: float) -> Step:
 
 
 def reference(model: Any, rows: Rows, layout: str, shifts: bool, power: float, *, alone: bool) -> Step:
-    """The loss and its gradients in float64.
+    """The loss and its gradients in float64; in the model's float32 where it cannot compute in float64.
 
     Args:
         alone: takes the logits of each row by itself, else those of the micro-batches as they are trained.
     """
-    model = copy.deepcopy(model).double()
-    model.train()
     size = 2 if layout == "accumulated" else 4
-    micro = [rows.rows[start : start + size] for start in range(0, 4, size)]
-    batches = [_collator(rows, layout)(some) for some in micro]
+    batches = [_collator(rows, layout)(rows.rows[start : start + size]) for start in range(0, 4, size)]
     if alone:
         batches = [rows.collate([row]) for row in rows.rows]
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    try:
-        for batch in batches:
-            batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-            each, targets = losses(model(**batch)["logits"].double(), batch["labels"], shifts)
-            documents = torch.zeros_like(targets, dtype=torch.long)
-            if layout == "packed":
-                documents = (batch["position_ids"] == 0).cumsum(1)
-                targets[:, :-1] &= documents[:, 1:] == documents[:, :-1]
-            elif layout == "left" and shifts:
-                targets[:, :-1] &= batch["attention_mask"][:, :-1] != 0 if "attention_mask" in batch else True
-            for row in range(len(targets)):
-                for document in documents[row].unique():
-                    mine = targets[row] & (documents[row] == document)
-                    time = torch.arange(1, int(mine.sum()) + 1, dtype=torch.float64)
-                    weights = time**power
-                    total = total + (weights / weights.mean().clamp(min=1e-300) * each[row][mine]).sum()
-                    count += len(time)
-        (total / count).backward()
-    except Exception as error:  # noqa: BLE001
-        return Step(error=error)
-    return Step(float(total.detach() / count), gradient_of(model))
+    step = Step()
+    for dtype in (torch.float64, torch.float32):
+        wide = copy.deepcopy(model).to(dtype).train()
+        try:
+            total, count = torch.zeros((), dtype=torch.float64), 0
+            for batch in batches:
+                inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+                each, targets = losses(wide(**inputs)["logits"].double(), batch["labels"], shifts)
+                for mine in _documents(batch, targets, shifts):
+                    weights = torch.arange(1, int(mine.sum()) + 1, dtype=torch.float64) ** power
+                    total = total + (weights / weights.mean() * each[mine]).sum()
+                    count += len(weights)
+            (total / count).backward()
+            return Step(float(total.detach() / count), gradient_of(wide))
+        except Exception as error:  # noqa: BLE001  whatever a model raises on a dtype that it was not written for
+            step = Step(error=error)
+    return step
+
+
+def _documents(batch: dict[str, Tensor], targets: Tensor, shifts: bool) -> Iterator[Tensor]:
+    """The places of each document's targets, in a batch of rows that are padded or packed."""
+    documents = torch.zeros_like(targets, dtype=torch.long)
+    if "position_ids" in batch:
+        documents = (batch["position_ids"] == 0).cumsum(1)
+        if shifts:
+            targets[:, :-1] &= documents[:, 1:] == documents[:, :-1]
+    elif shifts:  # the first token is no target, though what stands before it is padding
+        first = (batch["labels"] != IGNORE).int().argmax(1) if "attention_mask" not in batch else None
+        real = batch["attention_mask"] != 0 if first is None else torch.arange(targets.shape[1]) >= first[:, None]
+        targets &= real
+    for row, ids in enumerate(documents):
+        for document in ids.unique():
+            mine = torch.zeros_like(targets)
+            mine[row] = targets[row] & (ids == document)
+            if mine.any():
+                yield mine
