@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers.utils import logging
 
 from hf_temporal.model.model_loss import (
     ModelLoss,
@@ -26,6 +27,8 @@ from .collator import KEPT_COLUMNS, LOSS_WEIGHTS, OWN_KEYS, Timeline, TimelineCo
 from .schedules import power_at
 from .training_args import TemporalFields
 from .weighting import TemporalWeighting
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -131,6 +134,7 @@ class TimelineHooks(_Trainer):
         if self._model_loss is None or self._model_read != key:
             self._model_loss, self._model_read = read_model_loss(self._root, can_run=self._can_run), key
             self._problem = None
+            logger.info(f"{described(self._root)}: {self._model_loss.in_words()}")
         return self._model_loss
 
     @property
