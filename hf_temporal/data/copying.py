@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_temporal.positions import IGNORE_INDEX
 
-from . import check_counts
+from . import argument, check_counts
 from .drawn import DrawnDataset
 from .rows import Row, learned_after, tokens_without
 
@@ -35,12 +35,9 @@ WITHOUT_TEMPLATE = "\n\nPassage:\n"
 class CopyingArguments:
     """What is copied, and over which distance."""
 
-    copying_form: str = field(
-        default="digits",
-        metadata={"help": "Digits after a blank, or a passage of text after another text.", "choices": [*FORMS]},
-    )
-    copy_length: int = field(default=10, metadata={"help": "Digits, or tokens of the passage, that are copied: L."})
-    blank_length: int = field(default=100, metadata={"help": "Length of the blank, or tokens of the other text: T."})
+    copying_form: str = argument("digits", "Digits after a blank, or a passage of text after another text.", FORMS)
+    copy_length: int = argument(10, "Digits, or tokens of the passage, that are copied: L.")
+    blank_length: int = argument(100, "Length of the blank, or tokens of the other text: T.")
 
     def __post_init__(self) -> None:
         if self.copying_form not in FORMS:

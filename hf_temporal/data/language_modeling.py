@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_temporal.positions import IGNORE_INDEX
 
-from . import check_counts
+from . import argument, check_counts
 from .loading import DataArguments, TaskData, check_column, load_columns
 from .rows import Row, as_batch, learned_after
 
@@ -20,13 +20,9 @@ from .rows import Row, as_batch, learned_after
 class LanguageModelingArguments:
     """How long a row may be, and whether several share one."""
 
-    block_size: int = field(
-        default=1024,
-        metadata={"help": "Tokens of a row at most: plain text is cut into such rows, the rest is cut off."},
-    )
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Put the examples of a batch into one row without padding; none attends to another."},
+    block_size: int = argument(1024, "Tokens of a row at most: plain text is cut into such rows, the rest is cut off.")
+    packing: bool = argument(
+        False, "Put the examples of a batch into one row without padding; none attends to another."
     )
 
     def __post_init__(self) -> None:

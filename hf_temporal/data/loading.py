@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from . import SPLITS, check_counts
+from . import SPLITS, argument, check_counts
 from .docstrings import docstring_files
 
 logger = logging.get_logger(__name__)
@@ -26,16 +26,16 @@ EMBEDDED_DATA = "docstrings of the installed Python packages"
 class DataArguments:
     """Which data set, in the names of Hugging Face's examples; unset: the docstrings of the installed packages."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_file: str | None = field(default=None, metadata={"help": "CSV, JSON (Lines) or Parquet file."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
-    test_file: str | None = field(default=None, metadata={"help": "The same for prediction."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Keep only the first so many examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "The same for evaluation."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "The same for prediction."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Read and tokenize the data again."})
+    dataset_name: str | None = argument(None, "Data set on the Hub, or folder.")
+    dataset_config_name: str | None = argument(None, "Configuration of the data set.")
+    train_file: str | None = argument(None, "CSV, JSON (Lines) or Parquet file.")
+    validation_file: str | None = argument(None, "The same for evaluation.")
+    test_file: str | None = argument(None, "The same for prediction.")
+    max_train_samples: int | None = argument(None, "Keep only the first so many examples.")
+    max_eval_samples: int | None = argument(None, "The same for evaluation.")
+    max_predict_samples: int | None = argument(None, "The same for prediction.")
+    preprocessing_num_workers: int | None = argument(None, "Processes that tokenize.")
+    overwrite_cache: bool = argument(False, "Read and tokenize the data again.")
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):

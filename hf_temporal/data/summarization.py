@@ -10,7 +10,7 @@ import copy
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import check_counts
+from . import argument, check_counts
 from .loading import DataArguments, TaskData, check_column, load_columns
 from .rouge import ROUGE_TOKENIZERS, needs_characters
 from .rows import as_batch, learned_after, length_metrics, texts_of, tokens_without
@@ -32,19 +32,17 @@ Batch = Mapping[str, list[str]]
 class SummarizationArguments:
     """Which columns hold the texts, and how long source and summary may be."""
 
-    text_column: str | None = field(default=None, metadata={"help": "Column of the text; unset: the first."})
-    summary_column: str | None = field(default=None, metadata={"help": "Column of the summary; unset: the second."})
-    source_prefix: str = field(default="", metadata={"help": "Put in front of every text."})
-    max_source_length: int = field(default=1024, metadata={"help": "Tokens of the text that are kept."})
-    max_target_length: int = field(default=128, metadata={"help": "Tokens of a summary, its end token included."})
-    num_beams: int = field(default=1, metadata={"help": "Beams when texts are generated; 1 is greedy."})
-    rouge_tokenizer: str = field(
-        default="default",
-        metadata={
-            "help": "default: words of Latin letters and digits; char: for Chinese and Japanese, where the default "
-            "finds no words.",
-            "choices": [*ROUGE_TOKENIZERS],
-        },
+    text_column: str | None = argument(None, "Column of the text; unset: the first.")
+    summary_column: str | None = argument(None, "Column of the summary; unset: the second.")
+    source_prefix: str = argument("", "Put in front of every text.")
+    max_source_length: int = argument(1024, "Tokens of the text that are kept.")
+    max_target_length: int = argument(128, "Tokens of a summary, its end token included.")
+    num_beams: int = argument(1, "Beams when texts are generated; 1 is greedy.")
+    rouge_tokenizer: str = argument(
+        "default",
+        "default: words of Latin letters and digits; char: for Chinese and Japanese, where the default "
+        "finds no words.",
+        ROUGE_TOKENIZERS,
     )
 
     def __post_init__(self) -> None:

@@ -8,11 +8,12 @@ whether the few large weights do.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_temporal.data import argument
 from hf_temporal.training_args import TemporalTrainingArguments
 from hf_temporal.weighting import TemporalWeighting, WeightFunction
 
@@ -30,14 +31,12 @@ ACCEPTED = {
 class ControlArguments:
     """What takes the place of t^p."""
 
-    control: str = field(
-        default="power",
-        metadata={
-            "help": "power: t^p; late: the last 1/(p + 1) of the target alone; shuffled: the weights of t^p in random "
-            "order, drawn anew for each loss; capped: t^p, cut off at twice the mean; last_exempt: the last "
-            "token has the weight 1, and the others that of t^p with mean 1.",
-            "choices": [*CONTROLS],
-        },
+    control: str = argument(
+        "power",
+        "power: t^p; late: the last 1/(p + 1) of the target alone; shuffled: the weights of t^p in random "
+        "order, drawn anew for each loss; capped: t^p, cut off at twice the mean; last_exempt: the last "
+        "token has the weight 1, and the others that of t^p with mean 1.",
+        CONTROLS,
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_temporal.data import argument
 from hf_temporal.data.loading import TaskData
 from hf_temporal.memory.functionals import MEMORY_FUNCTIONS, Functional, FunctionalDataset
 from hf_temporal.memory.probe import constant_input_memory, gradient_memory, impulse_memory, memory_distance
@@ -25,18 +26,13 @@ GRADIENT_INPUTS = 64
 class FunctionalArguments:
     """Which functional is learned, from how long and how many series."""
 
-    target: str = field(
-        default="exponential",
-        metadata={"help": "Memory function ρ of the lag.", "choices": [*MEMORY_FUNCTIONS]},
-    )
-    before: float = field(default=0.0, metadata={"help": "Nonlinearity before the convolution: 0 none, 1 tanh."})
-    after: float = field(default=0.0, metadata={"help": "The same after it."})
-    length: int = field(default=100, metadata={"help": "Time of a series."})
-    min_length: int | None = field(
-        default=None, metadata={"help": "With it, times differ: each is drawn evenly from here to length."}
-    )
-    train_samples: int = field(default=128_000, metadata={"help": "Series to train on, made on the fly."})
-    eval_samples: int = field(default=256, metadata={"help": "Series to evaluate on, the same for every seed."})
+    target: str = argument("exponential", "Memory function ρ of the lag.", MEMORY_FUNCTIONS)
+    before: float = argument(0.0, "Nonlinearity before the convolution: 0 none, 1 tanh.")
+    after: float = argument(0.0, "The same after it.")
+    length: int = argument(100, "Time of a series.")
+    min_length: int | None = argument(None, "With it, times differ: each is drawn evenly from here to length.")
+    train_samples: int = argument(128_000, "Series to train on, made on the fly.")
+    eval_samples: int = argument(256, "Series to evaluate on, the same for every seed.")
 
     def __post_init__(self) -> None:
         Functional(self.target, before=self.before, after=self.after)

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available, logging
 
 import hf_temporal.memory.models  # noqa: F401 - model_type knows the laboratory's families from here on
+from hf_temporal.data import argument
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL, embedded_model_folder
 
 logger = logging.get_logger(__name__)
@@ -34,41 +35,27 @@ NEW_IN_A_DECODER = ("crossattention", "enc_to_dec_proj")  # what a warm-started 
 class ModelArguments:
     """Which model is trained, and with which adapter, in the names of TRL and Hugging Face's examples."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model on the Hub, or folder; unset: the recipe's own."}
+    model_name_or_path: str | None = argument(None, "Model on the Hub, or folder; unset: the recipe's own.")
+    model_revision: str = argument("main", "Branch, tag or commit of the model on the Hub.")
+    tokenizer_name: str | None = argument(None, "Tokenizer on the Hub, or folder; unset: the model's.")
+    tokenizer_type: str | None = argument(
+        None, "Kind of the tokenizer where its files do not say: bert reads the vocab.txt of T5-PEGASUS."
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer on the Hub, or folder; unset: the model's."}
+    model_type: str | None = argument(None, "Train a model of this kind (llama, t5, ...) from random weights.")
+    config_overrides: str | None = argument(
+        None, "Its configuration where it is not the default: hidden_size=64,vocab_size=16."
     )
-    tokenizer_type: str | None = field(
-        default=None,
-        metadata={"help": "Kind of the tokenizer where its files do not say: bert reads the vocab.txt of T5-PEGASUS."},
-    )
-    model_type: str | None = field(
-        default=None, metadata={"help": "Train a model of this kind (llama, t5, ...) from random weights."}
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Its configuration where it is not the default: hidden_size=64,vocab_size=16."}
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Of the weights when loaded.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapter."})
+    dtype: str = argument("float32", "Of the weights when loaded.", ["auto", "bfloat16", "float16", "float32"])
+    use_peft: bool = argument(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = argument(8, "Rank of the adapter.")
+    lora_alpha: int = argument(16, "The adapter's output is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = argument(0.0, "Dropout in front of the adapter.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Names of the modules that get an adapter; all-linear: every linear layer but the LM head."},
     )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Keep the frozen weights under the adapter in 4 bits (NF4)."}
-    )
-    merge_adapter: bool = field(
-        default=False, metadata={"help": "Save the model with the trained adapter added to its weights."}
-    )
+    load_in_4bit: bool = argument(False, "Keep the frozen weights under the adapter in 4 bits (NF4).")
+    merge_adapter: bool = argument(False, "Save the model with the trained adapter added to its weights.")
 
     def __post_init__(self) -> None:
         for name in ("load_in_4bit", "merge_adapter"):
@@ -128,11 +115,11 @@ class ModelArguments:
 class Seq2SeqModelArguments(ModelArguments):
     """`ModelArguments`, and the two models of a warm-started encoder–decoder."""
 
-    encoder_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model on the Hub, or folder, that becomes the encoder of a new pair."}
+    encoder_model_name_or_path: str | None = argument(
+        None, "Model on the Hub, or folder, that becomes the encoder of a new pair."
     )
-    decoder_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The same for the decoder; its attention to the encoder starts from nothing."}
+    decoder_model_name_or_path: str | None = argument(
+        None, "The same for the decoder; its attention to the encoder starts from nothing."
     )
 
     def __post_init__(self) -> None:

@@ -6,14 +6,14 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from hf_temporal.data import language_modeling, summarization
+from hf_temporal.data import argument, language_modeling, summarization
 from hf_temporal.data.copying import CopyingArguments, DigitCopies, TextCopies, digit_tokenizer, tokenize_texts
 from hf_temporal.data.copying_scores import CopyScores
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
@@ -40,23 +40,16 @@ LOSSES = {
 class TaskArguments:
     """What is learned."""
 
-    task: str = field(
-        default="summarization",
-        metadata={
-            "help": "summarization; copying, made on the fly; language_modeling: text, prompt and completion, or "
-            "chat messages.",
-            "choices": ["summarization", "copying", "language_modeling"],
-        },
+    task: str = argument(
+        "summarization",
+        "summarization; copying, made on the fly; language_modeling: text, prompt and completion, or chat messages.",
+        ["summarization", "copying", "language_modeling"],
     )
-    suggest_power: bool = field(
-        default=False, metadata={"help": "Train nothing; tell what each p would do with this model and these data."}
-    )
-    search_power: int = field(
-        default=0,
-        metadata={
-            "help": "Train this many models, each with a p that Optuna suggests, and tell which p was best by "
-            "metric_for_best_model; needs optuna."
-        },
+    suggest_power: bool = argument(False, "Train nothing; tell what each p would do with this model and these data.")
+    search_power: int = argument(
+        0,
+        "Train this many models, each with a p that Optuna suggests, and tell which p was best by "
+        "metric_for_best_model; needs optuna.",
     )
 
     def __post_init__(self) -> None:
