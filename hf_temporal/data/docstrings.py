@@ -53,7 +53,7 @@ class SourceFile(NamedTuple):
     path: Path
 
 
-def docstring_files(*, overwrite: bool = False) -> dict[str, Path]:
+def docstring_files() -> dict[str, Path]:
     """JSON Lines files "train", "validation" and "test" with `package`, `body`, `summary`, and "provenance" (JSON).
 
     They hold at most `MAX_PAIRS` pairs of this environment's packages, and no package is in two files. They are made
@@ -62,7 +62,7 @@ def docstring_files(*, overwrite: bool = False) -> dict[str, Path]:
     """
     versions = package_versions()
     key = hashlib.sha256(json.dumps([EXTRACTION_VERSION, versions]).encode()).hexdigest()[:16]
-    folder = made_once(f"docstrings-{key}", lambda unfinished: _write(unfinished, versions), overwrite=overwrite)
+    folder = made_once(f"docstrings-{key}", lambda unfinished: _write(unfinished, versions))
     return {split: folder / f"{split}.jsonl" for split in SPLITS} | {"provenance": folder / "provenance.json"}
 
 

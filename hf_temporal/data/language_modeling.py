@@ -33,9 +33,6 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
     """Load the columns "messages", "prompt" and "completion", or "text", whichever the train data have.
 
     The text is in `text_column` where it is given; that of the embedded data is the docstring's body.
-
-    Raises:
-        ValueError: none of these columns, or not in every split, or one that holds no texts.
     """
 
     def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:

@@ -35,7 +35,6 @@ class DataArguments:
     max_eval_samples: int | None = argument(None, "The same for evaluation.")
     max_predict_samples: int | None = argument(None, "The same for prediction.")
     preprocessing_num_workers: int | None = argument(None, "Processes that tokenize.")
-    overwrite_cache: bool = argument(False, "Read and tokenize the data again.")
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
@@ -80,15 +79,8 @@ def load_columns(
 ) -> TaskData:
     """Load of every split the columns that a task needs, cut to its `max_…_samples`.
 
-    Examples that have nothing in one of these columns are left out, with a warning.
-
-    Args:
-        arguments: which data.
-        choose: maps all splits, the name of one, and whether the data are the embedded ones, to the columns of that
-            split, each with the name that the task has for it.
-
-    Raises:
-        ValueError: a file that cannot be read, or a split without examples.
+    `choose` maps all splits, the name of one, and whether the data are the embedded ones, to the columns of that
+    split, each with the name that the task has for it. Examples with nothing in one of them are left out, and told.
     """
     splits, name, provenance = _load_splits(arguments)
     chosen: dict[str, Dataset] = {}
@@ -104,18 +96,17 @@ def load_columns(
 
 def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dict[str, Any] | None]:
     """The train, validation and test split that there are, the data's name, and the provenance of embedded ones."""
-    download = "force_redownload" if arguments.overwrite_cache else None
     name, provenance, files = arguments.dataset_name, None, arguments.files
     loaded: DatasetDict = DatasetDict()
     if name is not None:
-        loaded = load_dataset(name, arguments.dataset_config_name, download_mode=download)
+        loaded = load_dataset(name, arguments.dataset_config_name)
     elif not files:
-        files = docstring_files(overwrite=arguments.overwrite_cache)
+        files = docstring_files()
         provenance = json.loads(files.pop("provenance").read_text(encoding="utf-8"))
         name = EMBEDDED_DATA
     for split, path in files.items():
         try:
-            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), download_mode=download)["train"]
+            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path))["train"]
             read.data.validate(full=True)  # pyarrow takes JSON in any encoding, and a text fails only when it is read
         except (ValueError, DatasetGenerationError) as error:
             given = f"{split}_file={str(path)!r} gives no examples ({error.__cause__ or error})"
@@ -126,11 +117,7 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dic
 
 
 def check_column(argument: str, column: str, examples: Dataset, split: str, *, holds_texts: bool = True) -> None:
-    """Check that a split has a column, and that it holds texts.
-
-    Raises:
-        ValueError: no such column, with the columns there are, or, under `holds_texts`, one of something else.
-    """
+    """Check that a split has a column, and, under `holds_texts`, that it holds texts."""
     given = f"{argument}={column!r}"
     if column not in examples.column_names:
         raise ValueError(f"{given} is no column of the {split} data; accepted: {', '.join(examples.column_names)}.")

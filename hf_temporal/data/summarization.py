@@ -51,11 +51,7 @@ class SummarizationArguments:
 
 
 def load_pairs(data_args: DataArguments, arguments: SummarizationArguments) -> TaskData:
-    """Load pairs in the columns "text" and "summary", each split cut to its `max_…_samples`.
-
-    Raises:
-        ValueError: a missing column, with the columns there are; one that holds no texts; a split without pairs.
-    """
+    """Load pairs in the columns "text" and "summary", each split cut to its `max_…_samples`."""
 
     def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:
         examples = splits[split]

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .report import write_json
 
 CHECKSUMS_NAME = "checksums.json"
 ARCHIVES = (".pt", ".pth", ".bin")  # of torch.save: zip files, with a checksum of each of their parts
-LOADED = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model*.bin", "adapter_model.bin")
 # DeepSpeed keeps weights and optimizer in one folder
 WEIGHTS = ("model*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "global_step*")
 OPTIMIZER = ("optimizer.*", "optimizer_*", "global_step*")
@@ -30,9 +26,8 @@ def check_checkpoint(checkpoint: Path, *, with_optimizer: bool) -> None:
     """Check that nothing in a checkpoint is missing, cut off or altered.
 
     JSON is parsed; of safetensors the header and the size that it tells are checked, of the archives of `torch.save`
-    every part's checksum. Those that `Trainer` loads are loaded as it does, with `weights_only=True`; others are not
-    unpickled. The files that `checksums.json` names are there, with these checksums; without it, a weight that was
-    altered in its place goes unnoticed.
+    every part's checksum. The files that `checksums.json` names are there, with these checksums; without it, a weight
+    that was altered in its place goes unnoticed.
 
     Args:
         checkpoint: its folder.
@@ -46,14 +41,10 @@ def check_checkpoint(checkpoint: Path, *, with_optimizer: bool) -> None:
     for what, patterns in {"weights": WEIGHTS, **({"optimizer": OPTIMIZER} if with_optimizer else {})}.items():
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             raise ValueError(f"{checkpoint} holds no {what}; files that would: {', '.join(patterns)}")
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file():
-            _check_file(path)
-
-
-def _check_file(path: Path) -> None:
+    path = checkpoint
     try:
-        _read(path)
+        for path in filter(Path.is_file, sorted(checkpoint.rglob("*"))):
+            _read(path)
     except Exception as error:  # what a reader raises at a damaged file is of many kinds
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"{path} is cut off or altered ({reason})") from error
@@ -73,9 +64,6 @@ def _read(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if part := archive.testzip():
                 raise ValueError(f"the checksum of {part} does not match")
-        if any(fnmatch(path.name, pattern) for pattern in LOADED):
-            with safe_globals():
-                torch.load(path, weights_only=True, mmap=True)
 
 
 def _compare(folder: Path, checksums: dict[str, int | None]) -> None:

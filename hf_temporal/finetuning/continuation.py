@@ -56,16 +56,18 @@ def continue_run(training_args: TrainingArguments, settings: dict[str, Any]) -> 
     Two runs are the same where `settings` and all training arguments but `FREE_ARGUMENTS` are. With
     `resume_from_checkpoint="last_good"`, damaged checkpoints are renamed and the last one before them is taken; any
     other value of it is the checkpoint itself.
-
-    Raises:
-        ValueError: the checkpoints there belong to a run with other settings; the one to go on from, with "last_good"
-            every one, is damaged: see `hf_temporal.finetuning.checkpoints.check_checkpoint`.
     """
     asked, output_dir = training_args.resume_from_checkpoint, Path(training_args.output_dir or ".")
     if asked and asked != LAST_GOOD:
         _check(Path(asked), training_args)
         return Continuation(asked, finished=False)
-    settings = json.loads(json.dumps(settings | _training_settings(training_args), default=str))
+    settings = dict(settings)
+    examples = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    for name, value in training_args.to_dict().items():
+        if not any(fnmatch(name, pattern) for pattern in FREE_ARGUMENTS):
+            settings[name] = value
+    settings["examples_per_step"] = examples * training_args.world_size
+    settings = json.loads(json.dumps(settings, default=str))
     with training_args.main_process_first():
         newest_first = _complete_checkpoints(output_dir)
         if newest_first:
@@ -91,21 +93,14 @@ def continue_run(training_args: TrainingArguments, settings: dict[str, Any]) -> 
     return Continuation(str(checkpoint), finished)
 
 
-def _damage_of(checkpoint: Path, training_args: TrainingArguments) -> str:
-    """What is wrong with a checkpoint; empty where it is whole."""
+def _check(checkpoint: Path, training_args: TrainingArguments) -> None:
     try:
         check_checkpoint(checkpoint, with_optimizer=not training_args.save_only_model)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _check(checkpoint: Path, training_args: TrainingArguments) -> None:
-    if damage := _damage_of(checkpoint, training_args):
+    except ValueError as damage:
         raise ValueError(
             f"{damage}; accepted: --resume_from_checkpoint {LAST_GOOD}, which goes on from the last checkpoint in "
             "output_dir that is whole, or the folder of another checkpoint in its place"
-        )
+        ) from damage
 
 
 def _without_damaged(newest_first: list[Path], training_args: TrainingArguments) -> list[Path]:
@@ -114,8 +109,13 @@ def _without_damaged(newest_first: list[Path], training_args: TrainingArguments)
     A damaged folder that kept its name would be written into again, and a run that dies there would leave a mixture of
     new and old files.
     """
-    told = ((checkpoint, _damage_of(checkpoint, training_args)) for checkpoint in newest_first)
-    damages = dict(itertools.takewhile(lambda each: each[1], told))
+    damages: dict[Path, str] = {}
+    for checkpoint in newest_first:
+        try:
+            check_checkpoint(checkpoint, with_optimizer=not training_args.save_only_model)
+            break
+        except ValueError as error:
+            damages[checkpoint] = str(error)
     if damages and len(damages) == len(newest_first):
         raise ValueError(
             f"resume_from_checkpoint={LAST_GOOD!r}: no checkpoint is whole: {'; '.join(damages.values())}; accepted: "
@@ -127,16 +127,6 @@ def _without_damaged(newest_first: list[Path], training_args: TrainingArguments)
             names = (f"damaged-{checkpoint.name}{f'-{count}' if count else ''}" for count in itertools.count())
             checkpoint.rename(next(path for name in names if not (path := checkpoint.with_name(name)).exists()))
     return newest_first[len(damages) :]
-
-
-def _training_settings(training_args: TrainingArguments) -> dict[str, Any]:
-    examples = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    deciding = {
-        name: value
-        for name, value in training_args.to_dict().items()
-        if not any(fnmatch(name, pattern) for pattern in FREE_ARGUMENTS)
-    }
-    return deciding | {"examples_per_step": examples * training_args.world_size}
 
 
 def _complete_checkpoints(output_dir: Path) -> list[Path]:

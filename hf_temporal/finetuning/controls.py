@@ -19,7 +19,7 @@ from hf_temporal.weighting import TemporalWeighting, WeightFunction
 
 CONTROLS = ("power", "late", "shuffled", "capped", "last_exempt")
 CAP = 2.0
-ACCEPTED = {
+ACCEPTED = {  # under others t or the weights do not begin anew with each document
     "temporal_power_schedule": "constant",
     "temporal_origin": "target",
     "temporal_normalization": "sequence",
@@ -41,11 +41,7 @@ class ControlArguments:
 
 
 def controlled(arguments: ControlArguments, training_args: TemporalTrainingArguments) -> TemporalWeighting | None:
-    """The control's weighting at the training's p; None for t^p itself.
-
-    Raises:
-        ValueError: p < 0, or a setting under which t or the weights do not begin anew with each document.
-    """
+    """The control's weighting at the training's p; None for t^p itself."""
     power = training_args.temporal_power
     if arguments.control == "power":
         return None

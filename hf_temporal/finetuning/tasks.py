@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -91,6 +91,7 @@ class Task(ABC):
     verb: ClassVar[str]
     pipeline_tag: ClassVar[str] = "text-generation"
     metrics: ClassVar[dict[str, tuple[str, int]]]
+    data_args: DataArguments
     data: TaskData
     answer_length: int
     generates: bool = True
@@ -100,9 +101,9 @@ class Task(ABC):
         """The tokenizer that comes with the task, unless another one is named; None: the model's."""
         return None
 
-    def used(self) -> dict[str, Any]:
-        """The splits that are tokenized."""
-        return {split: examples for split, examples in self.data.splits.items() if split not in self.unused}
+    def used(self) -> list[str]:
+        """The names of the splits that are tokenized."""
+        return [split for split in self.data.splits if split not in self.unused]
 
     @abstractmethod
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
@@ -110,6 +111,35 @@ class Task(ABC):
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores | None:  # noqa: ARG002
         return None
+
+    def _mapped(self, split: str, function: Callable[..., Any], **settings: Any) -> Dataset:
+        """`function(batch, **settings)` over a split; the next time it comes from the cache of `datasets`."""
+        examples: Dataset = self.data.splits[split]
+        return examples.map(
+            function,
+            batched=True,
+            fn_kwargs=settings,
+            remove_columns=examples.column_names,
+            num_proc=self.data_args.preprocessing_num_workers,
+            desc=f"Tokenizing {split}",
+        )
+
+    def _tokenized(self, config: PreTrainedConfig, function: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+        """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from."""
+        encoded = {}
+        for split in self.used():
+            rows = self._mapped(split, function, **settings)
+            limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
+            kept = rows.filter(_can_be_learned, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
+            if left_out := len(rows) - len(kept):
+                what = (
+                    f"{left_out} of {len(rows)} rows have no target token or more tokens than the model has positions"
+                )
+                if not len(kept):
+                    raise ValueError(f"{split}: {what} ({limits['input_ids']}); accepted: a row or more that fits")
+                logger.warning(f"{split}: {what} ({limits['input_ids']}); left out.")
+            encoded[split] = kept
+        return encoded
 
 
 class Summarization(Task):
@@ -132,15 +162,15 @@ class Summarization(Task):
         self.answer_length = arguments.max_target_length
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
-        settings = {"tokenizer": tokenizer, "arguments": self.arguments}
+        settings: dict[str, Any] = {"tokenizer": tokenizer, "arguments": self.arguments}
         if not config.is_encoder_decoder:
-            return tokenize(self.used(), summarization.encode_for_causal_lm, settings, self.data_args, config)
+            return self._tokenized(config, summarization.encode_for_causal_lm, **settings)
         for side, name in (("encoder", "max_source_length"), ("decoder", "max_target_length")):
             limit, length = positions(config, side), getattr(self.arguments, name)
             if limit is not None and length > limit:
                 raise ValueError(f"{name}={length}, and the model has {limit} positions; accepted: at most that")
         settings["decoder_start_token_id"] = getattr(config, "decoder_start_token_id", None)
-        return tokenize(self.used(), summarization.encode_for_seq2seq_lm, settings, self.data_args, config)
+        return self._tokenized(config, summarization.encode_for_seq2seq_lm, **settings)
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:  # noqa: ARG002
         return SummaryScores(tokenizer, self.arguments.rouge_tokenizer)
@@ -188,11 +218,11 @@ class Copying(Task):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         encoded: dict[str, Any] = {}
-        for split, examples in self.used().items():
+        for split in self.used():
             how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
             size = self.sizes[split]
             if self.generates:
-                rows = mapped(examples, split, tokenize_texts, {"tokenizer": tokenizer}, self.data_args)
+                rows = self._mapped(split, tokenize_texts, tokenizer=tokenizer)
                 encoded[split] = TextCopies(self.arguments, rows["tokens"], tokenizer, size=size, **how)
             else:
                 encoded[split] = DigitCopies(self.arguments, size=size, **how)
@@ -227,21 +257,14 @@ class LanguageModeling(Task):
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         if config.is_encoder_decoder:
             raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
-        settings = {"tokenizer": tokenizer, "arguments": self.arguments}
-        return tokenize(self.used(), language_modeling.encode_texts, settings, self.data_args, config)
+        return self._tokenized(config, language_modeling.encode_texts, tokenizer=tokenizer, arguments=self.arguments)
 
 
 TASK_KINDS = (TaskArguments, DataArguments, SummarizationArguments, CopyingArguments, LanguageModelingArguments)
 
 
 def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Task:
-    """The task with its data, from one object of each of `TASK_KINDS`.
-
-    One process of a machine loads the data first, the others find them in the cache.
-
-    Raises:
-        ValueError: the data set of the Hub cannot be loaded, or the data are not what the task needs.
-    """
+    """The task with its data, from one object of each of `TASK_KINDS`."""
     task_args, data_args, summarization_args, copying_args, language_modeling_args = arguments
     text_column = summarization_args.text_column
     packs_digits = language_modeling_args.packing and copying_args.copying_form == "digits"
@@ -264,60 +287,9 @@ def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Tas
         ) from error
 
 
-def tokenize(
-    splits: Mapping[str, Dataset],
-    function: Callable[..., dict[str, list[list[int]]]],
-    settings: dict[str, Any],
-    data_args: DataArguments,
-    config: PreTrainedConfig,
-) -> dict[str, Dataset]:
-    """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from.
-
-    Raises:
-        ValueError: a split has no other row.
-    """
-    encoded = {}
-    for split, examples in splits.items():
-        rows = mapped(examples, split, function, settings, data_args)
-        limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
-        kept = rows.filter(_can_be_learned, batched=True, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
-        if left_out := len(rows) - len(kept):
-            what = f"{left_out} of {len(rows)} rows have no target token or more tokens than the model has positions"
-            if not len(kept):
-                raise ValueError(f"{split}: {what} ({limits['input_ids']}); accepted: a row or more that fits")
-            logger.warning(f"{split}: {what} ({limits['input_ids']}); left out.")
-        encoded[split] = kept
-    return encoded
-
-
-def mapped(
-    examples: Dataset,
-    split: str,
-    function: Callable[..., dict[str, list[list[int]]]],
-    settings: dict[str, Any],
-    data_args: DataArguments,
-) -> Dataset:
-    """`function(batch, **settings)` over a split, in batches; the next time it comes from the cache of `datasets`."""
-    return examples.map(
-        function,
-        batched=True,
-        fn_kwargs=settings,
-        remove_columns=examples.column_names,
-        num_proc=data_args.preprocessing_num_workers,
-        load_from_cache_file=not data_args.overwrite_cache,
-        desc=f"Tokenizing {split}",
-    )
-
-
-def _can_be_learned(batch: dict[str, list[list[int]]], limits: dict[str, int | None]) -> list[bool]:
-    return [
-        any(label != IGNORE_INDEX for label in labels)
-        and all(
-            limit is None or len(row) <= limit
-            for row, limit in ((ids, limits["input_ids"]), (labels, limits["labels"]))
-        )
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-    ]
+def _can_be_learned(example: dict[str, list[int]], limits: dict[str, int | None]) -> bool:
+    fits = all(limit is None or len(example[name]) <= limit for name, limit in limits.items())
+    return fits and any(label != IGNORE_INDEX for label in example["labels"])
 
 
 def positions(config: PreTrainedConfig, side: str) -> int | None:

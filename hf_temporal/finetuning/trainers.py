@@ -8,7 +8,6 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput
 
 from hf_temporal.trainer import TemporalWeightSeq2SeqTrainer, TemporalWeightTrainer
 
@@ -37,27 +36,15 @@ class CausalTrainer(CardMixin, TemporalWeightTrainer):
         self._answers = answers
         super().__init__(*args, **kwargs)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, and the scores among its metrics."""
-        output = super().evaluation_loop(
-            dataloader,
-            description,
-            prediction_loss_only=prediction_loss_only,
-            ignore_keys=ignore_keys,
-            metric_key_prefix=metric_key_prefix,
-        )
+        output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
         if self._answers is not None:
             examples: Any = dataloader.dataset
             generated = self._generate([prompt_of(example) for example in examples], self._answers)
             scores = self._answers.scores.score(generated, [example["labels"] for example in examples])
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+            output.metrics.update({f"{prefix}_{name}": value for name, value in scores.items()})
         return output
 
     def _generate(self, prompts: list[list[int]], answers: Answers) -> list[list[int]]:

@@ -144,7 +144,7 @@ def test_docstrings_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         path.write_text(json.dumps({"package": "p", "body": f"{split} body", "summary": f"{split} summary"}) + "\n")
     files["provenance"] = tmp_path / "provenance.json"
     files["provenance"].write_text(json.dumps({"versions": {"p": "1.0"}}))
-    monkeypatch.setattr(task_data, "docstring_files", lambda *, overwrite: dict(files) if not overwrite else {})
+    monkeypatch.setattr(task_data, "docstring_files", lambda: dict(files))
     data = load_pairs(DataArguments(), SummarizationArguments())
     assert data.splits["validation"][0] == {"text": "validation body", "summary": "validation summary"}
     assert data.provenance == {"versions": {"p": "1.0"}}
