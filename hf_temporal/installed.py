@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 # The modules of an extra that are needed from the start, as pyproject.toml declares them.
 EXTRAS = {
-    "recipes": ("datasets", "evaluate", "filelock", "matplotlib", "peft", "rouge_score", "scipy", "yaml"),
+    "recipes": ("datasets", "filelock", "matplotlib", "peft", "rouge_score", "scipy", "yaml"),
     "plots": ("matplotlib",),
     "memory": ("scipy",),
     "search": ("optuna",),
@@ -18,11 +18,7 @@ EXTRAS = {
 
 
 def require(extra: str) -> None:
-    """Check that the packages of an extra are installed, before any of them is needed.
-
-    Raises:
-        ModuleNotFoundError: one is missing; the message has the pip command.
-    """
+    """Check that the packages of an extra are installed; the error has the pip command."""
     missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -37,20 +33,12 @@ def recipes() -> Path:
 
 
 def config_path(given: str) -> Path:
-    """The YAML file of a recipe's arguments: a file, or a configuration of the package by its name.
-
-    Raises:
-        ValueError: there is no such configuration.
-    """
+    """The YAML file of a recipe's arguments: a file, or a configuration of the package by its name."""
     return _file_or_shipped(given, recipes() / "configs", "config")
 
 
 def engine_path(given: str) -> Path:
-    """A configuration of `accelerate launch`: a file, or one of the package by its name.
-
-    Raises:
-        ValueError: there is no such configuration.
-    """
+    """A configuration of `accelerate launch`: a file, or one of the package by its name."""
     return _file_or_shipped(given, recipes() / "accelerate", "accelerate_config")
 
 

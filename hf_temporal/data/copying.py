@@ -113,9 +113,6 @@ class TextCopies(CopyingDataset):
         texts: of this split, as `tokenize_texts` returns them. The passage is from one with L tokens or more, the
             distractor from all others.
         tokenizer: that of the model.
-
-    Raises:
-        ValueError: no text is long enough for a passage, or the others are too short for a distractor.
     """
 
     texts: InitVar[Sequence[Sequence[int]]]
@@ -162,11 +159,7 @@ def tokenize_texts(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenize
 
 
 def prompt_pieces(tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool) -> tuple[list[int], ...]:
-    """The tokens of the prompt before the passage, between passage and distractor, and after the distractor.
-
-    Raises:
-        ValueError: a chat template that does not show a user's turn exactly once.
-    """
+    """The tokens of the prompt before the passage, between passage and distractor, and after the distractor."""
     has_template = tokenizer.chat_template is not None and not is_encoder_decoder
     if has_template:
         turns = [{"role": "user", "content": PROMPT}]

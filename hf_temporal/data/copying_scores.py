@@ -81,11 +81,10 @@ class CopyScores:
         if self.arguments.copying_form == "digits":
             metrics["blank_accuracy"] = right[:, :-L].mean()
             answers = answered[:, -L:]
-        self.record = {
-            "generated": self._texts(answers),
-            "references": self._texts(wanted[:, -L:]),
-            "recall_by_position": copied.mean(axis=0).tolist(),
-        }
+        shown = (answers, wanted[:, -L:])
+        given, expected = (texts_of(self.tokenizer, tokens_without(self._special, rows)) for rows in shown)
+        recalls = copied.mean(axis=0).tolist()
+        self.record = {"generated": given, "references": expected, "recall_by_position": recalls}
         return {name: float(value) for name, value in metrics.items()}
 
     def _aligned(self, answer: Any, labels: Any) -> tuple[list[int], list[int]]:
@@ -97,9 +96,6 @@ class CopyScores:
             raise ValueError(f"{given}; accepted: {self.arguments.answer_length}, for {self.arguments}.")
         answered = [int(answer[place]) if place < len(answer) else NO_ANSWER for place in wanted]
         return answered, [*wanted.values()]
-
-    def _texts(self, rows: Any) -> list[str]:
-        return texts_of(self.tokenizer, tokens_without(self._special, rows))
 
 
 def argmax_of_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:  # noqa: ARG001

@@ -1,7 +1,4 @@
-"""Summarization data that every Python environment holds: docstrings, whose first paragraph is the summary.
-
-They are read from the files of the standard library and of the installed packages, none of which is imported.
-"""
+"""Summarization data that every Python environment holds: docstrings, whose first paragraph is the summary."""
 
 from __future__ import annotations
 

@@ -29,9 +29,6 @@ def embedded_model_folder() -> Path:
     """The folder with the embedded model (float32, safetensors) and its tokenizer, made on first use.
 
     torch's random state stays as it is, so a run draws the same numbers whether or not it finds the folder.
-
-    Raises:
-        ModuleNotFoundError: the package or `gguf` is missing; the message has the pip command.
     """
     spec = find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None or find_spec("gguf") is None:
@@ -54,8 +51,9 @@ def _rebuild(gguf_file: Path, folder: Path) -> None:
     model: PreTrainedModel = type(loaded)(type(loaded.config).from_dict(settings))
     model.load_state_dict(loaded.state_dict())
     if model.num_parameters() != EMBEDDED_PARAMETERS:
-        given = f"{gguf_file.name} has {model.num_parameters():,} parameters"
-        raise ValueError(f"{given}; accepted: {EMBEDDED_PARAMETERS:,}.")
+        raise ValueError(
+            f"{gguf_file.name} has {model.num_parameters():,} parameters; accepted: {EMBEDDED_PARAMETERS:,}."
+        )
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
     tokenizer = _tokenizer(gguf_file)

@@ -60,9 +60,6 @@ def encode_texts(
 
     In a text every token is a target, and so is the end token behind it; in prompt and completion, the completion and
     its end token; in messages, what the assistant says, up to the end token of each turn.
-
-    Raises:
-        ValueError: a chat template that does not tell the assistant's tokens, or messages that it cannot render.
     """
     size, end = arguments.block_size, tokenizer.eos_token_id
     if "messages" in batch:

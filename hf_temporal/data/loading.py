@@ -37,8 +37,8 @@ class DataArguments:
     preprocessing_num_workers: int | None = argument(None, "Processes that tokenize.")
 
     def __post_init__(self) -> None:
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
-            check_counts(**{name: getattr(self, name)})
+        names = ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
+        check_counts(**{name: getattr(self, name) for name in names})
         for split, path in self.files.items():
             given = f"{split}_file={str(path)!r}"
             if self.dataset_name:
@@ -99,7 +99,14 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dic
     name, provenance, files = arguments.dataset_name, None, arguments.files
     loaded: DatasetDict = DatasetDict()
     if name is not None:
-        loaded = load_dataset(name, arguments.dataset_config_name)
+        config = arguments.dataset_config_name
+        try:
+            loaded = load_dataset(name, config)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            given = f"dataset_name={name!r} with dataset_config_name={config!r} cannot be loaded: {reason}"
+            accepted = "a folder, or the id of a data set on the Hub and one of its configurations"
+            raise ValueError(f"{given}; accepted: {accepted}") from error
     elif not files:
         files = docstring_files()
         provenance = json.loads(files.pop("provenance").read_text(encoding="utf-8"))

@@ -1,17 +1,11 @@
-"""Summarization: pairs of text and summary, how they are encoded for a model, and how its summaries are scored.
-
-Arguments are named as in Hugging Face's summarization example; the default data are the docstrings of this Python
-environment.
-"""
+"""Summarization: pairs of text and summary, how they are encoded for a model, and how its summaries are scored."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -20,7 +14,7 @@ from transformers.utils import logging
 
 from . import argument, check_counts
 from .loading import DataArguments, TaskData, check_column, load_columns
-from .rouge import ROUGE_TOKENIZERS, needs_characters
+from .rouge import ROUGE_TOKENIZERS, needs_characters, rouge_scores
 from .rows import as_batch, learned_after, length_metrics, texts_of, tokens_without
 
 logger = logging.get_logger(__name__)
@@ -46,8 +40,8 @@ class SummarizationArguments:
     )
 
     def __post_init__(self) -> None:
-        check_counts(max_source_length=self.max_source_length, max_target_length=self.max_target_length)
-        check_counts(num_beams=self.num_beams)
+        names = ("max_source_length", "max_target_length", "num_beams")
+        check_counts(**{name: getattr(self, name) for name in names})
 
 
 def load_pairs(data_args: DataArguments, arguments: SummarizationArguments) -> TaskData:
@@ -126,24 +120,14 @@ class SummaryScores:
     """ROUGE-1/2/L/Lsum of generated summaries in percent, with 95 % intervals.
 
     Beside them `gen_len`, the mean number of tokens of a summary, and `empty`, the summaries without any in percent.
-    Called with an `EvalPrediction` of generated tokens it is a Trainer's `compute_metrics`. `record` keeps the texts
-    that were scored last.
-
-    Args:
-        tokenizer: that of the model.
-        rouge_tokenizer: "default", or "char"; texts with hardly any Latin letters are scored by "char" in any case.
+    Texts with hardly any Latin letters are scored by the character in any case. `record` keeps the texts that were
+    scored last.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rouge_tokenizer: str = "default") -> None:
         self.tokenizer = tokenizer
         self.rouge_tokenizer = rouge_tokenizer
         self.record: dict[str, list[str]] = {}
-
-    @functools.cached_property
-    def rouge(self) -> Any:
-        import evaluate  # takes as long as all of a recipe's other imports beside transformers
-
-        return evaluate.load(str(Path(__file__).parent / "metrics" / "rouge"), keep_in_memory=True)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         return self.score(prediction.predictions, prediction.label_ids)
@@ -158,11 +142,8 @@ class SummaryScores:
         if self.rouge_tokenizer == "default" and needs_characters(references):
             logger.warning("The references have hardly any Latin letters: ROUGE compares characters.")
             self.rouge_tokenizer = "char"
-        rouge = self.rouge.compute(
-            predictions=[_one_sentence_per_line(text) for text in predictions],
-            references=[_one_sentence_per_line(text) for text in references],
-            tokenizer=self.rouge_tokenizer,
-        )
+        answered, wanted = ([*map(_one_sentence_per_line, texts)] for texts in (predictions, references))
+        rouge = rouge_scores(answered, wanted, tokenizer=self.rouge_tokenizer)
         return {name: 100 * value for name, value in rouge.items()} | length_metrics(tokens)
 
 

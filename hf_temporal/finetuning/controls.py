@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_temporal.data import argument
 from hf_temporal.training_args import TemporalTrainingArguments
-from hf_temporal.weighting import TemporalWeighting, WeightFunction
+from hf_temporal.weighting import TemporalWeighting
 
 CONTROLS = ("power", "late", "shuffled", "capped", "last_exempt")
 CAP = 2.0
@@ -52,52 +52,39 @@ def controlled(arguments: ControlArguments, training_args: TemporalTrainingArgum
             raise ValueError(
                 f"control={arguments.control!r} with {name}={getattr(training_args, name)!r}; accepted: {accepted!r}"
             )
-    shape = SHAPES[arguments.control](power)
-    return TemporalWeighting(power=power, origin="target", normalization="sequence", weight_fn=shape)
+
+    def weights(t: Tensor, T: Tensor) -> Tensor:
+        return SHAPES[arguments.control](t, T, power)
+
+    weights.__qualname__ = arguments.control  # by which the model card calls it
+    return TemporalWeighting(power=power, origin="target", normalization="sequence", weight_fn=weights)
 
 
-def late(power: float) -> WeightFunction:
+def late(t: Tensor, T: Tensor, power: float) -> Tensor:
     """1 on the last 1/(p + 1) of the target, one token at least, else 0.
 
     Its largest weight is that of t^p where there are many tokens, p + 1, once the mean is 1.
     """
-    share = 1 / (power + 1)
-
-    def weights(t: Tensor, T: Tensor) -> Tensor:
-        return (t > T - (T * share).ceil().clamp(min=1)).to(t.dtype)
-
-    return weights
+    return (t > T - (T / (power + 1)).ceil().clamp(min=1)).to(t.dtype)
 
 
-def shuffled(power: float) -> WeightFunction:
+def shuffled(t: Tensor, T: Tensor, power: float) -> Tensor:
     """(t/T)^p, permuted at random within each document; times of a document follow one another."""
-
-    def weights(t: Tensor, T: Tensor) -> Tensor:
-        order = (_document(t) + torch.rand_like(t)).argsort()
-        return _power((t / T)[order], power)
-
-    return weights
+    order = (_document(t) + torch.rand_like(t)).argsort()
+    return _power((t / T)[order], power)
 
 
-def capped(power: float) -> WeightFunction:
+def capped(t: Tensor, T: Tensor, power: float) -> Tensor:
     """The smaller of `CAP` and (t/T)^p divided by its mean over the document."""
-
-    def weights(t: Tensor, T: Tensor) -> Tensor:
-        return _mean_1(_power(t / T, power), _document(t)).clamp(max=CAP)
-
-    return weights
+    return _mean_1(_power(t / T, power), _document(t)).clamp(max=CAP)
 
 
-def last_exempt(power: float) -> WeightFunction:
+def last_exempt(t: Tensor, T: Tensor, power: float) -> Tensor:
     """1 at the last time of a document, and (t/T)^p divided by its mean over the others at those."""
-
-    def weights(t: Tensor, T: Tensor) -> Tensor:
-        last, document = t == T, _document(t)
-        own = torch.ones_like(t)
-        own[~last] = _mean_1(_power(t / T, power)[~last], document[~last])
-        return own
-
-    return weights
+    last, document = t == T, _document(t)
+    own = torch.ones_like(t)
+    own[~last] = _mean_1(_power(t / T, power)[~last], document[~last])
+    return own
 
 
 def _power(ratio: Tensor, power: float) -> Tensor:

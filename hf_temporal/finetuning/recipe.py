@@ -18,8 +18,9 @@ from transformers import (
     set_seed,
 )
 
+from hf_temporal.data.cache import made_once
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
-from hf_temporal.data.small_t5 import small_t5_config, tokenizer_folder
+from hf_temporal.data.small_t5 import small_t5_config, train_tokenizer
 from hf_temporal.positions import IGNORE_INDEX
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 
@@ -165,5 +166,7 @@ def _seq2seq_model(arguments: Seq2SeqModelArguments, task: Task) -> tuple[PreTra
         raise ValueError("model_name_or_path=None: a small T5 is made from training texts alone; accepted: a model")
     pairs = task.data.splits["train"]
     texts = (f"{pair['text']}\n{pair['summary']}" for pair in pairs)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(task.data.sha256[:16], texts, VOCABULARY))
+    name = f"tokenizer-{task.data.sha256[:16]}-{VOCABULARY}"
+    folder = made_once(name, lambda folder: train_tokenizer(texts, VOCABULARY).save_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return T5ForConditionalGeneration(small_t5_config(len(tokenizer))), tokenizer

@@ -24,8 +24,7 @@ from hf_temporal.installed import PACKAGE, recipes
 from hf_temporal.suggest import suggest_power
 
 from .adapters import merge_adapter
-from .checkpoints import Checksums
-from .continuation import TRAINER_STATE_NAME, Continuation, continue_run
+from .continuation import TRAINER_STATE_NAME, Checksums, Continuation, continue_run
 from .models import ModelArguments
 from .report import (
     Card,
@@ -240,7 +239,7 @@ def publish(
         task: what was learned.
         model_args: which of the model's weights were trained, and what is saved of them.
         command: what was typed.
-        num_beams: with which the model answered.
+        num_beams: of the model's answers.
         trained: the model, for the card's first sentence.
         base_model: Hub id of the model that was trained; None for one from scratch.
         base_model_note: a sentence on where its weights come from.

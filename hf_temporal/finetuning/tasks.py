@@ -13,13 +13,12 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from hf_temporal.data import argument, language_modeling, summarization
+from hf_temporal.data import argument, check_counts, language_modeling, summarization
 from hf_temporal.data.copying import CopyingArguments, DigitCopies, TextCopies, digit_tokenizer, tokenize_texts
 from hf_temporal.data.copying_scores import CopyScores
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
 from hf_temporal.data.loading import DataArguments, TaskData
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
-from hf_temporal.errors import is_users_mistake
 from hf_temporal.installed import require
 from hf_temporal.positions import IGNORE_INDEX
 
@@ -53,8 +52,7 @@ class TaskArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.search_power < 0:
-            raise ValueError(f"search_power={self.search_power!r}: a whole number of at least 0 is accepted")
+        check_counts(0, search_power=self.search_power)
         if self.search_power:
             require("search")
 
@@ -76,26 +74,16 @@ class Scores(Recorder, Protocol):
 
 
 class Task(ABC):
-    """What a recipe has to know of its task.
+    """What a recipe has to know of its task."""
 
-    Attributes:
-        verb: what a model learns to do.
-        pipeline_tag: the Hub's name for it.
-        metrics: what a table shows, by name in the logs: title and decimals.
-        data: the examples, not tokenized yet.
-        answer_length: the largest number of tokens to generate.
-        generates: whether a decoder-only model's answers are generated; else they are read off at each position.
-        unused: splits that the run does not need, so that they are not tokenized.
-    """
-
-    verb: ClassVar[str]
-    pipeline_tag: ClassVar[str] = "text-generation"
-    metrics: ClassVar[dict[str, tuple[str, int]]]
+    verb: ClassVar[str]  # what a model learns to do
+    pipeline_tag: ClassVar[str] = "text-generation"  # the Hub's name for it
+    metrics: ClassVar[dict[str, tuple[str, int]]]  # what a table shows, by name in the logs: title and decimals
     data_args: DataArguments
-    data: TaskData
-    answer_length: int
-    generates: bool = True
-    unused: Collection[str] = ()
+    data: TaskData  # the examples, not tokenized yet
+    answer_length: int  # the largest number of tokens to generate
+    generates: bool = True  # a decoder-only model's answers; else they are read off at each position
+    unused: Collection[str] = ()  # splits that the run does not need, so that they are not tokenized
 
     def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:  # noqa: ARG002
         """The tokenizer that comes with the task, unless another one is named; None: the model's."""
@@ -267,24 +255,15 @@ def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Tas
     """The task with its data, from one object of each of `TASK_KINDS`."""
     task_args, data_args, summarization_args, copying_args, language_modeling_args = arguments
     text_column = summarization_args.text_column
-    packs_digits = language_modeling_args.packing and copying_args.copying_form == "digits"
-    if task_args.task == "copying" and packs_digits:
+    packs, copies = language_modeling_args.packing, task_args.task == "copying"
+    if packs and copies and copying_args.copying_form == "digits":
         raise ValueError("packing=True and copying_form='digits': each row is read alone; accepted: one of them")
-    try:
-        with training_args.main_process_first():
-            if task_args.task == "summarization":
-                return Summarization(data_args, summarization_args)
-            if task_args.task == "copying":
-                return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
-            return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
-    except (OSError, ValueError) as error:
-        if data_args.dataset_name is None or is_users_mistake(error):
-            raise
-        raise ValueError(
-            f"dataset_name={data_args.dataset_name!r} with dataset_config_name={data_args.dataset_config_name!r} "
-            f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}; accepted: a folder, or the id of a data "
-            "set on the Hub and one of its configurations"
-        ) from error
+    with training_args.main_process_first():
+        if task_args.task == "summarization":
+            return Summarization(data_args, summarization_args)
+        if task_args.task == "copying":
+            return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
+        return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
 
 
 def _can_be_learned(example: dict[str, list[int]], limits: dict[str, int | None]) -> bool:
