@@ -51,9 +51,8 @@ def _rebuild(gguf_file: Path, folder: Path) -> None:
     model: PreTrainedModel = type(loaded)(type(loaded.config).from_dict(settings))
     model.load_state_dict(loaded.state_dict())
     if model.num_parameters() != EMBEDDED_PARAMETERS:
-        raise ValueError(
-            f"{gguf_file.name} has {model.num_parameters():,} parameters; accepted: {EMBEDDED_PARAMETERS:,}."
-        )
+        given = f"{gguf_file.name} has {model.num_parameters():,} parameters"
+        raise ValueError(f"{given}; accepted: {EMBEDDED_PARAMETERS:,}.")
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
     tokenizer = _tokenizer(gguf_file)

@@ -62,16 +62,12 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The examples in use by split, and what a model card says about them.
-
-    `sha256` is that of the splits' names and the examples' values; `provenance` has the versions of the packages that
-    the embedded data are from.
-    """
+    """The examples in use by split, and what a model card says about them."""
 
     splits: dict[str, Any]
     name: str
-    sha256: str
-    provenance: dict[str, Any] | None = None
+    sha256: str  # of the splits' names and the examples' values
+    provenance: dict[str, Any] | None = None  # the versions of the packages that the embedded data are from
 
 
 def load_columns(

@@ -20,8 +20,8 @@ BUSY_SHARE = 0.75  # of a core: 0.99 on an idle machine, 0.2 to 0.5 beside three
 
 def prompt_of(encoded: dict[str, list[int]]) -> list[int]:
     """The tokens in front of the first target: all that a model may see when it generates."""
-    targets = [position for position, label in enumerate(encoded["labels"]) if label != IGNORE_INDEX]
-    return encoded["input_ids"][: targets[0]]
+    first = next(position for position, label in enumerate(encoded["labels"]) if label != IGNORE_INDEX)
+    return encoded["input_ids"][:first]
 
 
 @torch.no_grad()

@@ -70,9 +70,7 @@ class FineTuning:
     def finish(self, trainer: Any, command: str) -> None:
         """Train, evaluate before and after, report and save; or suggest or search p, where that is asked for instead.
 
-        Args:
-            trainer: has a `CardMixin` in front.
-            command: what was typed, for the model card.
+        The trainer has a `CardMixin` in front; `command` is what was typed, for the model card.
         """
         model_args, task_args = self.arguments[:2]
         if task_args.suggest_power:
@@ -91,11 +89,7 @@ class FineTuning:
 
 
 def prepare_causal_lm(parsed: Sequence[Any]) -> FineTuning:
-    """The run of a decoder-only model.
-
-    Args:
-        parsed: an object of each of `CAUSAL_ARGUMENTS`; further ones may stand in front of the last.
-    """
+    """The run of a decoder-only model, from an object of each of `CAUSAL_ARGUMENTS`; others may precede the last."""
     model_args, language_modeling_args = parsed[0], parsed[5]
     base = model_args.model_name_or_path or model_args.model_type or EMBEDDED_MODEL
     run = _prepare(

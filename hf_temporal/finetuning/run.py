@@ -110,12 +110,9 @@ class EvaluationLog(TrainerCallback):
     def __init__(self, scores: Recorder | None) -> None:
         self.scores = scores
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.EPOCH:
             control.should_evaluate = True
-        return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **arguments: Any
@@ -232,17 +229,9 @@ def publish(
 ) -> None:
     """Merge the adapter if asked to, save the model with its card, and push both if `push_to_hub` is set.
 
-    `all_results.json` is written last: a run that has it is finished.
-
-    Args:
-        trainer: has a `CardMixin` in front.
-        task: what was learned.
-        model_args: which of the model's weights were trained, and what is saved of them.
-        command: what was typed.
-        num_beams: of the model's answers.
-        trained: the model, for the card's first sentence.
-        base_model: Hub id of the model that was trained; None for one from scratch.
-        base_model_note: a sentence on where its weights come from.
+    `all_results.json` is written last: a run that has it is finished. For the card there are `command`, which was
+    typed, `trained`, the model's name, `base_model`, its id on the Hub or None for one from scratch, and a sentence on
+    where its weights come from, `base_model_note`.
     """
     args, data, config = trainer.args, task.data, trainer.model.config
     output_dir = Path(args.output_dir)

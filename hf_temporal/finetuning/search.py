@@ -33,13 +33,8 @@ def search_power(trainer: Any, model_init: Callable[[], Any], settings: Mapping[
 
     Trials are compared by `metric_for_best_model` at the end of a run, by default the unweighted loss. The study and
     what the trials write are kept in the folder `search` of `output_dir`; the same settings continue a study, others
-    begin a new one. A run that ends without a finite value counts as infinitely bad.
-
-    Args:
-        trainer: of the recipe.
-        model_init: an untrained model, as `Trainer` takes it.
-        settings: what, beside the training arguments, tells one search from another.
-        trials: how many there are to be, including those already finished.
+    begin a new one. `settings` are what, beside the training arguments, tells one search from another; `trials` counts
+    those already finished, too. A run that ends without a finite value counts as infinitely bad.
     """
     args = trainer.args
     if args.world_size > 1:

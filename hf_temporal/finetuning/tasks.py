@@ -13,9 +13,8 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from hf_temporal.data import argument, check_counts, language_modeling, summarization
-from hf_temporal.data.copying import CopyingArguments, DigitCopies, TextCopies, digit_tokenizer, tokenize_texts
-from hf_temporal.data.copying_scores import CopyScores
+from hf_temporal.data import argument, check_counts, copying, language_modeling, summarization
+from hf_temporal.data.copying import CopyingArguments
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
 from hf_temporal.data.loading import DataArguments, TaskData
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
@@ -197,12 +196,12 @@ class Copying(Task):
             self.data = TaskData(examples, name, hashlib.sha256(known.encode()).hexdigest())
 
     def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:
-        return None if self.generates or tokenizer_name else digit_tokenizer()
+        return None if self.generates or tokenizer_name else copying.digit_tokenizer()
 
     def example_digits(self) -> str:
         """The first held-out input, without what only fills the last place."""
         how: dict[str, Any] = {"split": "validation", "seed": self.seed, "is_encoder_decoder": True}
-        return "".join(map(str, DigitCopies(self.arguments, size=1, **how)[0]["input_ids"]))
+        return "".join(map(str, copying.DigitCopies(self.arguments, size=1, **how)[0]["input_ids"]))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         encoded: dict[str, Any] = {}
@@ -210,10 +209,10 @@ class Copying(Task):
             how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
             size = self.sizes[split]
             if self.generates:
-                rows = self._mapped(split, tokenize_texts, tokenizer=tokenizer)
-                encoded[split] = TextCopies(self.arguments, rows["tokens"], tokenizer, size=size, **how)
+                rows = self._mapped(split, copying.tokenize_texts, tokenizer=tokenizer)
+                encoded[split] = copying.TextCopies(self.arguments, rows["tokens"], tokenizer, size=size, **how)
             else:
-                encoded[split] = DigitCopies(self.arguments, size=size, **how)
+                encoded[split] = copying.DigitCopies(self.arguments, size=size, **how)
         example = encoded[next(iter(encoded))][0]
         for side, row in (("encoder", "input_ids"), ("decoder", "labels")):
             limit = positions(config, side)
@@ -225,7 +224,7 @@ class Copying(Task):
         return encoded
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:
-        return CopyScores(tokenizer, self.arguments, generated=config.is_encoder_decoder)
+        return copying.CopyScores(tokenizer, self.arguments, generated=config.is_encoder_decoder)
 
 
 class LanguageModeling(Task):
