@@ -25,9 +25,9 @@ def is_users_mistake(error: BaseException) -> bool:
     return ours and (innermost.line or "").startswith("raise ")
 
 
-def in_one_line(text: object) -> str:
-    """A text or an error's message, its line breaks replaced by spaces."""
-    return " ".join(str(text).split())
+def in_one_line(error: BaseException) -> str:
+    """The message, its line breaks replaced by spaces."""
+    return " ".join(str(error).split())
 
 
 def run_script(main: Callable[[], None]) -> None:

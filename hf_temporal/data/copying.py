@@ -113,10 +113,8 @@ class TextCopies(CopyingDataset):
     - Encoder–decoder: input_ids = prompt, labels = passage, each with the special tokens that the tokenizer puts
       around a source and around a target.
 
-    Args:
-        texts: of this split, as `tokenize_texts` returns them. The passage is from one with L tokens or more, the
-            distractor from all others.
-        tokenizer: that of the model.
+    `texts` are those of this split, as `tokenize_texts` returns them. The passage is from one with L tokens or more,
+    the distractor from all others.
     """
 
     texts: InitVar[Sequence[Sequence[int]]]
@@ -209,11 +207,8 @@ class CopyScores:
     same in every example, so the argmax at each position is what free running gives. Everywhere else an argmax is
     teacher-forced: each token is answered with all tokens before it given.
 
-    Args:
-        tokenizer: its special tokens are not among those to be copied.
-        arguments: of the task.
-        generated: whether an `EvalPrediction` holds what `predict_with_generate` gives, rows that open with the
-            decoder's start token, or the argmax of a decoder-only model, which answers labels[i] at i − 1.
+    `generated` says whether an `EvalPrediction` holds what `predict_with_generate` gives, rows that open with the
+    decoder's start token, or the argmax of a decoder-only model, which answers labels[i] at i − 1.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ _LATIN_LETTER = re.compile(r"(?!\d)[^\W_\u0250-\u1dff\u1f00-\U0010ffff]")
 
 
 def rouge_scores(
-    predictions: Sequence[str], references: Sequence[str], tokenizer: str = "default"
+    predictions: Sequence[str], references: Sequence[str], *, tokenizer: str = "default"
 ) -> dict[str, float]:
     """The mean F1, from 0 to 1, of each of `ROUGE_TYPES`, and its 95 % interval, `<name>_low` and `<name>_high`.
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hf_temporal.errors import in_one_line
 from hf_temporal.hub.model_card import CARD_NAME, TrainingRun, add_temporal_section
 
 from .tables import markdown
@@ -20,7 +19,6 @@ RESULTS_NAME = "all_results.json"
 RECALL_NAME = "recall_by_position.png"
 MEMORY_NAME = "memory.png"
 SAMPLES = 5
-NOTHING = "(nothing)"
 
 Metrics = dict[str, tuple[str, int]]  # name in the logs: title, decimals
 Evaluation = dict[str, Any]
@@ -102,11 +100,13 @@ def samples(evaluations: list[Evaluation]) -> str:
     """The first references, each above the answers in every evaluation."""
     lines = []
     for index, reference in enumerate(evaluations[-1].get("references", [])[:SAMPLES] if evaluations else []):
-        lines.append(f"{index + 1}. reference: {in_one_line(reference) or NOTHING}")
-        lines += [
-            f"   - step {each['step']}: {in_one_line(each['generated'][index]) or NOTHING}" for each in evaluations
-        ]
+        lines.append(f"{index + 1}. reference: {_one_line(reference)}")
+        lines += [f"   - step {each['step']}: {_one_line(each['generated'][index])}" for each in evaluations]
     return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()) or "(nothing)"
 
 
 def draw_records(output_dir: Path) -> None:
