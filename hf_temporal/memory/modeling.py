@@ -34,7 +34,6 @@ from .mixers import (
     TanhRnnMixer,
     TcnMixer,
 )
-from .recurrences import linear_recurrence  # noqa: F401  older transformers copy what this file imports, but no deeper
 
 MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
     LinearRnnConfig.model_type: lambda config, layer: [LinearRnnMixer(config, layer)],
