@@ -19,7 +19,7 @@ from hf_temporal.power_plots import (
 )
 
 from .cells import power_name
-from .quantities import ALPHA, RATIOS, Difference, Quantity, compare, number, number_of, title_of
+from .quantities import Difference, Quantity, compare, number, number_of, title_of
 
 REPORT_NAME = "summary.md"
 BY_POWER = "metric_by_power.png"
@@ -33,30 +33,7 @@ MOST_COLUMNS = 5
 HARDWARE = ("processor", "cores", "accelerator")
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 UNTOLD = ("not told apart", "not compared")
-_NOTES = f"""\
-- In the table: mean over seeds and its 95 % t interval; ↑ higher is better, ↓ lower is better. A cell without a word
-  is not told apart from p = 0.
-- Each p is compared with p = 0 on the same seeds by a paired t-test, two-sided. What stands in brackets behind a
-  difference is its 95 % t interval; d_z is the mean difference divided by the differences' standard deviation.
-- P-values are corrected for the number of p (Holm), not for the number of {{other}}; intervals are not corrected. Told
-  apart is what has a corrected P-value below {ALPHA}. Not told apart does not mean equal: the interval says what is
-  possible.
-- A difference that is the same on every seed leaves the t-test nothing to estimate noise from. Its P-value is that of
-  its sign, 2^(1 − seeds)."""
-_STEPS_NOTE = """
-- Steps are those of the first evaluation that shows the value, as fine as evaluations are dense. A run that does not
-  get there within the steps that all runs have counts as having taken them all, in means and tests alike: what is
-  compared is min(steps, budget), which needs no guess at when such a run would have got there.
-- Steps are compared by ratio, as times to an event usually are: means are geometric, and the t-test is that of the
-  logarithms."""
-_ERRORS_NOTE = """
-- Memory errors are root mean squares over the short, the middle and the long third of the lags. They and gradient
-  norms are compared by ratio: means are geometric, and the t-test is that of the logarithms."""
-_ROWS_NOTE = """
-- Each combination is compared for itself. A P-value is corrected for the p of its row alone, since each row is a
-  question of its own and its answer is to be the one in its own summary: of twenty rows without any effect, up to
-  one on average tells a p apart."""
-
+NOTES = (Path(__file__).parent / "how_to_read.md").read_text(encoding="utf-8").rstrip()
 
 Compared = tuple[Quantity, dict[float, Difference]]
 
@@ -104,22 +81,20 @@ def write_report(summary: Mapping[str, Any], output_dir: Path) -> str:
     findings = "\n".join(map(_conclusions_of_part, parts)) + f"\n\n{_table_of_parts(parts)}"
     missing = [f"- {part.name}: {told}" for part in parts if (told := _missing(part.cells))]
     status = "\n".join(missing) or f"All {sum(len(part.cells) for part in parts)} cells are finished."
-    notes = _notes(summary, uncorrected="rows") + _ROWS_NOTE
-    _write(replace(parts[0], title=summary["title"]), [findings, status], [BY_POWER], notes, summary, output_dir)
+    _write(replace(parts[0], title=summary["title"]), [findings, status], [BY_POWER], summary, output_dir)
     return findings
 
 
 def _write_part(summary: Mapping[str, Any], part: Part, output_dir: Path) -> str:
     pictures = _draw(part, output_dir)
     findings = f"{_conclusions(part.decisive)}\n\n{_table(part)}"
-    notes = _notes(summary, uncorrected="columns")
     status = _missing(part.cells) or f"All {len(part.cells)} cells are finished."
-    _write(part, [findings, status], pictures, notes, summary, output_dir)
+    _write(part, [findings, status], pictures, summary, output_dir)
     return findings
 
 
 def _write(
-    part: Part, words: Sequence[str], pictures: Sequence[str], notes: str, summary: Mapping[str, Any], output_dir: Path
+    part: Part, words: Sequence[str], pictures: Sequence[str], summary: Mapping[str, Any], output_dir: Path
 ) -> None:
     about = summary["environment"]
     hardware = ", ".join(f"{name} {value}" for name, value in about["hardware"].items() if name in HARDWARE)
@@ -128,7 +103,7 @@ def _write(
         f"# {part.title}: which p?",
         *words,
         *(f"![{PICTURES[name]}]({name})" for name in pictures),
-        f"## How to read it\n\n{notes}",
+        f"## How to read it\n\n{NOTES}",
         f"## How it was made\n\n```\n{summary['commands'][0]}\n```",
         "Each cell is one command with its own p, seed and folder, `--dry_run` prints them all; the first:",
         f"```\n{part.command}\n```",
@@ -174,12 +149,6 @@ def _missing(cells: Sequence[Mapping[str, Any]]) -> str:
         if cell["state"] != "finished"
     ]
     return f"Not finished, {len(names)} of {len(cells)} cells: {'; '.join(names)}." if names else ""
-
-
-def _notes(summary: Mapping[str, Any], *, uncorrected: str) -> str:
-    """How the statistics are to be read; P-values are not corrected for the number of `uncorrected`."""
-    notes = _NOTES.format(other=uncorrected) + (_STEPS_NOTE if summary["reach"] is not None else "")
-    return notes + (_ERRORS_NOTE if summary["metric"].endswith(RATIOS) else "")
 
 
 # ---- tables
