@@ -27,14 +27,7 @@ USAGE = "%(prog)s [recipe.py | --grid FILE.yaml] [--config FILE.yaml] [--name va
 
 
 def main(argv: Sequence[str] | None = None, *, program: str = "python recipes/compare_powers.py") -> int:
-    """Run the cells that are not finished and write the report.
-
-    Args:
-        argv: the flags; those of the process if None.
-        program: the command in front of the flags, for the usage line and the report.
-
-    Returns:
-        The exit status, 0 where every cell is finished.
+    """Run the cells that are not finished, write the report, and return the exit status: 0 if every cell is finished.
 
     Raises:
         ValueError: a flag, a file or the metric is not accepted.

@@ -44,31 +44,22 @@ def recurrence(inputs: Tensor, weight: Tensor, activation: Callable[[Tensor], Te
 
 
 class RnnMixer(nn.Module):
-    """A recurrence over u_t = U x_t + b; in the first layer u = x, the mapped or embedded input of the model."""
+    """h_t = φ(W h_{t−1} + u_t) with φ = tanh, or without φ and activated afterwards: act(h_t), of a linear RNN.
+
+    u_t = U x_t + b; in the first layer u = x, the mapped or embedded input of the model.
+    """
 
     def __init__(self, config: LinearRnnConfig | TanhRnnConfig, layer: int) -> None:
         super().__init__()
         width = config.hidden_size
         self.input = nn.Linear(width, width, bias=config.use_bias) if layer else nn.Identity()
         self.recurrent = nn.Parameter(torch.empty(width, width))
-
-
-class LinearRnnMixer(RnnMixer):
-    """act(h_t) with h_t = W h_{t−1} + u_t."""
-
-    def __init__(self, config: LinearRnnConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+        is_linear = config.model_type == LinearRnnConfig.model_type
+        self.within = None if is_linear else torch.tanh
+        self.after = ACTIVATION_FUNCTIONS[config.hidden_act if is_linear else "linear"]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(recurrence(self.input(x), self.recurrent))
-
-
-class TanhRnnMixer(RnnMixer):
-    """h_t = tanh(W h_{t−1} + u_t)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return recurrence(self.input(x), self.recurrent, torch.tanh)
+        return self.after(recurrence(self.input(x), self.recurrent, self.within))
 
 
 class CausalConvolution(nn.Module):

@@ -186,7 +186,6 @@ def build_trainer(job: Job, folder: str, callbacks: Sequence[TrainerCallback] = 
         "logging_strategy": "no", "seed": job.seed,
     }  # fmt: skip
     given: dict[str, Any] = {"model": build_model(job), "train_dataset": rows(job), "callbacks": [*callbacks]}
-    seq2seq = is_seq2seq(job.model)
     if job.trainer == SFT:
         trl: Any = importlib.import_module("trl")
         arguments = trl.SFTConfig(**common, gradient_checkpointing=False, bf16=False, max_length=None)
@@ -196,17 +195,15 @@ def build_trainer(job: Job, folder: str, callbacks: Sequence[TrainerCallback] = 
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
         given |= {"train_dataset": Dataset.from_dict(lists), "processing_class": tokenizer}
         return trl.SFTTrainer(args=arguments, **given)
-    kind: Any
+    prefix = "Seq2Seq" if is_seq2seq(job.model) else ""
     if job.trainer in ("fused head", "full logits"):
         common |= {"temporal_power": POWER, "temporal_fused_head": "auto" if job.trainer == "fused head" else "off"}
-        kind = hf_temporal.TemporalWeightSeq2SeqTrainer if seq2seq else hf_temporal.TemporalWeightTrainer
-        arguments = (
-            hf_temporal.TemporalSeq2SeqTrainingArguments if seq2seq else hf_temporal.TemporalTrainingArguments
-        )(**common)
+        kind = getattr(hf_temporal, f"TemporalWeight{prefix}Trainer")
+        arguments = getattr(hf_temporal, f"Temporal{prefix}TrainingArguments")(**common)
     else:
-        stock = transformers.Seq2SeqTrainer if seq2seq else Trainer
+        stock = getattr(transformers, f"{prefix}Trainer")
         kind = {STOCK: stock, "by hand": ByHandTrainer, "no head": HeadlessTrainer}[job.trainer]
-        arguments = (transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments)(**common)
+        arguments = getattr(transformers, f"{prefix}TrainingArguments")(**common)
     return kind(args=arguments, data_collator=transformers.default_data_collator, **given)
 
 
