@@ -18,24 +18,20 @@ from hf_temporal.hub.privacy import without_tokens
 from .cells import Cell, lock
 from .grid import Comparison
 from .quantities import number, title_of
-from .server import Forked, Server, may_fork
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 LOG_LINES = 20
 INTERVAL = 0.1  # Seconds between two looks at the running cells.
 GRACE = 30  # Seconds that a cell has to end when it is told to.
 
-Process = subprocess.Popen[bytes] | Forked
+Process = subprocess.Popen[bytes]
 
 
-def start(comparison: Comparison, cell: Cell, server: Server | None) -> Process | None:
-    """Start a cell in a session of its own, forked by the server if there is one, else by `accelerate launch`.
+def start(comparison: Comparison, cell: Cell) -> Process | None:
+    """Start a cell by `accelerate launch`; None where a process of an earlier comparison still runs it.
 
     The log file is locked. Every process of the cell writes there and so inherits the lock, which is held for as long
     as one of them lives.
-
-    Returns:
-        The process; None where a process of an earlier comparison still runs the cell.
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
     with cell.log.open("ab") as log:
@@ -43,8 +39,6 @@ def start(comparison: Comparison, cell: Cell, server: Server | None) -> Process 
             return None
         log.write(f"$ {without_tokens(comparison.shown(cell))}\n".encode())
         log.flush()
-        if server and (forked := server.start(comparison.command(cell), log.fileno())):
-            return forked
         return subprocess.Popen(
             [*LAUNCHER, *comparison.command(cell)],
             stdin=subprocess.DEVNULL,
@@ -92,8 +86,6 @@ def ending(running: Mapping[Cell, Process]) -> Iterator[None]:
 
 def _signal(process: Process, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
-        process.send_signal(number)  # A cell that was only just forked has no session of its own yet.
-    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
@@ -101,14 +93,11 @@ class Runs:
     """Runs the cells of a comparison, those of all its combinations in one queue, `max_parallel` at a time.
 
     When a cell fails, the others go on, unless none has been finished yet: then no further cell is started.
-
-    Attributes:
-        failed: the exit statuses of the cells that failed.
     """
 
     def __init__(self, comparison: Comparison) -> None:
-        self.failed: dict[Cell, int] = {}
-        self._arguments = arguments = comparison.arguments
+        self.failed: dict[Cell, int] = {}  # their exit statuses
+        self._arguments = comparison.arguments
         self._output_dir = comparison.output_dir
         self._cells = cells = comparison.cells()
         self._done = [cell for cell in cells if cell.finished]
@@ -116,9 +105,6 @@ class Runs:
         self._busy: set[Cell] = set()
         self._begun: dict[Cell, float] = {}
         self._running: dict[Cell, Process] = {}
-        self._server = None
-        if self._waiting and arguments.max_parallel and not arguments.accelerate_config and may_fork():
-            self._server = Server(comparison.recipe, cell_environment(arguments.max_parallel))
 
     def run(self) -> None:
         """Run until each cell is finished or has failed.
@@ -142,7 +128,7 @@ class Runs:
         """Fill the free places; a cell that a process of an earlier comparison runs takes one, too."""
         free = self._arguments.max_parallel - len(self._running)
         for cell in self._waiting[: max(0, free)]:
-            process = None if cell.finished else start(self._cells[cell], cell, self._server)
+            process = None if cell.finished else start(self._cells[cell], cell)
             if process is not None:
                 self._waiting.remove(cell)
                 self._running[cell] = process
