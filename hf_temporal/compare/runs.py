@@ -18,17 +18,18 @@ from hf_temporal.hub.privacy import without_tokens
 from .cells import Cell, lock
 from .grid import Comparison
 from .quantities import number, title_of
+from .server import Forked, Server, may_fork
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 LOG_LINES = 20
 INTERVAL = 0.1  # Seconds between two looks at the running cells.
 GRACE = 30  # Seconds that a cell has to end when it is told to.
 
-Process = subprocess.Popen[bytes]
+Process = subprocess.Popen[bytes] | Forked
 
 
-def start(comparison: Comparison, cell: Cell) -> Process | None:
-    """Start a cell by `accelerate launch`; None where a process of an earlier comparison still runs it.
+def start(comparison: Comparison, cell: Cell, server: Server | None) -> Process | None:
+    """Start a cell in a session of its own, forked by the server if there is one, else by `accelerate launch`.
 
     The log file is locked. Every process of the cell writes there and so inherits the lock, which is held for as long
     as one of them lives.
@@ -39,6 +40,8 @@ def start(comparison: Comparison, cell: Cell) -> Process | None:
             return None
         log.write(f"$ {without_tokens(comparison.shown(cell))}\n".encode())
         log.flush()
+        if server and (forked := server.start(comparison.command(cell), log.fileno())):
+            return forked
         return subprocess.Popen(
             [*LAUNCHER, *comparison.command(cell)],
             stdin=subprocess.DEVNULL,
@@ -86,6 +89,8 @@ def ending(running: Mapping[Cell, Process]) -> Iterator[None]:
 
 def _signal(process: Process, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
+        process.send_signal(number)  # A cell that was only just forked has no session of its own yet.
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
@@ -97,7 +102,7 @@ class Runs:
 
     def __init__(self, comparison: Comparison) -> None:
         self.failed: dict[Cell, int] = {}  # their exit statuses
-        self._arguments = comparison.arguments
+        self._arguments = arguments = comparison.arguments
         self._output_dir = comparison.output_dir
         self._cells = cells = comparison.cells()
         self._done = [cell for cell in cells if cell.finished]
@@ -105,6 +110,9 @@ class Runs:
         self._busy: set[Cell] = set()
         self._begun: dict[Cell, float] = {}
         self._running: dict[Cell, Process] = {}
+        self._server = None
+        if self._waiting and arguments.max_parallel and not arguments.accelerate_config and may_fork():
+            self._server = Server(comparison.recipe, cell_environment(arguments.max_parallel))
 
     def run(self) -> None:
         """Run until each cell is finished or has failed.
@@ -128,7 +136,7 @@ class Runs:
         """Fill the free places; a cell that a process of an earlier comparison runs takes one, too."""
         free = self._arguments.max_parallel - len(self._running)
         for cell in self._waiting[: max(0, free)]:
-            process = None if cell.finished else start(self._cells[cell], cell)
+            process = None if cell.finished else start(self._cells[cell], cell, self._server)
             if process is not None:
                 self._waiting.remove(cell)
                 self._running[cell] = process

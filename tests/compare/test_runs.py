@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from hf_temporal.compare import runs
-from hf_temporal.compare.cells import Cell, is_bound
-from hf_temporal.compare.main import main, read_arguments
+from hf_temporal.compare.cells import Cell
+from hf_temporal.compare.main import main
 from hf_temporal.compare.runs import cell_environment, ending
 from recipes import finetune_causal_lm
 from tests.tiny_run import Tiny
@@ -38,9 +38,9 @@ def test_combinations_run_seed_by_seed_in_one_queue(flags: list[str], tmp_path: 
     begun: list[str] = []
     start = runs.start
 
-    def noted(comparison: Any, cell: Cell) -> Any:
+    def noted(comparison: Any, cell: Cell, server: Any) -> Any:
         begun.append(cell.folder.relative_to(tmp_path / "out").as_posix())
-        return start(comparison, cell)
+        return start(comparison, cell, server)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "start", noted)
@@ -110,12 +110,12 @@ def test_cells_run_side_by_side(flags: list[str], tmp_path: Path) -> None:
     both = runs.start
     begun: list[str] = []
 
-    def start(comparison: Any, cell: Cell) -> Any:
+    def start(comparison: Any, cell: Cell, server: Any) -> Any:
         begun.append(cell.name)
         if len(begun) == 2:
             assert not go.exists()
             go.touch()
-        return both(comparison, cell)
+        return both(comparison, cell, server)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "start", start)
@@ -208,18 +208,6 @@ def test_interrupted_while_the_imports_are_made(flags: list[str], stub: Path, tm
     assert starts(tmp_path / "out") == {}
 
 
-def test_the_lock_goes_with_all_processes_of_a_cell(flags: list[str], stub: Path) -> None:
-    stub.write_text("import subprocess\nsubprocess.Popen(['sleep', '600'])", encoding="utf-8")
-    comparison = read_arguments(flags)
-    cell = next(iter(comparison.cells()))
-    process = runs.start(comparison, cell)
-    assert process is not None
-    assert process.wait(120) == 0
-    assert runs.start(comparison, cell) is None
-    os.killpg(process.pid, signal.SIGTERM)
-    wait_until(lambda: not is_bound(cell.folder))
-
-
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -247,8 +235,8 @@ def test_killed_and_continued_runs_no_cell_twice_at_a_time(
     assert is_alive(pid_of(output_dir, "p0_seed0"))
     begin, tries = runs.start, []
 
-    def start(comparison: Any, cell: Cell) -> Any:
-        process = begin(comparison, cell)
+    def start(comparison: Any, cell: Cell, server: Any) -> Any:
+        process = begin(comparison, cell, server)
         tries.append((cell.name, process is not None))
         if len(tries) == 3:
             go.touch()
