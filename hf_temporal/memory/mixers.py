@@ -11,55 +11,37 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from .configuration import AttentionConfig, LinearRnnConfig, StateSpaceConfig, TanhRnnConfig, TcnConfig
+from .recurrences import linear_recurrence, tanh_recurrence
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"linear": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
-def recurrence(inputs: Tensor, weight: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """h_t = φ(W h_{t−1} + u_t) with h_{−1} = 0, step by step; φ is the identity unless it is given.
-
-    Args:
-        inputs: u, `[batch, time, D]`.
-        weight: W, `[D, D]`.
-        activation: φ.
-
-    Returns:
-        h, `[batch, time, D]`, in the dtype of the inputs; computed in float32 at least.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    if inputs.dim() != 3 or weight.shape != (inputs.shape[-1], inputs.shape[-1]):
-        given = f"inputs have shape {tuple(inputs.shape)} and weight {tuple(weight.shape)}"
-        raise ValueError(f"{given}; accepted: [batch, time, D] and [D, D].")
-    dtype = torch.promote_types(torch.float32, torch.promote_types(inputs.dtype, weight.dtype))
-    with torch.autocast(inputs.device.type, enabled=False):
-        transposed, states = weight.to(dtype).T, []
-        state = inputs.new_zeros(inputs.shape[0], inputs.shape[2], dtype=dtype)
-        for each in inputs.to(dtype).unbind(1):
-            state = torch.addmm(each, state, transposed)
-            state = state if activation is None else activation(state)
-            states.append(state)
-        return torch.stack(states, dim=1).to(inputs.dtype)
-
-
 class RnnMixer(nn.Module):
-    """h_t = φ(W h_{t−1} + u_t) with φ = tanh, or without φ and activated afterwards: act(h_t), of a linear RNN.
-
-    u_t = U x_t + b; in the first layer u = x, the mapped or embedded input of the model.
-    """
+    """A recurrence over u_t = U x_t + b; in the first layer u = x, the mapped or embedded input of the model."""
 
     def __init__(self, config: LinearRnnConfig | TanhRnnConfig, layer: int) -> None:
         super().__init__()
         width = config.hidden_size
         self.input = nn.Linear(width, width, bias=config.use_bias) if layer else nn.Identity()
         self.recurrent = nn.Parameter(torch.empty(width, width))
-        is_linear = config.model_type == LinearRnnConfig.model_type
-        self.within = None if is_linear else torch.tanh
-        self.after = ACTIVATION_FUNCTIONS[config.hidden_act if is_linear else "linear"]
+
+
+class LinearRnnMixer(RnnMixer):
+    """act(h_t) with h_t = W h_{t−1} + u_t."""
+
+    def __init__(self, config: LinearRnnConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(recurrence(self.input(x), self.recurrent, self.within))
+        return self.activation(linear_recurrence(self.input(x), self.recurrent))
+
+
+class TanhRnnMixer(RnnMixer):
+    """h_t = tanh(W h_{t−1} + u_t)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tanh_recurrence(self.input(x), self.recurrent)
 
 
 class CausalConvolution(nn.Module):

@@ -25,11 +25,20 @@ from .configuration import (
     TanhRnnConfig,
     TcnConfig,
 )
-from .mixers import FeedForwardMixer, RnnMixer, SelfAttentionMixer, StateSpaceMixer, TcnMixer
+from .mixers import (
+    FeedForwardMixer,
+    LinearRnnMixer,
+    RnnMixer,
+    SelfAttentionMixer,
+    StateSpaceMixer,
+    TanhRnnMixer,
+    TcnMixer,
+)
+from .recurrences import linear_recurrence  # noqa: F401  older transformers copy what this file imports, but no deeper
 
 MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
-    LinearRnnConfig.model_type: lambda config, layer: [RnnMixer(config, layer)],
-    TanhRnnConfig.model_type: lambda config, layer: [RnnMixer(config, layer)],
+    LinearRnnConfig.model_type: lambda config, layer: [LinearRnnMixer(config, layer)],
+    TanhRnnConfig.model_type: lambda config, layer: [TanhRnnMixer(config, layer)],
     TcnConfig.model_type: lambda config, layer: [TcnMixer(config, layer)],
     StateSpaceConfig.model_type: lambda config, _: [StateSpaceMixer(config)],
     AttentionConfig.model_type: lambda config, _: [SelfAttentionMixer(config), FeedForwardMixer(config)],

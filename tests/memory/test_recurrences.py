@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_temporal.memory.mixers import recurrence
+from hf_temporal.memory import recurrences
+from hf_temporal.memory.recurrences import linear_recurrence, tanh_recurrence
 
 Activation = Callable[[Tensor], Tensor]
 Recurrence = Callable[[Tensor, Tensor], Tensor]
@@ -23,15 +23,12 @@ def by_loop(inputs: Tensor, weight: Tensor, activation: Activation = lambda x: x
     return torch.stack(states, dim=1)
 
 
-tanh_recurrence = partial(recurrence, activation=torch.tanh)
-
-
 def by_tanh_loop(inputs: Tensor, weight: Tensor) -> Tensor:
     return by_loop(inputs, weight, torch.tanh)
 
 
 PAIRS = pytest.mark.parametrize(
-    ("function", "loop"), [(recurrence, by_loop), (tanh_recurrence, by_tanh_loop)], ids=["linear", "tanh"]
+    ("function", "loop"), [(linear_recurrence, by_loop), (tanh_recurrence, by_tanh_loop)], ids=["linear", "tanh"]
 )
 
 
@@ -62,12 +59,13 @@ def test_values_and_gradients(function: Recurrence, loop: Recurrence, time: int,
     assert torch.equal(alone, ours[0])
 
 
-def test_second_derivatives() -> None:
+def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrences, "LOOP_LENGTH", 1)
     torch.manual_seed(0)
     weight = of_radius_one(2).requires_grad_()
     inputs = torch.randn(2, 5, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(recurrence, (inputs, weight))
-    assert torch.autograd.gradgradcheck(recurrence, (inputs, weight))
+    assert torch.autograd.gradcheck(linear_recurrence, (inputs, weight))
+    assert torch.autograd.gradgradcheck(linear_recurrence, (inputs, weight))
 
 
 @PAIRS
@@ -102,7 +100,7 @@ def test_half_precision_is_computed_in_float32(function: Recurrence, loop: Recur
 
 @pytest.mark.parametrize(("inputs", "weight"), [((2, 3), (3, 3)), ((2, 5, 3), (3, 2)), ((2, 5, 3), (4, 4))])
 def test_shapes_that_do_not_fit_are_named(inputs: tuple[int, ...], weight: tuple[int, ...]) -> None:
-    for function in (recurrence, tanh_recurrence):
+    for function in (linear_recurrence, tanh_recurrence):
         with pytest.raises(ValueError, match=r"accepted: \[batch, time, D\] and \[D, D\]"):
             function(torch.zeros(inputs), torch.zeros(weight))
 
@@ -112,4 +110,5 @@ def test_the_tanh_recurrence_is_that_of_torch() -> None:
     rnn = torch.nn.RNN(6, 6, batch_first=True, bias=False).double()
     inner, recurrent = rnn.get_parameter("weight_ih_l0"), rnn.get_parameter("weight_hh_l0")
     x = torch.randn(3, 40, 6, dtype=torch.float64)
-    torch.testing.assert_close(tanh_recurrence(x @ inner.T, recurrent), rnn(x)[0])
+    for function in (tanh_recurrence, recurrences._by_torch):
+        torch.testing.assert_close(function(x @ inner.T, recurrent), rnn(x)[0])
