@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 # The modules of an extra that are needed from the start, as pyproject.toml declares them.
 EXTRAS = {
-    "recipes": ("datasets", "filelock", "matplotlib", "peft", "rouge_score", "scipy", "yaml"),
+    "recipes": ("datasets", "evaluate", "filelock", "matplotlib", "peft", "rouge_score", "scipy", "yaml"),
     "plots": ("matplotlib",),
     "memory": ("scipy",),
     "search": ("optuna",),

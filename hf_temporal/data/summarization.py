@@ -6,6 +6,8 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -14,7 +16,7 @@ from transformers.utils import logging
 
 from . import argument, check_counts
 from .loading import DataArguments, TaskData, check_column, load_columns
-from .rouge import ROUGE_TOKENIZERS, needs_characters, rouge_scores
+from .rouge import ROUGE_TOKENIZERS, needs_characters
 from .rows import as_batch, learned_after, length_metrics, texts_of, tokens_without
 
 logger = logging.get_logger(__name__)
@@ -129,6 +131,12 @@ class SummaryScores:
         self.rouge_tokenizer = rouge_tokenizer
         self.record: dict[str, list[str]] = {}
 
+    @cached_property
+    def rouge(self) -> Any:
+        import evaluate  # takes as long as all of a recipe's other imports beside transformers
+
+        return evaluate.load(str(Path(__file__).parent / "metrics" / "rouge"), keep_in_memory=True)
+
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         return self.score(prediction.predictions, prediction.label_ids)
 
@@ -143,7 +151,7 @@ class SummaryScores:
             logger.warning("The references have hardly any Latin letters: ROUGE compares characters.")
             self.rouge_tokenizer = "char"
         answered, wanted = ([*map(_one_sentence_per_line, texts)] for texts in (predictions, references))
-        rouge = rouge_scores(answered, wanted, tokenizer=self.rouge_tokenizer)
+        rouge = self.rouge.compute(predictions=answered, references=wanted, tokenizer=self.rouge_tokenizer)
         return {name: 100 * value for name, value in rouge.items()} | length_metrics(tokens)
 
 
