@@ -21,6 +21,7 @@ from transformers import (
 from hf_temporal.data.cache import made_once
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
 from hf_temporal.data.small_t5 import small_t5_config, train_tokenizer
+from hf_temporal.model.model_loss import read_model_loss
 from hf_temporal.positions import IGNORE_INDEX
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 
@@ -100,6 +101,11 @@ def prepare_causal_lm(parsed: Sequence[Any]) -> FineTuning:
         base_model_note=EMBEDDED_PROVENANCE if base == EMBEDDED_MODEL else None,
     )
     if language_modeling_args.packing:
+        if not read_model_loss(run.model).keeps_documents_apart:
+            raise ValueError(
+                f"packing=True for a {type(run.model).__name__}, in which a packed document depends on those before "
+                "it; accepted: packing=False"
+            )
         run.data_collator = DataCollatorWithFlattening()
     return run
 
