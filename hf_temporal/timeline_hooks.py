@@ -216,5 +216,8 @@ class TimelineHooks(_Trainer):
 def _embedding_rows(root: nn.Module) -> int:
     """How many tokens the model embeds, which `resize_token_embeddings` changes; 0 where it embeds none."""
     base = base_model(root)
-    embeddings = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    try:
+        embeddings = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    except NotImplementedError:  # a model of sound or images
+        return 0
     return getattr(embeddings, "num_embeddings", 0)
