@@ -90,11 +90,9 @@ def _verdict(report: Report) -> str:
     if WRONG in cells:
         return "wrong in a layout"
     if "own loss" in cells or "does not run" in cells:
-        return "a loss of its own, or a step that the Trainer cannot make"
-    kind = "exact in all layouts" if set(cells) & {"refused"} == set() else "exact, packed rows refused"
-    if any(each.startswith("padded") for each in cells):
-        kind = "exact up to the model's own padding"
-    return kind
+        return "own loss, or a layout that the Trainer cannot train"
+    kind = "padded logits in a layout" if any(each.startswith("padded") for each in cells) else "exact"
+    return f"{kind}, packed rows refused" if "refused" in cells else kind
 
 
 def page(reports: Sequence[Report]) -> str:
@@ -102,13 +100,15 @@ def page(reports: Sequence[Report]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "accelerate"))
     reports = sorted(reports, key=lambda report: report.kind.lower())
     lines = [INTRODUCTION.format(command=COMMAND, versions=versions)]
-    differing = sum(any("Trainer" in cell(found) for found in report.layouts.values()) for report in reports)
-    lines += [f"{len(reports)} classes, and {differing} on which the Trainer differs at p = 0 in some layout:\n"]
-    lines += [
-        "| | classes |",
-        "|---|---|",
-        *(f"| {name} | {count} |" for name, count in sorted(counts(reports).items())),
-    ]
+    lines += ["| Classes | |", "|---|---|", f"| all | {len(reports)} |"]
+    lines += [f"| {name} | {count} |" for name, count in sorted(counts(reports).items())]
+    lines += ["", "| Classes by layout | Right | Left | Packed | Accumulated |", "|---|---|---|---|---|"]
+    by_layout = {layout: [cell(report.layouts.get(layout)) for report in reports] for layout in LAYOUTS}
+    for name in ("exact", "padded logits", "refused", "own loss", "does not run"):
+        numbers = (sum(each.startswith(name) for each in by_layout[layout]) for layout in LAYOUTS)
+        lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
+    numbers = (sum("Trainer" in each for each in by_layout[layout]) for layout in LAYOUTS)
+    lines.append(f"| the Trainer differs at p = 0 | {' | '.join(map(str, numbers))} |")
     lines += ["", "| Class | Right | Left | Packed | Accumulated |", "|---|---|---|---|---|"]
     for report in reports:
         if report.reason:
