@@ -338,10 +338,8 @@ def _documents(batch: dict[str, Tensor], targets: Tensor, shifts: bool) -> Itera
         documents = (batch["position_ids"] == 0).cumsum(1)
         if shifts:
             targets[:, :-1] &= documents[:, 1:] == documents[:, :-1]
-    elif shifts:  # the first token is no target, though what stands before it is padding
-        first = (batch["labels"] != IGNORE).int().argmax(1) if "attention_mask" not in batch else None
-        real = batch["attention_mask"] != 0 if first is None else torch.arange(targets.shape[1]) >= first[:, None]
-        targets &= real
+    elif shifts and "attention_mask" in batch:  # the first token is no target, though padding stands before it
+        targets &= batch["attention_mask"] != 0
     for row, ids in enumerate(documents):
         for document in ids.unique():
             mine = torch.zeros_like(targets)
