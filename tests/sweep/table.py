@@ -28,7 +28,7 @@ Made by `{command}`, with {versions}.
 | Cell | What it says of p = 0 and p = 2 |
 |---|---|
 | exact | each row has the loss that it has by itself |
-| batch's logits | a row's logits depend on its batch (padding, batch normalization); the loss is that of those logits |
+| batch's logits | a row's logits depend on its batch (padding, batch normalization); its loss, too |
 | Trainer 2.00 × | the Trainer's loss at p = 0 is so many times the right one |
 | Trainer's gradient | the Trainer's loss at p = 0 is right to two digits, its gradient is not |
 | Trainer: batch's logits | the Trainer gives no `position_ids`, without which padding changes the logits |
