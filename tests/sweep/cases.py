@@ -23,6 +23,7 @@ IGNORE = -100
 POWER = 2.0
 LAYOUTS = ("right", "left", "packed", "accumulated")
 CLOSE = 2e-4
+NEEDS_TYPES = ("Molmo2ForConditionalGeneration",)  # mm_token_type_ids in training, of text alone as well
 Row = dict[str, Any]
 
 
@@ -62,6 +63,7 @@ class Rows:
 
     def __init__(self, model: Any) -> None:
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+        self.kind = type(model).__name__
         self.parameters = inspect.signature(model.forward).parameters
         self.main = model.main_input_name if self.seq2seq else "input_ids"
         generator = torch.Generator().manual_seed(0)
@@ -86,6 +88,8 @@ class Rows:
         batch = {"labels": _padded([row["labels"] for row in rows], IGNORE, side)}
         if self.makes_decoder_inputs is not None:
             batch["decoder_input_ids"] = self.makes_decoder_inputs(labels=batch["labels"])
+        if self.kind in NEEDS_TYPES:
+            batch["mm_token_type_ids"] = torch.zeros_like(batch["labels"])
         if self.images:
             batch["pixel_values"] = torch.stack([row["pixel_values"] for row in rows])
         if self.main in rows[0] and self.main != "input_ids":

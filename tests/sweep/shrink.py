@@ -49,6 +49,9 @@ TRIED = (
 RULES: tuple[tuple[str, Any], ...] = (
     (r"num_feat_extract_layers|num_adapter_layers", None),
     (r"attention_window", 8),
+    (r"base_channels|latent_channels", 32),
+    (r"attention_hidden_size", lambda s: 2 * s.hidden),
+    (r"attention_head_dim", lambda s: 2 * s.head_dim),
     (r".*vocab_size.*|.*n_tokens|num_embeddings", VOCABULARY),
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers|.*layerdrop|vocab_offset", 0),
     (r"first_k_dense_replace|moe_layer_start_index|n_shared_experts|num_shared_experts|n_group|n_groups", 1),
@@ -87,7 +90,7 @@ RULES: tuple[tuple[str, Any], ...] = (
         "hidden",
     ),
     (
-        r"dim|width|adapter_in_dim|output_hidden_size|out_hidden_size|word_embed_proj_dim|embedding_size|d_embed",
+        r"dim|width|adapter_(in_dim|input_size)|output_hidden_size|out_hidden_size|word_embed_proj_dim|embedding_size|d_embed",
         "hidden",
     ),
 )
@@ -97,6 +100,11 @@ UNSET = {  # where a configuration has None
     "num_experts": 4,
     "n_shared_experts": 1,
     "sliding_window": 64,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
     "vocabulary_map": {"<image>": 85},
 }
 DROPOUT = re.compile(r".*(dropout|_pdrop|drop_?rate|layerdrop|drop_path|jitter|mask_time_prob|mask_feature_prob).*")
