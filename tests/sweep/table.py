@@ -37,10 +37,10 @@ Made by `{command}`, with {versions}.
 | does not run | the Trainer raises the same error |
 | – | no such layout for an encoder–decoder |
 
-A cell that does not name the Trainer holds for it, too, at p = 0. Its usual differences: near 2 × under
-accumulation it adds up the means of the micro-batches; near 0.93 × on the right it counts the first token of a row,
-which nothing predicts, as a target; on the left it predicts the first real token from padding, and positions count
-the padding.
+A cell that does not name the Trainer holds for it, too, at p = 0. Its usual differences: under accumulation, near 2 ×,
+it adds up the means of the micro-batches, and near 1 × it takes their mean, whatever their numbers of targets; near
+0.93 × on the right it counts the first token of a row, which nothing predicts, as a target; on the left it predicts
+the first real token from padding, and positions count the padding.
 """
 
 
