@@ -236,9 +236,14 @@ def _probe_rows(
         counted = (mask.cumsum(-1) - 1).clamp(min=0)
         needs_position_ids = is_same(model(**row, attention_mask=mask, position_ids=counted)["logits"])
         found = dataclasses.replace(found, needs_position_ids=needs_position_ids)
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        return dataclasses.replace(found, keeps_documents_apart=False)
     row["position_ids"] = torch.cat([torch.arange(part.shape[1], device=device) for part in (before, tokens)])[None]
+    parameters = inspect.signature(base.forward).parameters
+    if "position_ids" not in parameters:
+        keeps_apart = False
+        if any(each.kind == inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+            with contextlib.suppress(Exception):  # what is inside need not take them
+                keeps_apart = is_same(model(**row)["logits"])
+        return dataclasses.replace(found, keeps_documents_apart=keeps_apart)
     row["labels"] = torch.cat([torch.full_like(before, IGNORE_INDEX), labels], dim=1)
     if not found.shifts_labels:
         return dataclasses.replace(found, keeps_documents_apart=is_same(model(**row)["logits"]))
