@@ -37,9 +37,9 @@ class TimelineHooks(_Trainer):
     """Put in front of a `Trainer`, gives the batches of its data loaders their times, as its model needs them."""
 
     _given_weighting: TemporalWeighting | None = None
-    _model_loss: ModelLoss | None = None
-    _model_read: tuple[nn.Module, bool, int] | None = None
-    _problem: str | None = None
+    _temporal_model_loss: ModelLoss | None = None
+    _temporal_model_read: tuple[nn.Module, bool, int] | None = None
+    _temporal_problem: str | None = None
     _eval_timeline: Timeline | None = None
 
     # ---- p and w
@@ -128,10 +128,13 @@ class TimelineHooks(_Trainer):
 
     def _read_model_loss(self) -> ModelLoss:
         key = (self._root, self._can_run, _embedding_rows(self._root))
-        if self._model_loss is None or self._model_read != key:
-            self._model_loss, self._model_read = read_model_loss(self._root, can_run=self._can_run), key
-            self._problem = None
-        return self._model_loss
+        if self._temporal_model_loss is None or self._temporal_model_read != key:
+            self._temporal_model_loss, self._temporal_model_read = (
+                read_model_loss(self._root, can_run=self._can_run),
+                key,
+            )
+            self._temporal_problem = None
+        return self._temporal_model_loss
 
     @property
     def _can_run(self) -> bool:
@@ -155,9 +158,9 @@ class TimelineHooks(_Trainer):
         if self._is_trivial(batch):
             return
         raise ValueError(
-            f"{described(self._root)} with {problem}: there is no loss per time to weight. Accepted: "
-            f"power=0 without {LOSS_WEIGHTS} (the usual loss), or labels of shape [batch, time] and logits of shape "
-            "[batch, time, vocabulary]."
+            f"{described(self._root)} with {problem}: there is no loss per time to weight in {type(self).__name__}. "
+            f"Accepted: power=0 without {LOSS_WEIGHTS} (the usual loss), or labels of shape [batch, time] and logits "
+            "of shape [batch, time, vocabulary]."
         )
 
     def _problem_with(self, batch: Any) -> str:
@@ -172,14 +175,14 @@ class TimelineHooks(_Trainer):
         loss = self._read_model_loss()
         if loss.is_read and not labels.is_floating_point():
             return loss.unsupported
-        if self._problem is None:
+        if self._temporal_problem is None:
             inputs = self._prepare_inputs({key: value for key, value in batch.items() if key not in OWN_KEYS})
             if labels.is_floating_point():
-                self._problem = regression_problem(self._root, inputs) if self._can_run else ""
+                self._temporal_problem = regression_problem(self._root, inputs) if self._can_run else ""
             else:
-                self._model_loss = read_on_batch(self._root, loss, inputs)
-                self._problem = self._model_loss.unsupported
-        return self._problem
+                self._temporal_model_loss = read_on_batch(self._root, loss, inputs)
+                self._temporal_problem = self._temporal_model_loss.unsupported
+        return self._temporal_problem
 
     # ---- what is left alone
 
