@@ -36,19 +36,19 @@ else:
 class TimelineHooks(_Trainer):
     """Put in front of a `Trainer`, gives the batches of its data loaders their times, as its model needs them."""
 
-    _given_weighting: TemporalWeighting | None = None
+    _temporal_given_weighting: TemporalWeighting | None = None
     _temporal_model_loss: ModelLoss | None = None
     _temporal_model_read: tuple[nn.Module, bool, int] | None = None
     _temporal_problem: str | None = None
-    _eval_timeline: Timeline | None = None
+    _temporal_eval_timeline: Timeline | None = None
 
     # ---- p and w
 
     @property
     def weighting(self) -> TemporalWeighting:
         """The weighting at its final power: the argument, else the arguments' fields, else `TemporalWeighting()`."""
-        if self._given_weighting is not None:
-            return self._given_weighting
+        if self._temporal_given_weighting is not None:
+            return self._temporal_given_weighting
         if isinstance(self.args, TemporalFields):
             return self.args.temporal_weighting()
         return TemporalWeighting()
@@ -80,9 +80,9 @@ class TimelineHooks(_Trainer):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         timeline = self._new_timeline()
-        if self._eval_timeline != timeline:
+        if self._temporal_eval_timeline != timeline:
             forget_eval_dataloaders(self)  # they make the times of before
-            self._eval_timeline = timeline
+            self._temporal_eval_timeline = timeline
         with self._making_timelines():
             return super().get_eval_dataloader(*args, **kwargs)
 

@@ -76,7 +76,7 @@ class TemporalWeightMixin(EvaluationByPosition):
         given |= given.get("kwargs", {})
         check_arguments(given)
         _trl.check_sft_arguments(type(self), given, LOSS_WEIGHTS)
-        self._given_weighting = weighting
+        self._temporal_given_weighting = weighting
         self._temporal_step: WeightedStep | None = None
         self._temporal_sample_sizes: list[Tensor] = []
         self._temporal_is_collecting = False
@@ -94,9 +94,9 @@ class TemporalWeightMixin(EvaluationByPosition):
         searched = [name for name in getattr(trial, "params", trial) or () if name.startswith("temporal_")]
         if isinstance(self.args, TemporalFields):
             self.args.validate_temporal_fields()
-        if searched and self._given_weighting is not None:
+        if searched and self._temporal_given_weighting is not None:
             raise ValueError(
-                f"{searched[0]} is searched beside an explicit weighting={self._given_weighting!r}, which overrides "
+                f"{searched[0]} is searched beside an explicit weighting={self._temporal_given_weighting!r}, which overrides "
                 "it; accepted: one of the two."
             )
 
