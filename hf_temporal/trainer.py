@@ -96,8 +96,8 @@ class TemporalWeightMixin(EvaluationByPosition):
             self.args.validate_temporal_fields()
         if searched and self._temporal_given_weighting is not None:
             raise ValueError(
-                f"{searched[0]} is searched beside an explicit weighting={self._temporal_given_weighting!r}, which overrides "
-                "it; accepted: one of the two."
+                f"{searched[0]} is searched beside an explicit weighting={self._temporal_given_weighting!r}, which "
+                "overrides it; accepted: one of the two."
             )
 
     def _check_own_loss(self) -> None:
