@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, summarization_args, training_args = parse(ARGUMENTS, argv, description=__doc__)
     set_seed(training_args.seed)  # the adapter's
+    training_args.eval_on_start = True  # evaluate() before train() would leave several processes without DDP
     with training_args.main_process_first():
         model, tokenizer = load_causal_lm(model_args, None)
         pairs = Summarization(data_args, summarization_args)
@@ -52,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_dataset=rows["validation"],
         processing_class=tokenizer,
     )
-    trainer.save_metrics("before", trainer.evaluate(), combined=False)
     trainer.train()
     trainer.save_model()
     metrics = trainer.evaluate()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,18 @@ QUICK = ("--bf16", "false", "--gradient_checkpointing", "false", "--optim", "sgd
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
-def logs(output_dir: Path) -> list[dict[str, Any]]:
+def history(output_dir: Path) -> list[dict[str, Any]]:
     state = max(output_dir.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    history: list[dict[str, Any]] = json.loads(state.read_text("utf-8"))["log_history"]
-    return [entry for entry in history if "loss" in entry]
+    entries: list[dict[str, Any]] = json.loads(state.read_text("utf-8"))["log_history"]
+    return entries
+
+
+def logs(output_dir: Path) -> list[dict[str, Any]]:
+    return [entry for entry in history(output_dir) if "loss" in entry]
+
+
+def before(output_dir: Path) -> dict[str, Any]:
+    return next(entry for entry in history(output_dir) if "eval_loss" in entry)
 
 
 def test_its_commands_are_read() -> None:
@@ -46,8 +57,18 @@ def test_it_trains_what_the_main_recipe_trains(tiny: Tiny, tmp_path: Path) -> No
     assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in plain], rel=1e-5)
     assert {"temporal_power", "entropy", "mean_token_accuracy", "num_tokens"} <= ours[0].keys()
     assert (tmp_path / "sft" / "adapter_model.safetensors").is_file()
-    before, after = (
-        json.loads((tmp_path / "sft" / f"{name}_results.json").read_text()) for name in ("before", "eval")
-    )
-    assert after["eval_loss"] < before["eval_loss"]
+    after = json.loads((tmp_path / "sft" / "eval_results.json").read_text("utf-8"))
+    assert after["eval_loss"] < before(tmp_path / "sft")["eval_loss"]
     assert "eval_tail_loss" in after
+
+
+def test_two_processes_train_one_model(tiny: Tiny, tmp_path: Path, child_environment: dict[str, str]) -> None:
+    flags = (*QUICK, "--lora_dropout", "0", "--max_steps", "2")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(finetune_sft.__file__), *tiny.flags(tmp_path / "two", *flags)]
+    environment = {**child_environment, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*command, "--per_device_train_batch_size", "2"], env=environment, check=True)
+    finetune_sft.main(tiny.flags(tmp_path / "one", *flags))
+    two, one = (logs(tmp_path / name) for name in ("two", "one"))
+    for key in ("loss", "grad_norm"):
+        assert [entry[key] for entry in two] == pytest.approx([entry[key] for entry in one], rel=1e-4)
