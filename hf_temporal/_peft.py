@@ -54,8 +54,8 @@ def check_merged_head(model: nn.Module) -> None:
     base = base_model(model)
     if base is model or not hasattr(base, "get_output_embeddings"):
         return
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    if getattr(head, "merged", False) and head.get_base_layer().weight is embeddings.weight:
+    head = base.get_output_embeddings()
+    if getattr(head, "merged", False) and head.get_base_layer().weight is base.get_input_embeddings().weight:
         raise ValueError(
             f"the adapter on the LM head of {described(model)} was merged (merge_adapter) into weights that the "
             "embedding shares, which it has changed as well. Accepted: unmerge_adapter() before training."

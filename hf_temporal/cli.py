@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def _launch(command: str, flags: Sequence[str], program: str | None = None) -> i
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("accelerate.commands.launch").addFilter(_is_no_note_on_defaults)
+    note = "The following values were not passed to `accelerate launch`"
+    logging.getLogger("accelerate.commands.launch").addFilter(lambda record: note not in record.getMessage())
     parser = launch_command_parser()
     parser.exit_on_error = False
     of_launcher, of_recipe = split_flags(flags, parser)
@@ -95,16 +97,8 @@ def _launch(command: str, flags: Sequence[str], program: str | None = None) -> i
     return 0
 
 
-def _is_no_note_on_defaults(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("The following values were not passed to `accelerate launch`")
-
-
 def split_flags(flags: Sequence[str], parser: Any) -> tuple[list[str], list[str]]:
-    """The flags for `accelerate launch`, whose parser is given, and those for the recipe.
-
-    Raises:
-        ValueError: `--accelerate_config` names no configuration.
-    """
+    """The flags for `accelerate launch`, whose parser is given, and those for the recipe."""
     takes_value = {
         option: action.nargs != 0
         for action in parser._actions
@@ -136,22 +130,19 @@ def _suggest(flags: Sequence[str]) -> int:
 
 def settings_among(flags: Sequence[str]) -> dict[str, str]:
     """What flags and `--config` say about which model it is; flags win."""
-    given: dict[str, str] = {}
-    for word, following in zip(flags, [*flags[1:], ""], strict=False):
-        name, has_value, value = word.partition("=")
-        if name.startswith("--"):
-            given[name[2:].replace("-", "_")] = value if has_value else following
-    settings: dict[str, str] = {}
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", *KIND_SETTINGS):
+        reader.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name, nargs="?", const="true")
+    given = {name: value for name, value in vars(reader.parse_known_args(flags)[0]).items() if value}
+    settings: Any = {}
     if "config" in given:
         path = config_path(given["config"])
         import yaml
 
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):  # the recipe says what is wrong with it
-            content = None
-        settings = content if isinstance(content, dict) else {}
-    return {name: str(value) for name, value in {**settings, **given}.items() if name in KIND_SETTINGS and value}
+        with suppress(OSError, ValueError, yaml.YAMLError):  # the recipe says what is wrong with it
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    merged = {**(settings if isinstance(settings, dict) else {}), **given}
+    return {name: str(value) for name, value in merged.items() if name in KIND_SETTINGS and value}
 
 
 def is_seq2seq(settings: Mapping[str, str]) -> bool:
@@ -160,15 +151,13 @@ def is_seq2seq(settings: Mapping[str, str]) -> bool:
         return True
     from transformers import AutoConfig
 
-    try:
+    with suppress(OSError, ValueError):
         if "model_type" in settings:
             return bool(AutoConfig.for_model(settings["model_type"]).is_encoder_decoder)
         if "model_name_or_path" in settings:
             revision = settings.get("model_revision", "main")
             config = AutoConfig.from_pretrained(settings["model_name_or_path"], revision=revision)
             return bool(config.is_encoder_decoder)
-    except (OSError, ValueError):
-        pass
     return False
 
 

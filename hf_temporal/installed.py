@@ -19,11 +19,7 @@ EXTRAS = {
 
 
 def require(extra: str) -> None:
-    """Check that the packages of an extra are installed, before any of them is needed.
-
-    Raises:
-        ModuleNotFoundError: one is missing; the message has the pip command.
-    """
+    """Check that the packages of an extra are installed; the error has the pip command."""
     missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -38,20 +34,12 @@ def recipes() -> Path:
 
 
 def config_path(given: str) -> Path:
-    """The YAML file of a recipe's arguments: a file, or a configuration of the package by its name.
-
-    Raises:
-        ValueError: there is no such configuration.
-    """
+    """The YAML file of a recipe's arguments: a file, or a configuration of the package by its name."""
     return _file_or_shipped(given, recipes() / "configs", "config")
 
 
 def engine_path(given: str) -> Path:
-    """A configuration of `accelerate launch`: a file, or one of the package by its name.
-
-    Raises:
-        ValueError: there is no such configuration.
-    """
+    """A configuration of `accelerate launch`: a file, or one of the package by its name."""
     return _file_or_shipped(given, recipes() / "accelerate", "accelerate_config")
 
 

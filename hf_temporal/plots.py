@@ -64,11 +64,7 @@ def plot_loss_by_position(
 
 
 def plot_recall_by_position(recalls: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) -> Figure:
-    """Draw the share of right tokens at each position of what was copied.
-
-    Args:
-        recalls: by the label of the curve, one value for each position from the first.
-    """
+    """Draw the share of right tokens at each position of what was copied, a curve for each label."""
     figure, axes = single_axes("position among the copied tokens", "recall")
     for (label, values), color, style in zip(recalls.items(), COLORS, LINE_STYLES, strict=False):
         axes.plot(range(1, len(values) + 1), values, color=color, linestyle=style, marker="o", lw=2, label=label)
@@ -81,12 +77,7 @@ def plot_recall_by_position(recalls: Mapping[str, Sequence[float]], path: str | 
 def plot_memory(
     memories: Mapping[str, Sequence[float]], target: Sequence[float], path: str | os.PathLike[str]
 ) -> Figure:
-    """Draw the memory functions of models, and that of the target, over the lag.
-
-    Args:
-        memories: by the label of the curve, one value for each lag from 0.
-        target: the same for the target.
-    """
+    """Draw the memory functions of models, by the label of the curve, and that of the target over the lags from 0."""
     figure, axes = single_axes("lag", "memory function")
     axes.plot(target, color="#000000", linestyle="--", lw=2, label="target", zorder=3)
     for (label, values), color in zip(memories.items(), COLORS, strict=False):

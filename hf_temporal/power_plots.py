@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +34,7 @@ class PowerPanel:
     title: str | None = None
 
 
-def plot_metrics_by_power(
-    panels: Sequence[PowerPanel | None], path: str | os.PathLike[str], *, title: str, columns: int = 1
-) -> Figure:
+def plot_metrics_by_power(panels: Sequence[PowerPanel | None], path: Path, *, title: str, columns: int = 1) -> Figure:
     """Draw a panel for each quantity: at each p every seed as a dot, and beside them their mean with its interval.
 
     The p stand in ascending order at equal distances, so that 0, negative ones and inf have their place. The panels
@@ -67,9 +65,7 @@ def plot_metrics_by_power(
     return saved(figure, path)
 
 
-def plot_loss_by_position_and_power(
-    profiles: Mapping[float, Mapping[str, Any]], path: str | os.PathLike[str], *, title: str
-) -> Figure:
+def plot_loss_by_position_and_power(profiles: Mapping[float, Mapping[str, Any]], path: Path, *, title: str) -> Figure:
     """Draw mean loss over t/T for each p and, where p = 0 is among them, the differences from it below.
 
     The profiles, by p, have the form that `hf_temporal.evaluation.load_profiles` returns.
@@ -92,7 +88,7 @@ def plot_loss_by_position_and_power(
     return _saved_with_legend(figure, colors, title, path)
 
 
-def plot_trials(trials: Sequence[tuple[float, float]], label: str, path: str | os.PathLike[str]) -> Figure:
+def plot_trials(trials: Sequence[tuple[float, float]], label: str, path: Path) -> Figure:
     """Draw one dot for each run of a search: p, and the value that it reached."""
     figure, axes = single_axes("p", label)
     axes.plot(*zip(*trials, strict=True), marker="o", linestyle="none")
@@ -100,7 +96,7 @@ def plot_trials(trials: Sequence[tuple[float, float]], label: str, path: str | o
 
 
 def plot_curves_by_power(
-    curves: Mapping[str, Mapping[float, Sequence[Mapping[int, float]]]], path: str | os.PathLike[str], *, title: str
+    curves: Mapping[str, Mapping[float, Sequence[Mapping[int, float]]]], path: Path, *, title: str
 ) -> Figure:
     """Draw a panel for each quantity over training steps: each seed thin, the mean at the steps of all seeds thick.
 
@@ -119,7 +115,7 @@ def plot_curves_by_power(
 
 
 def plot_power_report(
-    loss: Sequence[float], weights: Mapping[float, Sequence[float]], path: str | os.PathLike[str], *, title: str
+    loss: Sequence[float], weights: Mapping[float, Sequence[float]], path: Path, *, title: str
 ) -> Figure:
     """Draw each decile's share in the sum of all losses as bars, and in that of the weights as a curve for each p."""
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
@@ -136,18 +132,9 @@ def plot_power_report(
 
 
 def plot_memory_by_power(
-    memories: Mapping[float, Sequence[Sequence[float]]],
-    target: Sequence[float],
-    path: str | os.PathLike[str],
-    *,
-    title: str,
+    memories: Mapping[float, Sequence[Sequence[float]]], target: Sequence[float], path: Path, *, title: str
 ) -> Figure:
-    """Draw the memory functions of models at each p with the target's, and below the mean distance from it.
-
-    Args:
-        memories: by p, one of each seed, with a value for each lag from 0; their mean is drawn thick.
-        target: the same for the target, drawn dotted.
-    """
+    """Draw the memory functions at each p, of each seed and their mean, and below their distance from the target's."""
     colors = _power_colors(memories)
     figure = Figure(figsize=(7.6, 6.8), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -226,9 +213,7 @@ def _power_colors(powers: Iterable[float]) -> dict[float, Any]:
     return {power: "#000000" if power == 0 else colormaps[POWER_COLORS](shades[power]) for power in powers}
 
 
-def _saved_with_legend(
-    figure: Figure, colors: Mapping[float, Any], title: str, path: str | os.PathLike[str]
-) -> Figure:
+def _saved_with_legend(figure: Figure, colors: Mapping[float, Any], title: str, path: Path) -> Figure:
     handles = [
         Line2D([], [], color=color, lw=2.5, linestyle="--" if power == 0 else "-", label=power_label(power))
         for power, color in colors.items()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class PowerReport:
         from .power_plots import plot_power_report  # only here: matplotlib is slow to import
 
         weights = {effect.power: effect.deciles for effect in self.effects}
-        plot_power_report(self.loss_deciles, weights, path, title=title)
+        plot_power_report(self.loss_deciles, weights, Path(path), title=title)
 
     def __str__(self) -> str:
         return f"{self.table()}\n\n" + "\n".join(f"- {line}" for line in self.words())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers.utils import logging
 
 from hf_temporal.model.model_loss import (
     ModelLoss,
@@ -26,6 +27,8 @@ from .collator import KEPT_COLUMNS, LOSS_WEIGHTS, OWN_KEYS, Timeline, TimelineCo
 from .schedules import power_at
 from .training_args import TemporalFields
 from .weighting import TemporalWeighting
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -129,11 +132,9 @@ class TimelineHooks(_Trainer):
     def _read_model_loss(self) -> ModelLoss:
         key = (self._root, self._can_run, _embedding_rows(self._root))
         if self._temporal_model_loss is None or self._temporal_model_read != key:
-            self._temporal_model_loss, self._temporal_model_read = (
-                read_model_loss(self._root, can_run=self._can_run),
-                key,
-            )
-            self._temporal_problem = None
+            found = self._temporal_model_loss = read_model_loss(self._root, can_run=self._can_run)
+            self._temporal_model_read, self._temporal_problem = key, None
+            logger.info(f"{described(self._root)}: {found.in_words()}")
         return self._temporal_model_loss
 
     @property
@@ -215,5 +216,8 @@ class TimelineHooks(_Trainer):
 def _embedding_rows(root: nn.Module) -> int:
     """How many tokens the model embeds, which `resize_token_embeddings` changes; 0 where it embeds none."""
     base = base_model(root)
-    embeddings = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    try:
+        embeddings = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    except NotImplementedError:  # a model of sound or images
+        return 0
     return getattr(embeddings, "num_embeddings", 0)

@@ -10,10 +10,6 @@ A look at the whole way in about a minute:
         --config recipes/configs/summarization/smollm2_lora_docstrings.yaml \
         --max_steps 2 --max_eval_samples 4 --output_dir outputs/smollm2_lora_docstrings_look
 
-A small Llama from scratch learns to copy ten digits over a blank of a hundred:
-
-    accelerate launch recipes/finetune_causal_lm.py --config recipes/configs/copying/small_llama.yaml
-
 Any model and data set of the Hub, or files of your own, on the GPUs of one machine:
 
     accelerate launch --num_processes 8 recipes/finetune_causal_lm.py --model_name_or_path Qwen/Qwen3-0.6B \
@@ -30,7 +26,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hf_temporal.data.copying_scores import argmax_of_logits
+from hf_temporal.data.copying import argmax_of_logits
 from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, prepare_causal_lm

@@ -10,10 +10,6 @@ A look at the whole way in about a minute:
     accelerate launch recipes/finetune_seq2seq.py --config recipes/configs/summarization/t5_small_docstrings.yaml \
         --max_steps 2 --max_eval_samples 4 --output_dir outputs/t5_small_docstrings_look
 
-One from scratch learns to copy five digits over a blank of thirty:
-
-    accelerate launch recipes/finetune_seq2seq.py --config recipes/configs/copying/small_t5.yaml
-
 Any model and data set of the Hub, or files of your own, on the GPUs of one machine:
 
     accelerate launch --num_processes 8 recipes/finetune_seq2seq.py --model_name_or_path google-t5/t5-small \

@@ -31,7 +31,7 @@ for _ in range(6):
 print(1000 * min(times))
 """
 LATER = ("hub.model_card", "hub.privacy", "linear_cross_entropy.triton_kernel", "plots", "power_plots", "suggest")
-OPTIONAL = ("datasets", "evaluate", "gguf", "matplotlib", "optuna", "peft", "rouge_score", "scipy", "trl", "yaml")
+OPTIONAL = ("datasets", "gguf", "matplotlib", "optuna", "peft", "rouge_score", "scipy", "trl", "yaml")
 WITHOUT = """
 import json, sys
 
@@ -51,8 +51,8 @@ print(json.dumps(sorted(name for name in sys.modules if name in {optional})))
 
 
 # Those of the extras that none of the hard dependencies needs itself.
-EXTRAS = ["datasets", "evaluate", "matplotlib", "optuna", "peft", "rouge_score", "scipy", "tensorboard", "trl"]
-SLOW = {"evaluate", "matplotlib", "nltk", "optuna", "pandas", "rouge_score", "scipy", "tensorboard", "triton", "trl"}
+EXTRAS = ["datasets", "matplotlib", "optuna", "peft", "rouge_score", "scipy", "tensorboard", "trl"]
+SLOW = {"matplotlib", "nltk", "optuna", "pandas", "rouge_score", "scipy", "tensorboard", "triton", "trl"}
 
 
 def ran(code: str) -> subprocess.CompletedProcess[str]:

@@ -249,7 +249,7 @@ def test_prompt_tuning(fused: str, tmp_path: Path) -> None:
     args = TemporalTrainingArguments(str(tmp_path), temporal_power=2.0, temporal_fused_head=fused, **SETTINGS)
     trainer = TemporalWeightTrainer(model, args, train_dataset=rows, data_collator=PadCollator())
     assert first_loss(trainer) == pytest.approx(total / count, rel=1e-5)
-    with pytest.raises(ValueError, match="several documents in a row, which prompt learning does not keep apart"):
+    with pytest.raises(ValueError, match="several documents in a row, which this model does not keep apart"):
         trainer._new_timeline().add({"labels": torch.ones(1, 4), "document_ids": torch.tensor([[0, 0, 1, 1]])})
 
 

@@ -102,19 +102,12 @@ class CompareArguments:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison, or the part of it that belongs to one combination of the varied values.
-
-    Args:
-        arguments: the flags of the comparison.
-        recipe: the script that every cell runs.
-        overrides: the flags of the recipe that every cell gets.
-        values: the values of this combination by name; empty for a whole comparison.
-    """
+    """A comparison, or the part of it that belongs to one combination of the varied values."""
 
     arguments: CompareArguments
-    recipe: Path
-    overrides: list[str]
-    values: dict[str, str] = field(default_factory=dict)
+    recipe: Path  # the script that every cell runs
+    overrides: list[str]  # the flags of the recipe that every cell gets
+    values: dict[str, str] = field(default_factory=dict)  # of this combination by name; empty for a whole comparison
 
     @property
     def output_dir(self) -> Path:
@@ -146,9 +139,8 @@ class Comparison:
 
     def flags(self, cell: Cell) -> list[str]:
         """The flags that the recipe gets."""
-        config = self.arguments.config
         return [
-            *(["--config", str(config)] if config else []),
+            *(["--config", str(self.arguments.config)] if self.arguments.config else []),
             *self.overrides,
             f"--temporal_power={power_name(cell.power)}",
             f"--seed={cell.seed}",

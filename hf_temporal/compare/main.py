@@ -13,27 +13,21 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from hf_temporal.finetuning.report import write_json
 from hf_temporal.installed import nearest
 
 from .checks import check_cells
 from .grid import OWN, CompareArguments, Comparison, check_file, flag_name, keep_settings, read_yaml
 from .report import PICTURES, REPORT_NAME, write_report
 from .runs import Runs
-from .summary import SUMMARY_NAME, read_summary, summary_of, write_summary
+from .summary import SUMMARY_NAME, read_summary, summary_of
 
 DESCRIPTION = "Run a recipe with every p and every seed, and test each p against p = 0."
 USAGE = "%(prog)s [recipe.py | --grid FILE.yaml] [--config FILE.yaml] [--name value ...]"
 
 
 def main(argv: Sequence[str] | None = None, *, program: str = "python recipes/compare_powers.py") -> int:
-    """Run the cells that are not finished and write the report.
-
-    Args:
-        argv: the flags; those of the process if None.
-        program: the command in front of the flags, for the usage line and the report.
-
-    Returns:
-        The exit status, 0 where every cell is finished.
+    """Run the cells that are not finished, write the report, and return the exit status: 0 if every cell is finished.
 
     Raises:
         ValueError: a flag, a file or the metric is not accepted.
@@ -63,7 +57,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "python recipes/co
         return 1
     output_dir = comparison.output_dir
     summary = summary_of(comparison, f"{program} {shlex.join(argv)}", runs.failed)
-    write_summary(summary, output_dir / SUMMARY_NAME)
+    write_json(output_dir / SUMMARY_NAME, summary)
     print(f"\n{write_report(summary, output_dir)}\n\n{output_dir / REPORT_NAME}")
     return 0 if all(cell.finished for cell in cells) else 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -38,23 +38,14 @@ Values = dict[float, dict[int, float]]
 
 @dataclass(frozen=True)
 class Quantity:
-    """One measured quantity of all runs.
-
-    Args:
-        title: its name in the report.
-        direction: 1 where higher is better, −1 where lower is better, 0 where neither is.
-        values: by p, then by seed.
-        bounds: p and seed of the runs that did not reach the goal; their value is the budget.
-        budget: the number of steps that counts for such runs.
-        is_ratio: compute means and tests on logarithms, so that means are geometric and differences are ratios.
-    """
+    """One measured quantity of all runs."""
 
     title: str
-    direction: int
-    values: Values
-    bounds: frozenset[tuple[float, int]] = frozenset()
-    budget: float = math.inf
-    is_ratio: bool = False
+    direction: int  # 1: higher is better, −1: lower is better, 0: neither
+    values: Values  # by p, then by seed
+    bounds: frozenset[tuple[float, int]] = frozenset()  # p and seed of the runs that did not reach the goal
+    budget: float = math.inf  # the number of steps that counts for such runs
+    is_ratio: bool = False  # means and tests on logarithms: geometric means, differences that are ratios
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Quantity:
@@ -102,26 +93,20 @@ def number_of(value: float | str | None) -> float:
 class Difference:
     """A p compared with p = 0 on the seeds that both have; None stands for what these seeds cannot tell.
 
-    - difference: mean over seeds of (value at p − value at p = 0), with its 95 % t interval;
-    - ratio: takes its place where quantities are compared by ratio: the geometric mean of (value at p / value at
-      p = 0) with its interval; d_z and P-value are then those of the logarithms;
-    - d_z: the mean difference divided by the standard deviation of the differences;
-    - p_value: of the two-sided paired t-test; where the difference is the same on every seed, of its sign alone,
-      2^(1 − seeds), because the t-test is undefined;
-    - holm: the P-value corrected for the number of p compared;
-    - verdict: better or worse (higher or lower where neither is better), not told apart, or not compared.
+    The P-value is that of the two-sided paired t-test; where the difference is the same on every seed, for which that
+    is undefined, it is that of the sign alone, 2^(1 − seeds).
     """
 
     seeds: list[int]
     mean: float | None = None
-    usual: float | None = None
-    difference: float | None = None
-    ratio: float | None = None
-    interval: tuple[float, float] | None = None
-    d_z: float | None = None
+    usual: float | None = None  # the mean at p = 0
+    difference: float | None = None  # mean over seeds of (value at p − value at p = 0)
+    ratio: float | None = None  # in its place by ratio: the geometric mean of (value at p / value at p = 0)
+    interval: tuple[float, float] | None = None  # of the difference or ratio: the 95 % t interval
+    d_z: float | None = None  # mean difference / standard deviation of the differences; by ratio, of the logarithms
     p_value: float | None = None
-    holm: float | None = None
-    verdict: str = "not compared"
+    holm: float | None = None  # the P-value corrected for the number of p compared
+    verdict: str = "not compared"  # or better, worse (higher, lower where neither is better), not told apart
     words: str = ""
 
 
@@ -262,7 +247,8 @@ def _words(quantity: Quantity, power: float, found: Difference) -> str:
     if any(missed):
         here, usual = (f"{len(seeds)} of {runs}" for seeds in missed)
         means += f" (runs that took longer than {number(quantity.budget)} count as that: {here}, at p = 0 {usual})"
-    effect, show = _effect(found)
+    show = _signed if found.ratio is None else number
+    effect = _signed(found.difference or 0.0) if found.ratio is None else f"{number(found.ratio)} times that"
     if runs == 1:
         return f"{start} no claim from one seed. {means}, which is {effect}."
     if found.interval is None:
@@ -271,14 +257,9 @@ def _words(quantity: Quantity, power: float, found: Difference) -> str:
         low, high = map(show, found.interval)
         d_z = f"{found.d_z or 0.0:.1f}".replace("-", "−")
         change = f"{effect} [{low}, {high}], d_z = {d_z}, {runs} seeds"
-    return f"{start} {found.verdict}. {means}, which is {change}; P-value {_probability(found.holm or 0.0)}."
-
-
-def _effect(found: Difference) -> tuple[str, Callable[[float], str]]:
-    """The size of the effect in words, and the function that formats the ends of its interval."""
-    if found.ratio is not None:
-        return f"{number(found.ratio)} times that", number
-    return _signed(found.difference or 0.0), _signed
+    corrected = found.holm or 0.0
+    probability = "below 0.001" if corrected < 0.001 else f"{corrected:.3f}"
+    return f"{start} {found.verdict}. {means}, which is {change}; P-value {probability}."
 
 
 def number(value: float) -> str:
@@ -298,7 +279,3 @@ def number(value: float) -> str:
 
 def _signed(value: float) -> str:
     return f"+{number(value)}" if value > 0 else number(value)
-
-
-def _probability(value: float) -> str:
-    return "below 0.001" if value < 0.001 else f"{value:.3f}"

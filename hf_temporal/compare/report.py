@@ -19,7 +19,7 @@ from hf_temporal.power_plots import (
 )
 
 from .cells import power_name
-from .quantities import ALPHA, RATIOS, Difference, Quantity, compare, number, number_of, title_of
+from .quantities import Difference, Quantity, compare, number, number_of, title_of
 
 REPORT_NAME = "summary.md"
 BY_POWER = "metric_by_power.png"
@@ -33,53 +33,21 @@ MOST_COLUMNS = 5
 HARDWARE = ("processor", "cores", "accelerator")
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 UNTOLD = ("not told apart", "not compared")
-_NOTES = f"""\
-- In the table: mean over seeds and its 95 % t interval; ↑ higher is better, ↓ lower is better. A cell without a word
-  is not told apart from p = 0.
-- Each p is compared with p = 0 on the same seeds by a paired t-test, two-sided. What stands in brackets behind a
-  difference is its 95 % t interval; d_z is the mean difference divided by the differences' standard deviation.
-- P-values are corrected for the number of p (Holm), not for the number of {{other}}; intervals are not corrected. Told
-  apart is what has a corrected P-value below {ALPHA}. Not told apart does not mean equal: the interval says what is
-  possible.
-- A difference that is the same on every seed leaves the t-test nothing to estimate noise from. Its P-value is that of
-  its sign, 2^(1 − seeds)."""
-_STEPS_NOTE = """
-- Steps are those of the first evaluation that shows the value, as fine as evaluations are dense. A run that does not
-  get there within the steps that all runs have counts as having taken them all, in means and tests alike: what is
-  compared is min(steps, budget), which needs no guess at when such a run would have got there.
-- Steps are compared by ratio, as times to an event usually are: means are geometric, and the t-test is that of the
-  logarithms."""
-_ERRORS_NOTE = """
-- Memory errors are root mean squares over the short, the middle and the long third of the lags. They and gradient
-  norms are compared by ratio: means are geometric, and the t-test is that of the logarithms."""
-_ROWS_NOTE = """
-- Each combination is compared for itself. A P-value is corrected for the p of its row alone, since each row is a
-  question of its own and its answer is to be the one in its own summary: of twenty rows without any effect, up to
-  one on average tells a p apart."""
-
+NOTES = (Path(__file__).parent / "how_to_read.md").read_text(encoding="utf-8").rstrip()
 
 Compared = tuple[Quantity, dict[float, Difference]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """The comparison of one combination of the varied values, or the only one of a summary where nothing is varied.
+    """The comparison of one combination of the varied values, or the only one of a summary where nothing is varied."""
 
-    Args:
-        title: of its report and pictures, and the name of its folder.
-        values: the varied values by name.
-        cells: all of its cells, as in the summary.
-        found: each quantity with the comparison of each p with p = 0; empty where no cell is finished.
-        decisive: those of the metric that decides.
-        command: of the first cell.
-    """
-
-    title: str
-    values: Mapping[str, str]
-    cells: Sequence[Mapping[str, Any]]
-    found: Sequence[Compared]
-    decisive: Sequence[Compared]
-    command: str
+    title: str  # of its report and pictures, and the name of its folder
+    values: Mapping[str, str]  # the varied ones by name
+    cells: Sequence[Mapping[str, Any]]  # all of them, as in the summary
+    found: Sequence[Compared]  # each quantity with the comparison of each p with p = 0; empty if no cell is finished
+    decisive: Sequence[Compared]  # those of the metric that decides
+    command: str  # of the first cell
 
     @property
     def name(self) -> str:
@@ -111,28 +79,22 @@ def write_report(summary: Mapping[str, Any], output_dir: Path) -> str:
             _write_part(summary, part, output_dir / part.title)
     _draw_side_by_side(summary["title"], parts, output_dir / BY_POWER)
     findings = "\n".join(map(_conclusions_of_part, parts)) + f"\n\n{_table_of_parts(parts)}"
-    missing = [f"- {part.name}: {_missing(part.cells)}" for part in parts if _unfinished(part.cells)]
-    status = "\n".join(missing) or _missing([cell for part in parts for cell in part.cells])
-    notes = _notes(summary, uncorrected="rows") + _ROWS_NOTE
-    _write(replace(parts[0], title=summary["title"]), [findings, status], [BY_POWER], notes, summary, output_dir)
+    missing = [f"- {part.name}: {told}" for part in parts if (told := _missing(part.cells))]
+    status = "\n".join(missing) or f"All {sum(len(part.cells) for part in parts)} cells are finished."
+    _write(replace(parts[0], title=summary["title"]), [findings, status], [BY_POWER], summary, output_dir)
     return findings
 
 
 def _write_part(summary: Mapping[str, Any], part: Part, output_dir: Path) -> str:
     pictures = _draw(part, output_dir)
     findings = f"{_conclusions(part.decisive)}\n\n{_table(part)}"
-    notes = _notes(summary, uncorrected="columns")
-    _write(part, [findings, _missing(part.cells)], pictures, notes, summary, output_dir)
+    status = _missing(part.cells) or f"All {len(part.cells)} cells are finished."
+    _write(part, [findings, status], pictures, summary, output_dir)
     return findings
 
 
 def _write(
-    part: Part,
-    words: Sequence[str],
-    pictures: Sequence[str],
-    notes: str,
-    summary: Mapping[str, Any],
-    output_dir: Path,
+    part: Part, words: Sequence[str], pictures: Sequence[str], summary: Mapping[str, Any], output_dir: Path
 ) -> None:
     about = summary["environment"]
     hardware = ", ".join(f"{name} {value}" for name, value in about["hardware"].items() if name in HARDWARE)
@@ -141,7 +103,7 @@ def _write(
         f"# {part.title}: which p?",
         *words,
         *(f"![{PICTURES[name]}]({name})" for name in pictures),
-        f"## How to read it\n\n{notes}",
+        f"## How to read it\n\n{NOTES}",
         f"## How it was made\n\n```\n{summary['commands'][0]}\n```",
         "Each cell is one command with its own p, seed and folder, `--dry_run` prints them all; the first:",
         f"```\n{part.command}\n```",
@@ -178,25 +140,15 @@ def _conclusion(differences: Mapping[float, Difference]) -> str:
     return found or "no other p is finished"
 
 
-def _unfinished(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [cell for cell in cells if cell["state"] != "finished"]
-
-
 def _missing(cells: Sequence[Mapping[str, Any]]) -> str:
-    if not (missing := _unfinished(cells)):
-        return f"All {len(cells)} cells are finished."
+    """The cells that are not finished, empty where all are."""
     names = [
         f"p = {power_name(cell['power'])} with seed {cell['seed']}"
         + (f" (failed with exit status {cell['exit_status']})" if cell["state"] == "failed" else "")
-        for cell in missing
+        for cell in cells
+        if cell["state"] != "finished"
     ]
-    return f"Not finished, {len(missing)} of {len(cells)} cells: {'; '.join(names)}."
-
-
-def _notes(summary: Mapping[str, Any], *, uncorrected: str) -> str:
-    """How the statistics are to be read; P-values are not corrected for the number of `uncorrected`."""
-    notes = _NOTES.format(other=uncorrected) + (_STEPS_NOTE if summary["reach"] is not None else "")
-    return notes + (_ERRORS_NOTE if summary["metric"].endswith(RATIOS) else "")
+    return f"Not finished, {len(names)} of {len(cells)} cells: {'; '.join(names)}." if names else ""
 
 
 # ---- tables
@@ -237,8 +189,7 @@ def _table_cell(quantity: Quantity, power: float, difference: Difference | None)
             text += f" [{number(interval[0])}, {number(interval[1])}]"
         if missed:
             text += f", {missed} of {len(values)} > {number(quantity.budget)}"
-    told = difference is not None and difference.verdict not in UNTOLD
-    return f"{text} **{difference.verdict}**" if difference is not None and told else text
+    return text if difference is None or difference.verdict in UNTOLD else f"{text} **{difference.verdict}**"
 
 
 # ---- pictures
@@ -272,11 +223,7 @@ def _panel(quantity: Quantity, title: str | None = None) -> PowerPanel:
 
 
 def _draw(part: Part, output_dir: Path) -> list[str]:
-    """Draw the pictures that all finished cells hold the data for.
-
-    Returns:
-        The names of the pictures.
-    """
+    """Draw the pictures that all finished cells hold the data for, and return their names."""
     _, by_position, by_lag, on_the_way = PICTURES
     plot_metrics_by_power([_panel(each) for each, _ in part.decisive], output_dir / BY_POWER, title=part.title)
     drawn = {BY_POWER}

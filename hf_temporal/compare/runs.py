@@ -33,9 +33,6 @@ def start(comparison: Comparison, cell: Cell, server: Server | None) -> Process 
 
     The log file is locked. Every process of the cell writes there and so inherits the lock, which is held for as long
     as one of them lives.
-
-    Returns:
-        The process; None where a process of an earlier comparison still runs the cell.
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
     with cell.log.open("ab") as log:
@@ -101,13 +98,10 @@ class Runs:
     """Runs the cells of a comparison, those of all its combinations in one queue, `max_parallel` at a time.
 
     When a cell fails, the others go on, unless none has been finished yet: then no further cell is started.
-
-    Attributes:
-        failed: the exit statuses of the cells that failed.
     """
 
     def __init__(self, comparison: Comparison) -> None:
-        self.failed: dict[Cell, int] = {}
+        self.failed: dict[Cell, int] = {}  # their exit statuses
         self._arguments = arguments = comparison.arguments
         self._output_dir = comparison.output_dir
         self._cells = cells = comparison.cells()

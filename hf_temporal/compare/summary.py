@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,19 +61,8 @@ def summary_of(comparison: Comparison, command: str, failed: Mapping[Cell, int])
     return plain
 
 
-def write_summary(summary: Mapping[str, Any], path: Path) -> None:
-    """Write the summary; a list or mapping without further ones inside takes one line."""
-    text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
-    text = re.sub(
-        r"([\[{])\n([^\[\]{}]*?)\n\s*([\]}])",
-        lambda found: found[1] + re.sub(r"\n\s*", " ", found[2]) + found[3],
-        text,
-    )
-    path.write_text(f"{text}\n", encoding="utf-8")
-
-
 def read_summary(path: Path) -> dict[str, Any]:
-    """Read a file of `write_summary`.
+    """Read a `summary.json`.
 
     Raises:
         ValueError: the file is not a summary, or one of another version.

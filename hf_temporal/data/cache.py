@@ -17,24 +17,22 @@ def cache_directory() -> Path:
     return Path(os.environ.get("HF_TEMPORAL_CACHE") or Path(constants.HF_HOME) / "hf_temporal").expanduser()
 
 
-def made_once(name: str, make: Callable[[Path], object], *, overwrite: bool = False) -> Path:
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
     """The folder `name` of the cache, filled by `make(folder)` if it is not there.
 
     It appears whole or not at all, because `make` writes into a folder beside it that is then renamed. Of several
     processes one makes it while the others wait.
     """
     folder = cache_directory() / name
-    if folder.is_dir() and not overwrite:  # without a lock, which a read-only cache does not allow
+    if folder.is_dir():  # without a lock, which a read-only cache does not allow
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if folder.is_dir() and not overwrite:
+        if folder.is_dir():
             return folder
         unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
         try:
             make(unfinished)
-            if folder.is_dir():
-                shutil.rmtree(folder)
             unfinished.chmod(0o755)
             unfinished.rename(folder)
         finally:

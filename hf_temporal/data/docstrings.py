@@ -1,7 +1,4 @@
-"""Summarization data that every Python environment holds: docstrings, whose first paragraph is the summary.
-
-They are read from the files of the standard library and of the installed packages, none of which is imported.
-"""
+"""Summarization data that every Python environment holds: docstrings, whose first paragraph is the summary."""
 
 from __future__ import annotations
 
@@ -53,7 +50,7 @@ class SourceFile(NamedTuple):
     path: Path
 
 
-def docstring_files(*, overwrite: bool = False) -> dict[str, Path]:
+def docstring_files() -> dict[str, Path]:
     """JSON Lines files "train", "validation" and "test" with `package`, `body`, `summary`, and "provenance" (JSON).
 
     They hold at most `MAX_PAIRS` pairs of this environment's packages, and no package is in two files. They are made
@@ -62,7 +59,7 @@ def docstring_files(*, overwrite: bool = False) -> dict[str, Path]:
     """
     versions = package_versions()
     key = hashlib.sha256(json.dumps([EXTRACTION_VERSION, versions]).encode()).hexdigest()[:16]
-    folder = made_once(f"docstrings-{key}", lambda unfinished: _write(unfinished, versions), overwrite=overwrite)
+    folder = made_once(f"docstrings-{key}", lambda unfinished: _write(unfinished, versions))
     return {split: folder / f"{split}.jsonl" for split in SPLITS} | {"provenance": folder / "provenance.json"}
 
 

@@ -18,13 +18,7 @@ Example = TypeVar("Example")
 class DrawnDataset(Dataset[Example]):
     """`size` examples; the i-th depends on (seed, split, i) alone, however often and in whichever process it is drawn.
 
-    Args:
-        split: "train", "validation" or "test".
-        size: number of examples.
-        seed: that of the run; it changes the training examples alone.
-
-    Raises:
-        ValueError: an unknown split, `size` below 1.
+    The seed is that of the run; it changes the training examples alone.
     """
 
     _: KW_ONLY

@@ -29,9 +29,6 @@ def embedded_model_folder() -> Path:
     """The folder with the embedded model (float32, safetensors) and its tokenizer, made on first use.
 
     torch's random state stays as it is, so a run draws the same numbers whether or not it finds the folder.
-
-    Raises:
-        ModuleNotFoundError: the package or `gguf` is missing; the message has the pip command.
     """
     spec = find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None or find_spec("gguf") is None:

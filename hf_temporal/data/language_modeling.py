@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_temporal.positions import IGNORE_INDEX
 
-from . import check_counts
+from . import argument, check_counts
 from .loading import DataArguments, TaskData, check_column, load_columns
 from .rows import Row, as_batch, learned_after
 
@@ -20,13 +20,9 @@ from .rows import Row, as_batch, learned_after
 class LanguageModelingArguments:
     """How long a row may be, and whether several share one."""
 
-    block_size: int = field(
-        default=1024,
-        metadata={"help": "Tokens of a row at most: plain text is cut into such rows, the rest is cut off."},
-    )
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Put the examples of a batch into one row without padding; none attends to another."},
+    block_size: int = argument(1024, "Tokens of a row at most: plain text is cut into such rows, the rest is cut off.")
+    packing: bool = argument(
+        False, "Put the examples of a batch into one row without padding; none attends to another."
     )
 
     def __post_init__(self) -> None:
@@ -37,9 +33,6 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
     """Load the columns "messages", "prompt" and "completion", or "text", whichever the train data have.
 
     The text is in `text_column` where it is given; that of the embedded data is the docstring's body.
-
-    Raises:
-        ValueError: none of these columns, or not in every split, or one that holds no texts.
     """
 
     def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:
@@ -67,9 +60,6 @@ def encode_texts(
 
     In a text every token is a target, and so is the end token behind it; in prompt and completion, the completion and
     its end token; in messages, what the assistant says, up to the end token of each turn.
-
-    Raises:
-        ValueError: a chat template that does not tell the assistant's tokens, or messages that it cannot render.
     """
     size, end = arguments.block_size, tokenizer.eos_token_id
     if "messages" in batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from . import SPLITS, check_counts
+from . import SPLITS, argument, check_counts
 from .docstrings import docstring_files
 
 logger = logging.get_logger(__name__)
@@ -26,20 +26,19 @@ EMBEDDED_DATA = "docstrings of the installed Python packages"
 class DataArguments:
     """Which data set, in the names of Hugging Face's examples; unset: the docstrings of the installed packages."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_file: str | None = field(default=None, metadata={"help": "CSV, JSON (Lines) or Parquet file."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
-    test_file: str | None = field(default=None, metadata={"help": "The same for prediction."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Keep only the first so many examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "The same for evaluation."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "The same for prediction."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Read and tokenize the data again."})
+    dataset_name: str | None = argument(None, "Data set on the Hub, or folder.")
+    dataset_config_name: str | None = argument(None, "Configuration of the data set.")
+    train_file: str | None = argument(None, "CSV, JSON (Lines) or Parquet file.")
+    validation_file: str | None = argument(None, "The same for evaluation.")
+    test_file: str | None = argument(None, "The same for prediction.")
+    max_train_samples: int | None = argument(None, "Keep only the first so many examples.")
+    max_eval_samples: int | None = argument(None, "The same for evaluation.")
+    max_predict_samples: int | None = argument(None, "The same for prediction.")
+    preprocessing_num_workers: int | None = argument(None, "Processes that tokenize.")
 
     def __post_init__(self) -> None:
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
-            check_counts(**{name: getattr(self, name)})
+        names = ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
+        check_counts(**{name: getattr(self, name) for name in names})
         for split, path in self.files.items():
             given = f"{split}_file={str(path)!r}"
             if self.dataset_name:
@@ -63,16 +62,12 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The examples in use by split, and what a model card says about them.
-
-    `sha256` is that of the splits' names and the examples' values; `provenance` has the versions of the packages that
-    the embedded data are from.
-    """
+    """The examples in use by split, and what a model card says about them."""
 
     splits: dict[str, Any]
     name: str
-    sha256: str
-    provenance: dict[str, Any] | None = None
+    sha256: str  # of the splits' names and the examples' values
+    provenance: dict[str, Any] | None = None  # the versions of the packages that the embedded data are from
 
 
 def load_columns(
@@ -80,15 +75,8 @@ def load_columns(
 ) -> TaskData:
     """Load of every split the columns that a task needs, cut to its `max_…_samples`.
 
-    Examples that have nothing in one of these columns are left out, with a warning.
-
-    Args:
-        arguments: which data.
-        choose: maps all splits, the name of one, and whether the data are the embedded ones, to the columns of that
-            split, each with the name that the task has for it.
-
-    Raises:
-        ValueError: a file that cannot be read, or a split without examples.
+    `choose` maps all splits, the name of one, and whether the data are the embedded ones, to the columns of that
+    split, each with the name that the task has for it. Examples with nothing in one of them are left out, and told.
     """
     splits, name, provenance = _load_splits(arguments)
     chosen: dict[str, Dataset] = {}
@@ -104,18 +92,24 @@ def load_columns(
 
 def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dict[str, Any] | None]:
     """The train, validation and test split that there are, the data's name, and the provenance of embedded ones."""
-    download = "force_redownload" if arguments.overwrite_cache else None
     name, provenance, files = arguments.dataset_name, None, arguments.files
     loaded: DatasetDict = DatasetDict()
     if name is not None:
-        loaded = load_dataset(name, arguments.dataset_config_name, download_mode=download)
+        config = arguments.dataset_config_name
+        try:
+            loaded = load_dataset(name, config)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            given = f"dataset_name={name!r} with dataset_config_name={config!r} cannot be loaded: {reason}"
+            accepted = "a folder, or the id of a data set on the Hub and one of its configurations"
+            raise ValueError(f"{given}; accepted: {accepted}") from error
     elif not files:
-        files = docstring_files(overwrite=arguments.overwrite_cache)
+        files = docstring_files()
         provenance = json.loads(files.pop("provenance").read_text(encoding="utf-8"))
         name = EMBEDDED_DATA
     for split, path in files.items():
         try:
-            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), download_mode=download)["train"]
+            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path))["train"]
             read.data.validate(full=True)  # pyarrow takes JSON in any encoding, and a text fails only when it is read
         except (ValueError, DatasetGenerationError) as error:
             given = f"{split}_file={str(path)!r} gives no examples ({error.__cause__ or error})"
@@ -126,11 +120,7 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dic
 
 
 def check_column(argument: str, column: str, examples: Dataset, split: str, *, holds_texts: bool = True) -> None:
-    """Check that a split has a column, and that it holds texts.
-
-    Raises:
-        ValueError: no such column, with the columns there are, or, under `holds_texts`, one of something else.
-    """
+    """Check that a split has a column, and, under `holds_texts`, that it holds texts."""
     given = f"{argument}={column!r}"
     if column not in examples.column_names:
         raise ValueError(f"{given} is no column of the {split} data; accepted: {', '.join(examples.column_names)}.")

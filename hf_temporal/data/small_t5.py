@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config
-
-from .cache import made_once
 
 PAD, END = "<pad>", "</s>"
 MAX_LENGTH = 512
@@ -24,13 +21,6 @@ def small_t5_config(vocab_size: int) -> T5Config:
     config = T5Config(vocab_size=vocab_size, **SETTINGS)
     config.decoder_start_token_id = 0
     return config
-
-
-def tokenizer_folder(name: str, texts: Iterable[str], vocab_size: int) -> Path:
-    """The folder of `train_tokenizer`'s result, made on first use; `name`, a hash, stands for `texts` in the cache."""
-    return made_once(
-        f"tokenizer-{name}-{vocab_size}", lambda folder: train_tokenizer(texts, vocab_size).save_pretrained(folder)
-    )
 
 
 def byte_level(model: models.BPE) -> Tokenizer:

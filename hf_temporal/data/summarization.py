@@ -1,16 +1,12 @@
-"""Summarization: pairs of text and summary, how they are encoded for a model, and how its summaries are scored.
-
-Arguments are named as in Hugging Face's summarization example; the default data are the docstrings of this Python
-environment.
-"""
+"""Summarization: pairs of text and summary, how they are encoded for a model, and how its summaries are scored."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import check_counts
+from . import argument, check_counts
 from .loading import DataArguments, TaskData, check_column, load_columns
 from .rouge import ROUGE_TOKENIZERS, needs_characters
 from .rows import as_batch, learned_after, length_metrics, texts_of, tokens_without
@@ -32,32 +28,26 @@ Batch = Mapping[str, list[str]]
 class SummarizationArguments:
     """Which columns hold the texts, and how long source and summary may be."""
 
-    text_column: str | None = field(default=None, metadata={"help": "Column of the text; unset: the first."})
-    summary_column: str | None = field(default=None, metadata={"help": "Column of the summary; unset: the second."})
-    source_prefix: str = field(default="", metadata={"help": "Put in front of every text."})
-    max_source_length: int = field(default=1024, metadata={"help": "Tokens of the text that are kept."})
-    max_target_length: int = field(default=128, metadata={"help": "Tokens of a summary, its end token included."})
-    num_beams: int = field(default=1, metadata={"help": "Beams when texts are generated; 1 is greedy."})
-    rouge_tokenizer: str = field(
-        default="default",
-        metadata={
-            "help": "default: words of Latin letters and digits; char: for Chinese and Japanese, where the default "
-            "finds no words.",
-            "choices": [*ROUGE_TOKENIZERS],
-        },
+    text_column: str | None = argument(None, "Column of the text; unset: the first.")
+    summary_column: str | None = argument(None, "Column of the summary; unset: the second.")
+    source_prefix: str = argument("", "Put in front of every text.")
+    max_source_length: int = argument(1024, "Tokens of the text that are kept.")
+    max_target_length: int = argument(128, "Tokens of a summary, its end token included.")
+    num_beams: int = argument(1, "Beams when texts are generated; 1 is greedy.")
+    rouge_tokenizer: str = argument(
+        "default",
+        "default: words of Latin letters and digits; char: for Chinese and Japanese, where the default "
+        "finds no words.",
+        ROUGE_TOKENIZERS,
     )
 
     def __post_init__(self) -> None:
-        check_counts(max_source_length=self.max_source_length, max_target_length=self.max_target_length)
-        check_counts(num_beams=self.num_beams)
+        names = ("max_source_length", "max_target_length", "num_beams")
+        check_counts(**{name: getattr(self, name) for name in names})
 
 
 def load_pairs(data_args: DataArguments, arguments: SummarizationArguments) -> TaskData:
-    """Load pairs in the columns "text" and "summary", each split cut to its `max_…_samples`.
-
-    Raises:
-        ValueError: a missing column, with the columns there are; one that holds no texts; a split without pairs.
-    """
+    """Load pairs in the columns "text" and "summary", each split cut to its `max_…_samples`."""
 
     def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:
         examples = splits[split]
@@ -132,12 +122,8 @@ class SummaryScores:
     """ROUGE-1/2/L/Lsum of generated summaries in percent, with 95 % intervals.
 
     Beside them `gen_len`, the mean number of tokens of a summary, and `empty`, the summaries without any in percent.
-    Called with an `EvalPrediction` of generated tokens it is a Trainer's `compute_metrics`. `record` keeps the texts
-    that were scored last.
-
-    Args:
-        tokenizer: that of the model.
-        rouge_tokenizer: "default", or "char"; texts with hardly any Latin letters are scored by "char" in any case.
+    Texts with hardly any Latin letters are scored by the character in any case. `record` keeps the texts that were
+    scored last.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rouge_tokenizer: str = "default") -> None:
@@ -145,7 +131,7 @@ class SummaryScores:
         self.rouge_tokenizer = rouge_tokenizer
         self.record: dict[str, list[str]] = {}
 
-    @functools.cached_property
+    @cached_property
     def rouge(self) -> Any:
         import evaluate  # takes as long as all of a recipe's other imports beside transformers
 
@@ -164,11 +150,8 @@ class SummaryScores:
         if self.rouge_tokenizer == "default" and needs_characters(references):
             logger.warning("The references have hardly any Latin letters: ROUGE compares characters.")
             self.rouge_tokenizer = "char"
-        rouge = self.rouge.compute(
-            predictions=[_one_sentence_per_line(text) for text in predictions],
-            references=[_one_sentence_per_line(text) for text in references],
-            tokenizer=self.rouge_tokenizer,
-        )
+        answered, wanted = ([*map(_one_sentence_per_line, texts)] for texts in (predictions, references))
+        rouge = self.rouge.compute(predictions=answered, references=wanted, tokenizer=self.rouge_tokenizer)
         return {name: 100 * value for name, value in rouge.items()} | length_metrics(tokens)
 
 

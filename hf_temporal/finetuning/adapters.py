@@ -19,14 +19,11 @@ def add_adapter(model: PreTrainedModel, arguments: ModelArguments, task_type: st
     """Wrap the model in a LoRA adapter; `task_type` is CAUSAL_LM or SEQ_2_SEQ_LM.
 
     In a warm-started pair the attention between the two, random so far, is trained in full.
-
-    Raises:
-        ValueError: one of `lora_target_modules` matches nothing, which PEFT accepts as long as another one does.
     """
     names = arguments.lora_target_modules
     everywhere = names == ["all-linear"]
     modules = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    for name in [] if everywhere else names:
+    for name in [] if everywhere else names:  # PEFT accepts one that matches nothing, as long as another one does
         if not any(f".{module}".endswith(f".{name}") for module in modules):
             accepted = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
             raise ValueError(f"lora_target_modules={names!r}: {name!r} is no module here; accepted: {accepted}")
@@ -52,11 +49,7 @@ def add_adapter(model: PreTrainedModel, arguments: ModelArguments, task_type: st
 
 
 def check_mergeable(trainer: Any) -> None:
-    """Check before training that the adapter can be added to the weights afterwards.
-
-    Raises:
-        ValueError: FSDP or DeepSpeed shards the weights.
-    """
+    """Check before training that the adapter can be added to the weights afterwards: no engine shards them."""
     for engine, sharded in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
         if sharded:
             raise ValueError(

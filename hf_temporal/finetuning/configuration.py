@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
@@ -42,10 +42,6 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
     `--config` is a YAML file or the name of a configuration of the package, such as `copying/small_llama`. Its values
     are read as if they were given as flags. `use_cpu` is true where there is no accelerator: without it, the processes
     of `accelerate launch` on a CPU would each train alone.
-
-    Raises:
-        ValueError: a key of the file or a flag that no dataclass has, with the nearest one; a value that an argument
-            does not take; a file that cannot be read; the name of no configuration.
     """
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument(
@@ -85,22 +81,17 @@ def parse(kinds: Sequence[Any], argv: Sequence[str] | None = None, *, descriptio
     return tuple(parsed)
 
 
-def read_yaml(path: Path, names: Iterable[str]) -> dict[str, Any]:
-    """The settings in a YAML file.
-
-    Raises:
-        ValueError: the file cannot be read, holds no mapping, or has a key that is none of `names`.
-    """
+def read_yaml(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The settings in a YAML file, whose keys are to be among `names`."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except Exception as error:  # the kinds that a YAML loader raises on a broken file have nothing in common
         raise ValueError(f"{path}: {error}; accepted: a file of lines of the form `name: value`, in UTF-8") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}; accepted: lines of the form `name: value`")
-    known = list(names)
     for key in settings:
-        if key not in known:
-            raise ValueError(f"{path}: {key!r} is no argument of this recipe; the nearest is {nearest(key, known)!r}")
+        if key not in names:
+            raise ValueError(f"{path}: {key!r} is no argument of this recipe; the nearest is {nearest(key, names)!r}")
     return settings
 
 
@@ -109,13 +100,11 @@ def _check_compounds(settings: dict[str, Any], kinds: Sequence[Any]) -> None:
     for kind in kinds:
         hints = get_type_hints(kind)
         for each in fields(kind):
-            value = settings.get(each.name)
-            if each.name not in settings or not _is_compound(value):
-                continue
+            value = settings.get(each.name, "")
             hint = hints[each.name]
             accepted = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            fits = (value is None and each.default is None) or any(_fits(value, one) for one in accepted)
-            if not fits:
+            is_unset = value is None and each.default is None
+            if _is_compound(value) and not is_unset and not any(_fits(value, one) for one in accepted):
                 names = ", ".join(str(one) if get_args(one) else one.__name__ for one in accepted)
                 raise ValueError(f"{each.name}={value!r}; accepted: {names}")
 

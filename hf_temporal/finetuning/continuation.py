@@ -1,19 +1,21 @@
-"""Resuming a run that was interrupted: which checkpoints `output_dir` holds, and whether they are of the same run."""
+"""Resuming a run that was interrupted: which checkpoints are there, whether they are whole, and of the same run."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from safetensors import safe_open
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .checkpoints import CHECKSUMS_NAME, check_checkpoint
 from .report import write_json
 
 logger = logging.get_logger(__name__)
@@ -21,6 +23,12 @@ logger = logging.get_logger(__name__)
 LAST_GOOD = "last_good"
 SETTINGS_NAME = "run.json"
 TRAINER_STATE_NAME = "trainer_state.json"
+CHECKSUMS_NAME = "checksums.json"
+ARCHIVES = (".pt", ".pth", ".bin")  # of torch.save: zip files, with a checksum of each of their parts
+# DeepSpeed keeps weights and optimizer in one folder
+WEIGHTS = ("model*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "global_step*")
+OPTIMIZER = ("optimizer.*", "optimizer_*", "global_step*")
+CHUNK = 1 << 20
 # Patterns of the training arguments that do not change what is trained; every other one makes a run another one.
 FREE_ARGUMENTS = (
     # counted together as `examples_per_step`
@@ -56,16 +64,18 @@ def continue_run(training_args: TrainingArguments, settings: dict[str, Any]) -> 
     Two runs are the same where `settings` and all training arguments but `FREE_ARGUMENTS` are. With
     `resume_from_checkpoint="last_good"`, damaged checkpoints are renamed and the last one before them is taken; any
     other value of it is the checkpoint itself.
-
-    Raises:
-        ValueError: the checkpoints there belong to a run with other settings; the one to go on from, with "last_good"
-            every one, is damaged: see `hf_temporal.finetuning.checkpoints.check_checkpoint`.
     """
     asked, output_dir = training_args.resume_from_checkpoint, Path(training_args.output_dir or ".")
     if asked and asked != LAST_GOOD:
         _check(Path(asked), training_args)
         return Continuation(asked, finished=False)
-    settings = json.loads(json.dumps(settings | _training_settings(training_args), default=str))
+    settings = dict(settings)
+    examples = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    for name, value in training_args.to_dict().items():
+        if not any(fnmatch(name, pattern) for pattern in FREE_ARGUMENTS):
+            settings[name] = value
+    settings["examples_per_step"] = examples * training_args.world_size
+    settings = json.loads(json.dumps(settings, default=str))
     with training_args.main_process_first():
         newest_first = _complete_checkpoints(output_dir)
         if newest_first:
@@ -91,21 +101,14 @@ def continue_run(training_args: TrainingArguments, settings: dict[str, Any]) -> 
     return Continuation(str(checkpoint), finished)
 
 
-def _damage_of(checkpoint: Path, training_args: TrainingArguments) -> str:
-    """What is wrong with a checkpoint; empty where it is whole."""
+def _check(checkpoint: Path, training_args: TrainingArguments) -> None:
     try:
         check_checkpoint(checkpoint, with_optimizer=not training_args.save_only_model)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _check(checkpoint: Path, training_args: TrainingArguments) -> None:
-    if damage := _damage_of(checkpoint, training_args):
+    except ValueError as damage:
         raise ValueError(
             f"{damage}; accepted: --resume_from_checkpoint {LAST_GOOD}, which goes on from the last checkpoint in "
             "output_dir that is whole, or the folder of another checkpoint in its place"
-        )
+        ) from damage
 
 
 def _without_damaged(newest_first: list[Path], training_args: TrainingArguments) -> list[Path]:
@@ -114,8 +117,13 @@ def _without_damaged(newest_first: list[Path], training_args: TrainingArguments)
     A damaged folder that kept its name would be written into again, and a run that dies there would leave a mixture of
     new and old files.
     """
-    told = ((checkpoint, _damage_of(checkpoint, training_args)) for checkpoint in newest_first)
-    damages = dict(itertools.takewhile(lambda each: each[1], told))
+    damages: dict[Path, str] = {}
+    for checkpoint in newest_first:
+        try:
+            check_checkpoint(checkpoint, with_optimizer=not training_args.save_only_model)
+            break
+        except ValueError as error:
+            damages[checkpoint] = str(error)
     if damages and len(damages) == len(newest_first):
         raise ValueError(
             f"resume_from_checkpoint={LAST_GOOD!r}: no checkpoint is whole: {'; '.join(damages.values())}; accepted: "
@@ -127,16 +135,6 @@ def _without_damaged(newest_first: list[Path], training_args: TrainingArguments)
             names = (f"damaged-{checkpoint.name}{f'-{count}' if count else ''}" for count in itertools.count())
             checkpoint.rename(next(path for name in names if not (path := checkpoint.with_name(name)).exists()))
     return newest_first[len(damages) :]
-
-
-def _training_settings(training_args: TrainingArguments) -> dict[str, Any]:
-    examples = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    deciding = {
-        name: value
-        for name, value in training_args.to_dict().items()
-        if not any(fnmatch(name, pattern) for pattern in FREE_ARGUMENTS)
-    }
-    return deciding | {"examples_per_step": examples * training_args.world_size}
 
 
 def _complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -176,3 +174,77 @@ def _check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
                 f"{name}={value!r}, but output_dir={str(output_dir)!r} holds a run with {name}={found[name]!r}; "
                 "accepted: the same settings, which continue that run, or another output_dir"
             )
+
+
+# ---- whole or damaged
+
+
+def check_checkpoint(checkpoint: Path, *, with_optimizer: bool) -> None:
+    """Check that nothing in a checkpoint is missing, cut off or altered.
+
+    JSON is parsed; of safetensors the header and the size that it tells are checked, of the archives of `torch.save`
+    every part's checksum. The files that `checksums.json` names are there, with these checksums; without it, a weight
+    that was altered in its place goes unnoticed. `with_optimizer` says whether the optimizer's state has to be there,
+    which `Trainer` itself does without in silence.
+    """
+    if not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is not there")
+    for what, patterns in {"weights": WEIGHTS, **({"optimizer": OPTIMIZER} if with_optimizer else {})}.items():
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+            raise ValueError(f"{checkpoint} holds no {what}; files that would: {', '.join(patterns)}")
+    path = checkpoint
+    try:
+        for path in filter(Path.is_file, sorted(checkpoint.rglob("*"))):
+            _read(path)
+    except Exception as error:  # what a reader raises at a damaged file is of many kinds
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{path} is cut off or altered ({reason})") from error
+
+
+def _read(path: Path) -> None:
+    if path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == CHECKSUMS_NAME:
+            _compare(path.parent, content)
+        elif path.name.endswith(".index.json"):
+            _compare(path.parent, dict.fromkeys(content["weight_map"].values()))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="pt"):
+            pass
+    elif path.suffix in ARCHIVES:
+        with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():
+                raise ValueError(f"the checksum of {part} does not match")
+
+
+def _compare(folder: Path, checksums: dict[str, int | None]) -> None:
+    for name, checksum in checksums.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"it names {name}, which is not there")
+        if checksum is not None and checksum_of(folder / name) != checksum:
+            raise ValueError(f"the checksum of {name} does not match")
+
+
+def checksum_of(path: Path) -> int:
+    """CRC-32 of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+class Checksums(TrainerCallback):
+    """Puts `checksums.json` into every checkpoint: each file's CRC-32, null for archives, which have their own.
+
+    The file is written last, so a checkpoint that has it is complete.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        del control
+        if args.should_save:
+            checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            names = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
+            names.pop(CHECKSUMS_NAME, None)
+            checksums = {name: None if path.suffix in ARCHIVES else checksum_of(path) for name, path in names.items()}
+            write_json(checkpoint / CHECKSUMS_NAME, dict(sorted(checksums.items())))

@@ -8,17 +8,18 @@ whether the few large weights do.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_temporal.data import argument
 from hf_temporal.training_args import TemporalTrainingArguments
-from hf_temporal.weighting import TemporalWeighting, WeightFunction
+from hf_temporal.weighting import TemporalWeighting
 
 CONTROLS = ("power", "late", "shuffled", "capped", "last_exempt")
 CAP = 2.0
-ACCEPTED = {
+ACCEPTED = {  # under others t or the weights do not begin anew with each document
     "temporal_power_schedule": "constant",
     "temporal_origin": "target",
     "temporal_normalization": "sequence",
@@ -30,23 +31,17 @@ ACCEPTED = {
 class ControlArguments:
     """What takes the place of t^p."""
 
-    control: str = field(
-        default="power",
-        metadata={
-            "help": "power: t^p; late: the last 1/(p + 1) of the target alone; shuffled: the weights of t^p in random "
-            "order, drawn anew for each loss; capped: t^p, cut off at twice the mean; last_exempt: the last "
-            "token has the weight 1, and the others that of t^p with mean 1.",
-            "choices": [*CONTROLS],
-        },
+    control: str = argument(
+        "power",
+        "power: t^p; late: the last 1/(p + 1) of the target alone; shuffled: the weights of t^p in random "
+        "order, drawn anew for each loss; capped: t^p, cut off at twice the mean; last_exempt: the last "
+        "token has the weight 1, and the others that of t^p with mean 1.",
+        CONTROLS,
     )
 
 
 def controlled(arguments: ControlArguments, training_args: TemporalTrainingArguments) -> TemporalWeighting | None:
-    """The control's weighting at the training's p; None for t^p itself.
-
-    Raises:
-        ValueError: p < 0, or a setting under which t or the weights do not begin anew with each document.
-    """
+    """The control's weighting at the training's p; None for t^p itself."""
     power = training_args.temporal_power
     if arguments.control == "power":
         return None
@@ -57,52 +52,39 @@ def controlled(arguments: ControlArguments, training_args: TemporalTrainingArgum
             raise ValueError(
                 f"control={arguments.control!r} with {name}={getattr(training_args, name)!r}; accepted: {accepted!r}"
             )
-    shape = SHAPES[arguments.control](power)
-    return TemporalWeighting(power=power, origin="target", normalization="sequence", weight_fn=shape)
+
+    def weights(t: Tensor, T: Tensor) -> Tensor:
+        return SHAPES[arguments.control](t, T, power)
+
+    weights.__qualname__ = arguments.control  # by which the model card calls it
+    return TemporalWeighting(power=power, origin="target", normalization="sequence", weight_fn=weights)
 
 
-def late(power: float) -> WeightFunction:
+def late(t: Tensor, T: Tensor, power: float) -> Tensor:
     """1 on the last 1/(p + 1) of the target, one token at least, else 0.
 
     Its largest weight is that of t^p where there are many tokens, p + 1, once the mean is 1.
     """
-    share = 1 / (power + 1)
-
-    def weights(t: Tensor, T: Tensor) -> Tensor:
-        return (t > T - (T * share).ceil().clamp(min=1)).to(t.dtype)
-
-    return weights
+    return (t > T - (T / (power + 1)).ceil().clamp(min=1)).to(t.dtype)
 
 
-def shuffled(power: float) -> WeightFunction:
+def shuffled(t: Tensor, T: Tensor, power: float) -> Tensor:
     """(t/T)^p, permuted at random within each document; times of a document follow one another."""
-
-    def weights(t: Tensor, T: Tensor) -> Tensor:
-        order = (_document(t) + torch.rand_like(t)).argsort()
-        return _power((t / T)[order], power)
-
-    return weights
+    order = (_document(t) + torch.rand_like(t)).argsort()
+    return _power((t / T)[order], power)
 
 
-def capped(power: float) -> WeightFunction:
+def capped(t: Tensor, T: Tensor, power: float) -> Tensor:
     """The smaller of `CAP` and (t/T)^p divided by its mean over the document."""
-
-    def weights(t: Tensor, T: Tensor) -> Tensor:
-        return _mean_1(_power(t / T, power), _document(t)).clamp(max=CAP)
-
-    return weights
+    return _mean_1(_power(t / T, power), _document(t)).clamp(max=CAP)
 
 
-def last_exempt(power: float) -> WeightFunction:
+def last_exempt(t: Tensor, T: Tensor, power: float) -> Tensor:
     """1 at the last time of a document, and (t/T)^p divided by its mean over the others at those."""
-
-    def weights(t: Tensor, T: Tensor) -> Tensor:
-        last, document = t == T, _document(t)
-        own = torch.ones_like(t)
-        own[~last] = _mean_1(_power(t / T, power)[~last], document[~last])
-        return own
-
-    return weights
+    last, document = t == T, _document(t)
+    own = torch.ones_like(t)
+    own[~last] = _mean_1(_power(t / T, power)[~last], document[~last])
+    return own
 
 
 def _power(ratio: Tensor, power: float) -> Tensor:

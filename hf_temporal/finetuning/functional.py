@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_temporal.data import argument, check_counts
 from hf_temporal.data.loading import TaskData
 from hf_temporal.memory.functionals import MEMORY_FUNCTIONS, Functional, FunctionalDataset
 from hf_temporal.memory.probe import constant_input_memory, gradient_memory, impulse_memory, memory_distance
@@ -25,26 +26,20 @@ GRADIENT_INPUTS = 64
 class FunctionalArguments:
     """Which functional is learned, from how long and how many series."""
 
-    target: str = field(
-        default="exponential",
-        metadata={"help": "Memory function ρ of the lag.", "choices": [*MEMORY_FUNCTIONS]},
-    )
-    before: float = field(default=0.0, metadata={"help": "Nonlinearity before the convolution: 0 none, 1 tanh."})
-    after: float = field(default=0.0, metadata={"help": "The same after it."})
-    length: int = field(default=100, metadata={"help": "Time of a series."})
-    min_length: int | None = field(
-        default=None, metadata={"help": "With it, times differ: each is drawn evenly from here to length."}
-    )
-    train_samples: int = field(default=128_000, metadata={"help": "Series to train on, made on the fly."})
-    eval_samples: int = field(default=256, metadata={"help": "Series to evaluate on, the same for every seed."})
+    target: str = argument("exponential", "Memory function ρ of the lag.", MEMORY_FUNCTIONS)
+    before: float = argument(0.0, "Nonlinearity before the convolution: 0 none, 1 tanh.")
+    after: float = argument(0.0, "The same after it.")
+    length: int = argument(100, "Time of a series.")
+    min_length: int | None = argument(None, "With it, times differ: each is drawn evenly from here to length.")
+    train_samples: int = argument(128_000, "Series to train on, made on the fly.")
+    eval_samples: int = argument(256, "Series to evaluate on, the same for every seed.")
 
     def __post_init__(self) -> None:
         Functional(self.target, before=self.before, after=self.after)
-        for name, least in (("length", len(RANGES)), ("train_samples", 1), ("eval_samples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least {least} is accepted")
+        check_counts(len(RANGES), length=self.length)
+        check_counts(train_samples=self.train_samples, eval_samples=self.eval_samples)
         if self.min_length is not None and not 1 <= self.min_length <= self.length:
-            raise ValueError(f"min_length={self.min_length!r}: 1 to length={self.length} is accepted")
+            raise ValueError(f"min_length={self.min_length!r}; accepted: 1 to length={self.length}")
 
     @property
     def functional(self) -> Functional:
@@ -55,14 +50,9 @@ class MemoryScores:
     """Root mean square error of a model's memory function over short, middle and long lags: the thirds of `length`.
 
     A model that is linear is probed by an impulse, ρ̂(s) against ρ(s). Any other, and every model of a functional that
-    is not linear, by its steps under a constant input, |y_s − y_{s−1}|, against those of the functional itself.
-
-    The gradient errors are the same of E[∂y_T/∂x_{T−s}] over the first `GRADIENT_INPUTS` series of N(0, 1), in models
-    and targets of any kind.
-
-    `record` keeps both functions of the last scoring, `memory` and `target_memory`.
-
-    Source of the probes: see `hf_temporal.memory.probe`.
+    is not linear, by its steps under a constant input, |y_s − y_{s−1}|, against those of the functional itself. The
+    gradient errors are the same of E[∂y_T/∂x_{T−s}] over the first `GRADIENT_INPUTS` series of N(0, 1), in models and
+    targets of any kind. `record` keeps both functions of the last scoring, `memory` and `target_memory`.
     """
 
     def __init__(self, arguments: FunctionalArguments) -> None:

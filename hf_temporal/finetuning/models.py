@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available, logging
 
 import hf_temporal.memory.models  # noqa: F401 - model_type knows the laboratory's families from here on
+from hf_temporal.data import argument
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL, embedded_model_folder
 
 logger = logging.get_logger(__name__)
@@ -34,41 +35,27 @@ NEW_IN_A_DECODER = ("crossattention", "enc_to_dec_proj")  # what a warm-started 
 class ModelArguments:
     """Which model is trained, and with which adapter, in the names of TRL and Hugging Face's examples."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model on the Hub, or folder; unset: the recipe's own."}
+    model_name_or_path: str | None = argument(None, "Model on the Hub, or folder; unset: the recipe's own.")
+    model_revision: str = argument("main", "Branch, tag or commit of the model on the Hub.")
+    tokenizer_name: str | None = argument(None, "Tokenizer on the Hub, or folder; unset: the model's.")
+    tokenizer_type: str | None = argument(
+        None, "Kind of the tokenizer where its files do not say: bert reads the vocab.txt of T5-PEGASUS."
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer on the Hub, or folder; unset: the model's."}
+    model_type: str | None = argument(None, "Train a model of this kind (llama, t5, ...) from random weights.")
+    config_overrides: str | None = argument(
+        None, "Its configuration where it is not the default: hidden_size=64,vocab_size=16."
     )
-    tokenizer_type: str | None = field(
-        default=None,
-        metadata={"help": "Kind of the tokenizer where its files do not say: bert reads the vocab.txt of T5-PEGASUS."},
-    )
-    model_type: str | None = field(
-        default=None, metadata={"help": "Train a model of this kind (llama, t5, ...) from random weights."}
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Its configuration where it is not the default: hidden_size=64,vocab_size=16."}
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Of the weights when loaded.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapter."})
+    dtype: str = argument("float32", "Of the weights when loaded.", ["auto", "bfloat16", "float16", "float32"])
+    use_peft: bool = argument(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = argument(8, "Rank of the adapter.")
+    lora_alpha: int = argument(16, "The adapter's output is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = argument(0.0, "Dropout in front of the adapter.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Names of the modules that get an adapter; all-linear: every linear layer but the LM head."},
     )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Keep the frozen weights under the adapter in 4 bits (NF4)."}
-    )
-    merge_adapter: bool = field(
-        default=False, metadata={"help": "Save the model with the trained adapter added to its weights."}
-    )
+    load_in_4bit: bool = argument(False, "Keep the frozen weights under the adapter in 4 bits (NF4).")
+    merge_adapter: bool = argument(False, "Save the model with the trained adapter added to its weights.")
 
     def __post_init__(self) -> None:
         for name in ("load_in_4bit", "merge_adapter"):
@@ -101,11 +88,7 @@ class ModelArguments:
         self.config_values()
 
     def config_values(self) -> dict[str, Any]:
-        """The values in `config_overrides`, each of the type that the configuration of `model_type` has there.
-
-        Raises:
-            ValueError: no such kind of model, no such key, or a value of another type.
-        """
+        """The values in `config_overrides`, each of the type that the configuration of `model_type` has there."""
         try:
             config = AutoConfig.for_model(str(self.model_type))
         except ValueError as error:
@@ -128,11 +111,11 @@ class ModelArguments:
 class Seq2SeqModelArguments(ModelArguments):
     """`ModelArguments`, and the two models of a warm-started encoder–decoder."""
 
-    encoder_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model on the Hub, or folder, that becomes the encoder of a new pair."}
+    encoder_model_name_or_path: str | None = argument(
+        None, "Model on the Hub, or folder, that becomes the encoder of a new pair."
     )
-    decoder_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The same for the decoder; its attention to the encoder starts from nothing."}
+    decoder_model_name_or_path: str | None = argument(
+        None, "The same for the decoder; its attention to the encoder starts from nothing."
     )
 
     def __post_init__(self) -> None:
@@ -159,11 +142,7 @@ class Seq2SeqModelArguments(ModelArguments):
 
 
 def _from_pretrained(kind: Any, argument: str, name: str, **settings: Any) -> Any:
-    """`kind.from_pretrained(name, **settings)`.
-
-    Raises:
-        ValueError: nothing can be loaded by this name; the message says which argument holds it.
-    """
+    """`kind.from_pretrained(name, **settings)`; the error says which argument holds what cannot be loaded."""
     try:
         return kind.from_pretrained(name, **settings)
     except (OSError, ValueError) as error:
@@ -174,20 +153,13 @@ def _from_pretrained(kind: Any, argument: str, name: str, **settings: Any) -> An
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model that `arguments` name, without segment ids, which no model here is trained with.
-
-    Raises:
-        ValueError: it cannot be loaded or has no vocabulary: of a T5-PEGASUS folder `AutoTokenizer` makes a T5
-            tokenizer, which finds no file of its own there, and to which every text is unknown.
-    """
+    """The tokenizer of the model that `arguments` name, without segment ids, which no model here is trained with."""
     argument, name, revision = _source(arguments)
     if arguments.tokenizer_name:
         argument, name, revision = "tokenizer_name", arguments.tokenizer_name, "main"
-    kind = {"tokenizer_type": arguments.tokenizer_type} if arguments.tokenizer_type else {}
-    names = ["input_ids", "attention_mask"]
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(
-        AutoTokenizer, argument, name, revision=revision, model_input_names=names, **kind
-    )
+    settings = {"tokenizer_type": arguments.tokenizer_type, "model_input_names": ["input_ids", "attention_mask"]}
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, argument, name, revision=revision, **settings)
+    # of a T5-PEGASUS folder `AutoTokenizer` makes a T5 tokenizer, which finds no file of its own there
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
         raise ValueError(
             f"{name!r} holds no vocabulary that {type(tokenizer).__name__} reads; accepted: a tokenizer_type that "
@@ -199,11 +171,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 def load_causal_lm(
     arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The decoder-only model and its tokenizer, or `tokenizer`; one without a padding token pads with its end token.
-
-    Raises:
-        ValueError: the model cannot be loaded, or the tokenizer has no end token.
-    """
+    """The decoder-only model and its tokenizer, or `tokenizer`; for want of a padding token the end token pads."""
     tokenizer = tokenizer or load_tokenizer(arguments)
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no end token; accepted: one with eos_token")
@@ -221,9 +189,6 @@ def load_seq2seq_lm(
 
     Where the tokenizer is BERT's and the model's end token is not, the model is made to start with [CLS] and to end
     with [SEP], as T5-PEGASUS and warm-started pairs do.
-
-    Raises:
-        ValueError: the model cannot be loaded, or the tokenizer has no padding token or no end token.
     """
     tokenizer = tokenizer or load_tokenizer(arguments)
     tokens = _special_tokens(tokenizer)
@@ -266,8 +231,8 @@ def _source(arguments: ModelArguments) -> tuple[str, str, str]:
 def _load(kind: Any, arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     model: PreTrainedModel
     if arguments.model_type:
-        config = new_config(arguments, tokenizer)
-        model = kind.from_config(config, dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
+        dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+        model = kind.from_config(new_config(arguments, tokenizer), dtype=dtype)
         return model
     argument, name, revision = _source(arguments)
     settings: dict[str, Any] = {"revision": revision, "dtype": arguments.dtype}
@@ -308,12 +273,7 @@ def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def require_4bit(arguments: ModelArguments) -> None:
-    """Check, where `load_in_4bit` is asked for, that it is possible here.
-
-    Raises:
-        ModuleNotFoundError: bitsandbytes is missing; the message has the pip command.
-        ValueError: there is no CUDA GPU.
-    """
+    """Check, where `load_in_4bit` is asked for, that bitsandbytes and a CUDA GPU are there."""
     if not arguments.load_in_4bit:
         return
     if not is_bitsandbytes_available():
@@ -323,17 +283,12 @@ def require_4bit(arguments: ModelArguments) -> None:
 
 
 def _load_pair(arguments: Seq2SeqModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """An encoder–decoder of two models that share one vocabulary; only the attention between them is new.
-
-    Raises:
-        ValueError: they do not share it; more than that attention would start from random weights, and an adapter
-            would leave it so.
-    """
+    """An encoder–decoder of two models that share one vocabulary; only the attention between them is new."""
     encoder, decoder = arguments.encoder_model_name_or_path, str(arguments.decoder_model_name_or_path)
     named = ("decoder_model_name_or_path", decoder)
     if arguments.tokenizer_name is None and decoder != encoder:
-        kind = {"tokenizer_type": arguments.tokenizer_type} if arguments.tokenizer_type else {}
-        if _from_pretrained(AutoTokenizer, *named, **kind).get_vocab() != tokenizer.get_vocab():
+        other = _from_pretrained(AutoTokenizer, *named, tokenizer_type=arguments.tokenizer_type)
+        if other.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
                 f"decoder_model_name_or_path={decoder!r} has another vocabulary than "
                 f"encoder_model_name_or_path={encoder!r}; accepted: two models with one vocabulary"
@@ -376,15 +331,11 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments) -> None:
-    """Lengthen the embedding where the tokenizer has more tokens; rows to spare stay.
-
-    Raises:
-        ValueError: the new rows would not be trained; the LM head is a matrix of its own that transformers would tie
-            to the longer embedding, as it does with every T5.
-    """
+    """Lengthen the embedding where the tokenizer has more tokens; rows to spare stay."""
     rows = model.config.get_text_config(decoder=True).vocab_size
     if len(tokenizer) <= rows:
         return
+    # transformers would tie a head that is a matrix of its own to the longer embedding, as it does with every T5
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     own_head = model.config.get_text_config(decoder=True).tie_word_embeddings and not is_tied
     if arguments.use_peft or own_head or isinstance(model, EncoderDecoderModel):

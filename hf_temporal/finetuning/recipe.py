@@ -18,15 +18,17 @@ from transformers import (
     set_seed,
 )
 
+from hf_temporal.data.cache import made_once
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
-from hf_temporal.data.small_t5 import small_t5_config, tokenizer_folder
+from hf_temporal.data.small_t5 import small_t5_config, train_tokenizer
+from hf_temporal.model.model_loss import read_model_loss
 from hf_temporal.positions import IGNORE_INDEX
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 
 from .adapters import add_adapter, check_mergeable
 from .continuation import Continuation
 from .models import ModelArguments, Seq2SeqModelArguments, load_causal_lm, load_seq2seq_lm, require_4bit
-from .run import begin, carry_out, publish, settings_of, share_cores, tell_powers, tell_search
+from .run import begin, carry_out, publish, settings_of, share_cores, tell_powers
 from .tasks import TASK_KINDS, Scores, Summarization, Task, load_task
 from .trainers import Answers
 
@@ -39,35 +41,20 @@ Loaded = tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]
 
 @dataclass
 class FineTuning:
-    """A run whose trainer is still to be made.
-
-    Attributes:
-        training_args: of the trainer.
-        arguments: the other dataclasses of arguments.
-        task: what is learned.
-        continuation: the checkpoint that training resumes from.
-        load: makes an untrained model once more, in its adapter if it gets one, with its tokenizer.
-        model: to be trained.
-        tokenizer: the trainer's `processing_class`.
-        splits: the tokenized examples: train, validation and test, as far as the run needs them.
-        data_collator: makes batches of them.
-        scores: compare answers with references, and keep both; None where there are no answers.
-        num_beams: of generation.
-        origin: what the card says of where the model comes from, by the names of `publish`.
-    """
+    """A run whose trainer is still to be made."""
 
     training_args: TrainingArguments
-    arguments: Sequence[Any]
+    arguments: Sequence[Any]  # the other dataclasses of arguments
     task: Task
-    continuation: Continuation
-    load: Callable[[], Loaded]
+    continuation: Continuation  # the checkpoint that training resumes from
+    load: Callable[[], Loaded]  # makes an untrained model once more, in its adapter if it gets one
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
-    splits: dict[str, Any]
+    splits: dict[str, Any]  # the tokenized examples, as far as the run needs them
     data_collator: Any
-    scores: Scores | None
+    scores: Scores | None  # compare answers with references; None where there are no answers
     num_beams: int
-    origin: dict[str, Any]
+    origin: dict[str, Any]  # what the card says of where the model comes from, by the names of `publish`
 
     @property
     def answers(self) -> Answers | None:
@@ -84,16 +71,16 @@ class FineTuning:
     def finish(self, trainer: Any, command: str) -> None:
         """Train, evaluate before and after, report and save; or suggest or search p, where that is asked for instead.
 
-        Args:
-            trainer: has a `CardMixin` in front.
-            command: what was typed, for the model card.
+        The trainer has a `CardMixin` in front; `command` is what was typed, for the model card.
         """
         model_args, task_args = self.arguments[:2]
         if task_args.suggest_power:
             tell_powers(trainer)
         elif task_args.search_power:
+            from .search import search_power  # Optuna takes its time, and is needed here alone
+
             settings = settings_of(self.arguments, self.task)
-            tell_search(trainer, lambda: self.load()[0], settings, trials=task_args.search_power)
+            print(search_power(trainer, lambda: self.load()[0], settings, trials=task_args.search_power))
         else:
             if model_args.merge_adapter:
                 check_mergeable(trainer)
@@ -103,67 +90,50 @@ class FineTuning:
 
 
 def prepare_causal_lm(parsed: Sequence[Any]) -> FineTuning:
-    """The run of a decoder-only model.
-
-    Args:
-        parsed: an object of each of `CAUSAL_ARGUMENTS`; further ones may stand in front of the last.
-    """
-    *arguments, training_args = parsed
-    model_args, summarization_args, language_modeling_args = arguments[0], arguments[3], arguments[5]
-    task, continuation = _begin(arguments, training_args)
-
-    def load() -> Loaded:
-        model, tokenizer = load_causal_lm(model_args, task.tokenizer(model_args.tokenizer_name))
-        return add_adapter(model, model_args, "CAUSAL_LM") if model_args.use_peft else model, tokenizer
-
-    with training_args.main_process_first():
-        model, tokenizer = load()
-        splits = task.encode(tokenizer, model.config)
-    collator = (
-        DataCollatorWithFlattening()
-        if language_modeling_args.packing
-        else DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
-    )
+    """The run of a decoder-only model, from an object of each of `CAUSAL_ARGUMENTS`; others may precede the last."""
+    model_args, language_modeling_args = parsed[0], parsed[5]
     base = model_args.model_name_or_path or model_args.model_type or EMBEDDED_MODEL
-    origin = {
-        "trained": base,
-        "base_model": None if model_args.model_type else base,
-        "base_model_note": EMBEDDED_PROVENANCE if base == EMBEDDED_MODEL else None,
-    }
-    scores, num_beams = task.scores(tokenizer, model.config), summarization_args.num_beams
-    prepared = (model, tokenizer, splits, collator, scores, num_beams, origin)
-    return FineTuning(training_args, arguments, task, continuation, load, *prepared)
+    run = _prepare(
+        parsed,
+        lambda task: load_causal_lm(model_args, task.tokenizer(model_args.tokenizer_name)),
+        trained=base,
+        base_model=None if model_args.model_type else base,
+        base_model_note=EMBEDDED_PROVENANCE if base == EMBEDDED_MODEL else None,
+    )
+    if language_modeling_args.packing:
+        if not read_model_loss(run.model).keeps_documents_apart:
+            raise ValueError(
+                f"packing=True for a {type(run.model).__name__}, in which a packed document depends on those before "
+                "it; accepted: packing=False"
+            )
+        run.data_collator = DataCollatorWithFlattening()
+    return run
 
 
 def prepare_seq2seq(parsed: Sequence[Any]) -> FineTuning:
     """The run of an encoder–decoder, from an object of each of `SEQ2SEQ_ARGUMENTS`, as in `prepare_causal_lm`."""
-    *arguments, training_args = parsed
-    model_args, summarization_args = arguments[0], arguments[3]
-    task, continuation = _begin(arguments, training_args)
-    training_args.generation_max_length = training_args.generation_max_length or task.answer_length + 1
-    training_args.generation_num_beams = training_args.generation_num_beams or summarization_args.num_beams
-
-    def load() -> Loaded:
-        model, tokenizer = _seq2seq_model(model_args, task)
-        return add_adapter(model, model_args, "SEQ_2_SEQ_LM") if model_args.use_peft else model, tokenizer
-
-    with training_args.main_process_first():
-        model, tokenizer = load()
-        splits = task.encode(tokenizer, model.config)
-    collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORE_INDEX)
+    model_args, training_args = parsed[0], parsed[-1]
     pair = (model_args.encoder_model_name_or_path, model_args.decoder_model_name_or_path)
     made = " and ".join(filter(None, pair)) or model_args.model_type or "a small T5"
     base = model_args.model_name_or_path
-    note = None if base else f"A new model: {made}."
-    origin = {"trained": base or made, "base_model": base, "base_model_note": note}
-    scores = task.scores(tokenizer, model.config) if training_args.predict_with_generate else None
-    prepared = (model, tokenizer, splits, collator, scores, training_args.generation_num_beams, origin)
-    return FineTuning(training_args, arguments, task, continuation, load, *prepared)
+    run = _prepare(
+        parsed,
+        lambda task: _seq2seq_model(model_args, task),
+        trained=base or made,
+        base_model=base,
+        base_model_note=None if base else f"A new model: {made}.",
+    )
+    training_args.generation_max_length = training_args.generation_max_length or run.task.answer_length + 1
+    training_args.generation_num_beams = run.num_beams = training_args.generation_num_beams or run.num_beams
+    if not training_args.predict_with_generate:
+        run.scores = None
+    return run
 
 
-def _begin(arguments: Sequence[Any], training_args: TrainingArguments) -> tuple[Task, Continuation]:
-    """Load the data and find the checkpoint to resume from, before anything of the model is loaded."""
-    model_args, task_args = arguments[:2]
+def _prepare(parsed: Sequence[Any], load_model: Callable[[Task], tuple[Any, Any]], **origin: str | None) -> FineTuning:
+    """Load the data and find the checkpoint to resume from, then make the model and tokenize the data."""
+    *arguments, training_args = parsed
+    model_args, task_args, summarization_args = arguments[0], arguments[1], arguments[3]
     require_4bit(model_args)
     share_cores()
     set_seed(training_args.seed)
@@ -171,15 +141,24 @@ def _begin(arguments: Sequence[Any], training_args: TrainingArguments) -> tuple[
     if not training_args.do_predict and len(task.data.splits) > 1:
         task.unused = ("test",)
     training_args.do_train &= not (task_args.suggest_power or task_args.search_power)
-    return task, begin(training_args, arguments, task)
+    continuation = begin(training_args, arguments, task)
+
+    def load() -> Loaded:
+        model, tokenizer = load_model(task)
+        kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        return add_adapter(model, model_args, kind) if model_args.use_peft else model, tokenizer
+
+    with training_args.main_process_first():
+        model, tokenizer = load()
+        splits = task.encode(tokenizer, model.config)
+    collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORE_INDEX)
+    scores, num_beams = task.scores(tokenizer, model.config), summarization_args.num_beams
+    prepared = (model, tokenizer, splits, collator, scores, num_beams, origin)
+    return FineTuning(training_args, arguments, task, continuation, load, *prepared)
 
 
 def _seq2seq_model(arguments: Seq2SeqModelArguments, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that is named, with its tokenizer; else a small T5 from scratch, its tokenizer trained on the texts.
-
-    Raises:
-        ValueError: no model is named, and the task has no texts.
-    """
+    """The model that is named, with its tokenizer; else a small T5 from scratch with one trained on the texts."""
     named = arguments.model_name_or_path or arguments.encoder_model_name_or_path or arguments.model_type
     if named:
         return load_seq2seq_lm(arguments, task.tokenizer(arguments.tokenizer_name))
@@ -187,5 +166,7 @@ def _seq2seq_model(arguments: Seq2SeqModelArguments, task: Task) -> tuple[PreTra
         raise ValueError("model_name_or_path=None: a small T5 is made from training texts alone; accepted: a model")
     pairs = task.data.splits["train"]
     texts = (f"{pair['text']}\n{pair['summary']}" for pair in pairs)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(task.data.sha256[:16], texts, VOCABULARY))
+    name = f"tokenizer-{task.data.sha256[:16]}-{VOCABULARY}"
+    folder = made_once(name, lambda folder: train_tokenizer(texts, VOCABULARY).save_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return T5ForConditionalGeneration(small_t5_config(len(tokenizer))), tokenizer

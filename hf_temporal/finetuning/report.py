@@ -110,11 +110,7 @@ def _one_line(text: str) -> str:
 
 
 def draw_records(output_dir: Path) -> None:
-    """Draw what the first and the last evaluation recorded, if anything, as far as there is a picture for it.
-
-    These are the share of the tokens that was copied at each position, and the target's memory function beside the
-    model's.
-    """
+    """Draw recall by position, and the model's memory function, if the first and the last evaluation recorded any."""
     shown = first_and_last(output_dir)
     recalls, memories = (
         {f"step {each['step']}": each[name] for each in shown if name in each}

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -19,14 +19,12 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_temporal.data.cores import own_cores
 from hf_temporal.hub.model_card import TrainingRun, draw_loss_by_position
 from hf_temporal.installed import PACKAGE, recipes
 from hf_temporal.suggest import suggest_power
 
 from .adapters import merge_adapter
-from .checkpoints import Checksums
-from .continuation import TRAINER_STATE_NAME, Continuation, continue_run
+from .continuation import TRAINER_STATE_NAME, Checksums, Continuation, continue_run
 from .models import ModelArguments
 from .report import (
     Card,
@@ -44,18 +42,13 @@ from .usage import usage
 PREDICTIONS_NAME = "predictions.jsonl"
 POWERS_NAME = "suggested_power.png"
 # A run stays the same one when they change.
-FREE_SETTINGS = ("overwrite_cache", "preprocessing_num_workers", "suggest_power", "search_power")
+FREE_SETTINGS = ("preprocessing_num_workers", "suggest_power", "search_power")
 
 
 def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task) -> Continuation:
     """Check that the run can begin, and find the checkpoint that it resumes from.
 
-    A `hub_token` becomes the environment's HF_TOKEN. A run is the same one where its training arguments, `arguments`
-    and data are the same.
-
-    Raises:
-        ValueError: nothing is to be done; a split is missing that `do_train`, `do_eval` or `do_predict` needs; the
-            launched processes know nothing of each other.
+    A run is the same one where its training arguments, `arguments` and data are the same.
     """
     looks = any(getattr(each, name, None) for each in arguments for name in ("suggest_power", "search_power"))
     if not (looks or training_args.do_train or training_args.do_eval or training_args.do_predict):
@@ -73,7 +66,7 @@ def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task
         if getattr(training_args, flag) and split not in task.data.splits:
             raise ValueError(f"{flag}=True needs a {split} split, and the data have: {', '.join(task.data.splits)}")
     if training_args.hub_token:
-        # training_args.bin holds every argument
+        # instead of in training_args.bin, which holds every argument
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if not training_args.do_train:
         return Continuation(None, finished=False)
@@ -95,24 +88,16 @@ def tell_powers(trainer: Any) -> None:
     print(f"\n{report}\n\n{picture}")
 
 
-def tell_search(trainer: Any, model_init: Callable[[], Any], settings: dict[str, Any], *, trials: int) -> None:
-    """Search for p, see `hf_temporal.finetuning.search.search_power`, and print what was found."""
-    from .search import PICTURE_NAME, search_power  # Optuna takes its time, and is needed here alone
-
-    found = search_power(trainer, model_init, settings, trials=trials)
-    picture = Path(trainer.args.output_dir) / PICTURE_NAME
-    print(f"\n{found}\n\nOne run each: compare_powers.py tells what of it is noise.\n\n{picture}")
-
-
 def share_cores() -> None:
     """Share the CPU's cores among this machine's processes.
 
     `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 where nothing else is asked for: a run on the CPU of one
-    machine would leave all cores but one idle.
+    machine would leave all cores but one idle. `HF_TEMPORAL_CORES` says how many there are to share, where not all.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
-        torch.set_num_threads(own_cores())
+        cores = int(os.environ.get("HF_TEMPORAL_CORES") or os.cpu_count() or 1)
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class EvaluationLog(TrainerCallback):
@@ -125,12 +110,9 @@ class EvaluationLog(TrainerCallback):
     def __init__(self, scores: Recorder | None) -> None:
         self.scores = scores
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.EPOCH:
             control.should_evaluate = True
-        return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **arguments: Any
@@ -164,11 +146,7 @@ class FiniteWeights(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Check the weights where this step logs, evaluates or saves.
-
-        Raises:
-            FloatingPointError: a weight is not finite; the message has its name.
-        """
+        """Check the weights where this step logs, evaluates or saves."""
         if not (control.should_log or control.should_evaluate or control.should_save):
             return
         for name, weight in model.named_parameters():
@@ -251,17 +229,9 @@ def publish(
 ) -> None:
     """Merge the adapter if asked to, save the model with its card, and push both if `push_to_hub` is set.
 
-    `all_results.json` is written last: a run that has it is finished.
-
-    Args:
-        trainer: has a `CardMixin` in front.
-        task: what was learned.
-        model_args: which of the model's weights were trained, and what is saved of them.
-        command: what was typed.
-        num_beams: with which the model answered.
-        trained: the model, for the card's first sentence.
-        base_model: Hub id of the model that was trained; None for one from scratch.
-        base_model_note: a sentence on where its weights come from.
+    `all_results.json` is written last: a run that has it is finished. For the card there are `command`, which was
+    typed, `trained`, the model's name, `base_model`, its id on the Hub or None for one from scratch, and a sentence on
+    where its weights come from, `base_model_note`.
     """
     args, data, config = trainer.args, task.data, trainer.model.config
     output_dir = Path(args.output_dir)

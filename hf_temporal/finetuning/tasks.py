@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from hf_temporal.data import language_modeling, summarization
-from hf_temporal.data.copying import CopyingArguments, DigitCopies, TextCopies, digit_tokenizer, tokenize_texts
-from hf_temporal.data.copying_scores import CopyScores
+from hf_temporal.data import argument, check_counts, copying, language_modeling, summarization
+from hf_temporal.data.copying import CopyingArguments
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
 from hf_temporal.data.loading import DataArguments, TaskData
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
-from hf_temporal.errors import is_users_mistake
 from hf_temporal.installed import require
 from hf_temporal.positions import IGNORE_INDEX
 
@@ -40,28 +38,20 @@ LOSSES = {
 class TaskArguments:
     """What is learned."""
 
-    task: str = field(
-        default="summarization",
-        metadata={
-            "help": "summarization; copying, made on the fly; language_modeling: text, prompt and completion, or "
-            "chat messages.",
-            "choices": ["summarization", "copying", "language_modeling"],
-        },
+    task: str = argument(
+        "summarization",
+        "summarization; copying, made on the fly; language_modeling: text, prompt and completion, or chat messages.",
+        ["summarization", "copying", "language_modeling"],
     )
-    suggest_power: bool = field(
-        default=False, metadata={"help": "Train nothing; tell what each p would do with this model and these data."}
-    )
-    search_power: int = field(
-        default=0,
-        metadata={
-            "help": "Train this many models, each with a p that Optuna suggests, and tell which p was best by "
-            "metric_for_best_model; needs optuna."
-        },
+    suggest_power: bool = argument(False, "Train nothing; tell what each p would do with this model and these data.")
+    search_power: int = argument(
+        0,
+        "Train this many models, each with a p that Optuna suggests, and tell which p was best by "
+        "metric_for_best_model; needs optuna.",
     )
 
     def __post_init__(self) -> None:
-        if self.search_power < 0:
-            raise ValueError(f"search_power={self.search_power!r}: a whole number of at least 0 is accepted")
+        check_counts(0, search_power=self.search_power)
         if self.search_power:
             require("search")
 
@@ -83,33 +73,24 @@ class Scores(Recorder, Protocol):
 
 
 class Task(ABC):
-    """What a recipe has to know of its task.
+    """What a recipe has to know of its task."""
 
-    Attributes:
-        verb: what a model learns to do.
-        pipeline_tag: the Hub's name for it.
-        metrics: what a table shows, by name in the logs: title and decimals.
-        data: the examples, not tokenized yet.
-        answer_length: the largest number of tokens to generate.
-        generates: whether a decoder-only model's answers are generated; else they are read off at each position.
-        unused: splits that the run does not need, so that they are not tokenized.
-    """
-
-    verb: ClassVar[str]
-    pipeline_tag: ClassVar[str] = "text-generation"
-    metrics: ClassVar[dict[str, tuple[str, int]]]
-    data: TaskData
-    answer_length: int
-    generates: bool = True
-    unused: Collection[str] = ()
+    verb: ClassVar[str]  # what a model learns to do
+    pipeline_tag: ClassVar[str] = "text-generation"  # the Hub's name for it
+    metrics: ClassVar[dict[str, tuple[str, int]]]  # what a table shows, by name in the logs: title and decimals
+    data_args: DataArguments
+    data: TaskData  # the examples, not tokenized yet
+    answer_length: int  # the largest number of tokens to generate
+    generates: bool = True  # a decoder-only model's answers; else they are read off at each position
+    unused: Collection[str] = ()  # splits that the run does not need, so that they are not tokenized
 
     def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:  # noqa: ARG002
         """The tokenizer that comes with the task, unless another one is named; None: the model's."""
         return None
 
-    def used(self) -> dict[str, Any]:
-        """The splits that are tokenized."""
-        return {split: examples for split, examples in self.data.splits.items() if split not in self.unused}
+    def used(self) -> list[str]:
+        """The names of the splits that are tokenized."""
+        return [split for split in self.data.splits if split not in self.unused]
 
     @abstractmethod
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
@@ -117,6 +98,35 @@ class Task(ABC):
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores | None:  # noqa: ARG002
         return None
+
+    def _mapped(self, split: str, function: Callable[..., Any], **settings: Any) -> Dataset:
+        """`function(batch, **settings)` over a split; the next time it comes from the cache of `datasets`."""
+        examples: Dataset = self.data.splits[split]
+        return examples.map(
+            function,
+            batched=True,
+            fn_kwargs=settings,
+            remove_columns=examples.column_names,
+            num_proc=self.data_args.preprocessing_num_workers,
+            desc=f"Tokenizing {split}",
+        )
+
+    def _tokenized(self, config: PreTrainedConfig, function: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+        """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from."""
+        encoded = {}
+        for split in self.used():
+            rows = self._mapped(split, function, **settings)
+            limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
+            kept = rows.filter(_can_be_learned, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
+            if left_out := len(rows) - len(kept):
+                what = (
+                    f"{left_out} of {len(rows)} rows have no target token or more tokens than the model has positions"
+                )
+                if not len(kept):
+                    raise ValueError(f"{split}: {what} ({limits['input_ids']}); accepted: a row or more that fits")
+                logger.warning(f"{split}: {what} ({limits['input_ids']}); left out.")
+            encoded[split] = kept
+        return encoded
 
 
 class Summarization(Task):
@@ -139,15 +149,15 @@ class Summarization(Task):
         self.answer_length = arguments.max_target_length
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
-        settings = {"tokenizer": tokenizer, "arguments": self.arguments}
+        settings: dict[str, Any] = {"tokenizer": tokenizer, "arguments": self.arguments}
         if not config.is_encoder_decoder:
-            return tokenize(self.used(), summarization.encode_for_causal_lm, settings, self.data_args, config)
+            return self._tokenized(config, summarization.encode_for_causal_lm, **settings)
         for side, name in (("encoder", "max_source_length"), ("decoder", "max_target_length")):
             limit, length = positions(config, side), getattr(self.arguments, name)
             if limit is not None and length > limit:
                 raise ValueError(f"{name}={length}, and the model has {limit} positions; accepted: at most that")
         settings["decoder_start_token_id"] = getattr(config, "decoder_start_token_id", None)
-        return tokenize(self.used(), summarization.encode_for_seq2seq_lm, settings, self.data_args, config)
+        return self._tokenized(config, summarization.encode_for_seq2seq_lm, **settings)
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:  # noqa: ARG002
         return SummaryScores(tokenizer, self.arguments.rouge_tokenizer)
@@ -186,23 +196,23 @@ class Copying(Task):
             self.data = TaskData(examples, name, hashlib.sha256(known.encode()).hexdigest())
 
     def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:
-        return None if self.generates or tokenizer_name else digit_tokenizer()
+        return None if self.generates or tokenizer_name else copying.digit_tokenizer()
 
     def example_digits(self) -> str:
         """The first held-out input, without what only fills the last place."""
         how: dict[str, Any] = {"split": "validation", "seed": self.seed, "is_encoder_decoder": True}
-        return "".join(map(str, DigitCopies(self.arguments, size=1, **how)[0]["input_ids"]))
+        return "".join(map(str, copying.DigitCopies(self.arguments, size=1, **how)[0]["input_ids"]))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         encoded: dict[str, Any] = {}
-        for split, examples in self.used().items():
+        for split in self.used():
             how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
             size = self.sizes[split]
             if self.generates:
-                rows = mapped(examples, split, tokenize_texts, {"tokenizer": tokenizer}, self.data_args)
-                encoded[split] = TextCopies(self.arguments, rows["tokens"], tokenizer, size=size, **how)
+                rows = self._mapped(split, copying.tokenize_texts, tokenizer=tokenizer)
+                encoded[split] = copying.TextCopies(self.arguments, rows["tokens"], tokenizer, size=size, **how)
             else:
-                encoded[split] = DigitCopies(self.arguments, size=size, **how)
+                encoded[split] = copying.DigitCopies(self.arguments, size=size, **how)
         example = encoded[next(iter(encoded))][0]
         for side, row in (("encoder", "input_ids"), ("decoder", "labels")):
             limit = positions(config, side)
@@ -214,7 +224,7 @@ class Copying(Task):
         return encoded
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:
-        return CopyScores(tokenizer, self.arguments, generated=config.is_encoder_decoder)
+        return copying.CopyScores(tokenizer, self.arguments, generated=config.is_encoder_decoder)
 
 
 class LanguageModeling(Task):
@@ -234,97 +244,30 @@ class LanguageModeling(Task):
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         if config.is_encoder_decoder:
             raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
-        settings = {"tokenizer": tokenizer, "arguments": self.arguments}
-        return tokenize(self.used(), language_modeling.encode_texts, settings, self.data_args, config)
+        return self._tokenized(config, language_modeling.encode_texts, tokenizer=tokenizer, arguments=self.arguments)
 
 
 TASK_KINDS = (TaskArguments, DataArguments, SummarizationArguments, CopyingArguments, LanguageModelingArguments)
 
 
 def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Task:
-    """The task with its data, from one object of each of `TASK_KINDS`.
-
-    One process of a machine loads the data first, the others find them in the cache.
-
-    Raises:
-        ValueError: the data set of the Hub cannot be loaded, or the data are not what the task needs.
-    """
+    """The task with its data, from one object of each of `TASK_KINDS`."""
     task_args, data_args, summarization_args, copying_args, language_modeling_args = arguments
     text_column = summarization_args.text_column
-    packs_digits = language_modeling_args.packing and copying_args.copying_form == "digits"
-    if task_args.task == "copying" and packs_digits:
+    packs, copies = language_modeling_args.packing, task_args.task == "copying"
+    if packs and copies and copying_args.copying_form == "digits":
         raise ValueError("packing=True and copying_form='digits': each row is read alone; accepted: one of them")
-    try:
-        with training_args.main_process_first():
-            if task_args.task == "summarization":
-                return Summarization(data_args, summarization_args)
-            if task_args.task == "copying":
-                return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
-            return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
-    except (OSError, ValueError) as error:
-        if data_args.dataset_name is None or is_users_mistake(error):
-            raise
-        raise ValueError(
-            f"dataset_name={data_args.dataset_name!r} with dataset_config_name={data_args.dataset_config_name!r} "
-            f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}; accepted: a folder, or the id of a data "
-            "set on the Hub and one of its configurations"
-        ) from error
+    with training_args.main_process_first():
+        if task_args.task == "summarization":
+            return Summarization(data_args, summarization_args)
+        if task_args.task == "copying":
+            return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
+        return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
 
 
-def tokenize(
-    splits: Mapping[str, Dataset],
-    function: Callable[..., dict[str, list[list[int]]]],
-    settings: dict[str, Any],
-    data_args: DataArguments,
-    config: PreTrainedConfig,
-) -> dict[str, Dataset]:
-    """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from.
-
-    Raises:
-        ValueError: a split has no other row.
-    """
-    encoded = {}
-    for split, examples in splits.items():
-        rows = mapped(examples, split, function, settings, data_args)
-        limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
-        kept = rows.filter(_can_be_learned, batched=True, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
-        if left_out := len(rows) - len(kept):
-            what = f"{left_out} of {len(rows)} rows have no target token or more tokens than the model has positions"
-            if not len(kept):
-                raise ValueError(f"{split}: {what} ({limits['input_ids']}); accepted: a row or more that fits")
-            logger.warning(f"{split}: {what} ({limits['input_ids']}); left out.")
-        encoded[split] = kept
-    return encoded
-
-
-def mapped(
-    examples: Dataset,
-    split: str,
-    function: Callable[..., dict[str, list[list[int]]]],
-    settings: dict[str, Any],
-    data_args: DataArguments,
-) -> Dataset:
-    """`function(batch, **settings)` over a split, in batches; the next time it comes from the cache of `datasets`."""
-    return examples.map(
-        function,
-        batched=True,
-        fn_kwargs=settings,
-        remove_columns=examples.column_names,
-        num_proc=data_args.preprocessing_num_workers,
-        load_from_cache_file=not data_args.overwrite_cache,
-        desc=f"Tokenizing {split}",
-    )
-
-
-def _can_be_learned(batch: dict[str, list[list[int]]], limits: dict[str, int | None]) -> list[bool]:
-    return [
-        any(label != IGNORE_INDEX for label in labels)
-        and all(
-            limit is None or len(row) <= limit
-            for row, limit in ((ids, limits["input_ids"]), (labels, limits["labels"]))
-        )
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-    ]
+def _can_be_learned(example: dict[str, list[int]], limits: dict[str, int | None]) -> bool:
+    fits = all(limit is None or len(example[name]) <= limit for name, limit in limits.items())
+    return fits and any(label != IGNORE_INDEX for label in example["labels"])
 
 
 def positions(config: PreTrainedConfig, side: str) -> int | None:

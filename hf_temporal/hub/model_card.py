@@ -28,21 +28,9 @@ PICTURE_NAME = "loss_by_position.png"
 TAGS = ("hf-temporal", "arxiv:2307.11462")
 HEADING = "## Temporal weighting"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
-CITATION = f"""\
-@article{{wang2023improve,
-  title   = {{Improve Long-term Memory Learning Through Rescaling the Error Temporally}},
-  author  = {{Wang, Shida and Yan, Zhanglu}},
-  journal = {{arXiv preprint arXiv:2307.11462}},
-  year    = {{2023}}
-}}
-
-@software{{hf_temporal,
-  title   = {{hf\\_temporal: position-weighted losses for the Hugging Face Trainer}},
-  author  = {{{{The hf\\_temporal authors}}}},
-  version = {{{__version__}}},
-  year    = {{2026}}
-}}"""
-
+CITATION = (
+    (Path(__file__).parent / "citation.bib").read_text(encoding="utf-8").replace("VERSION", __version__).rstrip()
+)
 ORIGIN_MEANINGS = {
     "target": "t counts the target tokens of a document",
     "sequence": "t is the token's place in its document, prompt included",

@@ -57,6 +57,19 @@ class ModelLoss:
     keeps_documents_apart: bool = True
     is_read: bool = True
 
+    def in_words(self) -> str:
+        """What was found, for a log."""
+        fused = self.fused_head if isinstance(self.fused_head, str) else "exact"
+        facts = {
+            "loss": self.unsupported or ("cross-entropy" if self.is_read else "not tried out yet"),
+            "labels": "shifted by the model" if self.shifts_labels else "aligned with the logits",
+            "num_items_in_batch": "counted" if self.counts_items else "ignored",
+            "fused head": fused,
+            "position_ids for left padding": "needed" if self.needs_position_ids else "left to the model",
+            "packed documents": "kept apart" if self.keeps_documents_apart else "not kept apart",
+        }
+        return "; ".join(f"{name}: {found}" for name, found in facts.items())
+
 
 def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
     """Find out what a model's own loss is by running nine tokens through it, without gradients, in eval mode.
@@ -100,7 +113,7 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
         with undisturbed(model):
             found, logits = _probe(model, presumed, inputs, labels)
             if logits is not None and found.shifts_labels and not is_prompt_learner(model):
-                found = _probe_rows(model, found, inputs, logits.float())
+                found = _probe_rows(model, found, inputs, labels, logits.float())
     except Exception as error:  # a model may raise anything on inputs that are not its own
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if sharded and frame.f_globals["__name__"].startswith("torch.distributed.fsdp"):
@@ -177,10 +190,10 @@ def _probe(
         unsupported = "an own loss that is not the cross-entropy of its logits"
         return dataclasses.replace(presumed, unsupported=unsupported), None
     counts_items = False
-    if _takes_items(base):
-        items = torch.tensor(2 * len(losses), device=own.device)
-        halved = model(**inputs, labels=labels, num_items_in_batch=items)["loss"]
-        counts_items = bool(torch.isclose((halved - extra) * 2, own - extra, rtol=4 * tolerance, atol=tolerance))
+    if _takes_items(base) and not (shifts and "position_ids" in inspect.signature(base.forward).parameters):
+        items = 2 * len(losses)
+        outputs = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(items, device=own.device))
+        counts_items = _divides_by(items, outputs, losses, presumed.auxiliary_coefficient)
     fused_head = _exact_stand_in(model, base, inputs, labels, logits)
     found = dataclasses.replace(
         presumed,
@@ -195,29 +208,47 @@ def _probe(
     return found, logits
 
 
-def _probe_rows(model: nn.Module, found: ModelLoss, inputs: dict[str, Any], alone: Tensor) -> ModelLoss:
-    """What a causal model makes of tokens that stand behind padding, and behind another document of a packed row."""
-    tokens = inputs["input_ids"]
-    length = tokens.shape[1]
-    before = tokens.flip(-1)[:, :4]
-    others = {key: value for key, value in inputs.items() if key == "use_cache"}
+def _divides_by(items: int, outputs: Any, losses: Tensor, auxiliary_coefficient: float) -> bool:
+    """Whether a model's loss is the sum of its targets' losses divided by so many items, rather than their mean."""
+    auxiliary = outputs.get("aux_loss")
+    own = outputs["loss"] - (auxiliary_coefficient * auxiliary if isinstance(auxiliary, Tensor) else 0.0)
+    return bool((own - losses.sum() / items).abs() < (own - losses.mean()).abs())
 
-    def is_same(batch: dict[str, Tensor]) -> bool:
-        logits = model(**batch, **others)["logits"][:, -length:].float()
-        tolerance = max(1e-3, 4 * torch.finfo(alone.dtype).eps) * float(alone.abs().max())
-        return torch.allclose(logits, alone, rtol=0, atol=tolerance)
 
-    needs_position_ids = False
+def _probe_rows(
+    model: nn.Module, found: ModelLoss, inputs: dict[str, Any], labels: Tensor, alone: Tensor
+) -> ModelLoss:
+    """What a causal model makes of tokens that stand behind padding, and behind another document of a packed row.
+
+    The packed row is also given twice the number of its items.
+    """
+    base, tokens = base_model(model), inputs["input_ids"]
+    before, device = tokens.flip(-1)[:, :4], tokens.device
+    row = {"input_ids": torch.cat([before, tokens], dim=1)}
+    row |= {key: value for key, value in inputs.items() if key == "use_cache"}
+    tolerance = max(1e-3, 4 * torch.finfo(alone.dtype).eps) * float(alone.abs().max())
+
+    def is_same(logits: Tensor) -> bool:
+        return torch.allclose(logits[:, -tokens.shape[1] :].float(), alone, rtol=0, atol=tolerance)
+
     if found.needs_position_ids and "attention_mask" in inputs:
         mask = torch.cat([torch.zeros_like(before), inputs["attention_mask"]], dim=1)
-        needs_position_ids = not is_same({"input_ids": torch.cat([before, tokens], dim=1), "attention_mask": mask})
-    positions = torch.cat([torch.arange(count, device=tokens.device) for count in (before.shape[1], length)])[None]
-    packed = {"input_ids": torch.cat([before, tokens], dim=1), "position_ids": positions}
-    parameters = inspect.signature(base_model(model).forward).parameters
+        needs_position_ids = not is_same(model(**row, attention_mask=mask)["logits"])
+        found = dataclasses.replace(found, needs_position_ids=needs_position_ids)
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return dataclasses.replace(found, keeps_documents_apart=False)
+    row["position_ids"] = torch.cat([torch.arange(part.shape[1], device=device) for part in (before, tokens)])[None]
+    row["labels"] = torch.cat([torch.full_like(before, IGNORE_INDEX), labels], dim=1)
+    aligned = shift_left(row["labels"], IGNORE_INDEX)
+    items = 2 * int((aligned != IGNORE_INDEX).sum())
+    if _takes_items(base):
+        row["num_items_in_batch"] = torch.tensor(items, device=device)
+    outputs = model(**row)
+    losses = token_cross_entropy(outputs["logits"], aligned)[aligned != IGNORE_INDEX]
     return dataclasses.replace(
         found,
-        needs_position_ids=needs_position_ids,
-        keeps_documents_apart="position_ids" in parameters and is_same(packed),
+        counts_items=_takes_items(base) and _divides_by(items, outputs, losses, found.auxiliary_coefficient),
+        keeps_documents_apart=is_same(outputs["logits"]),
     )
 
 
@@ -339,11 +370,12 @@ def _auxiliary_coefficient(base: Any) -> float:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags, random states and FSDP2's shards are restored.
+    """Eval mode without gradients; training flags, random states, buffers and FSDP2's shards are restored.
 
     FSDP2 leaves a root gathered after a forward, and an optimizer that is made then never sees its shards.
     """
     training = [module for module in model.modules() if module.training]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
         model.eval()
@@ -352,6 +384,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+            for buffer, before in buffers:
+                buffer.copy_(before)
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()

@@ -16,15 +16,10 @@ def draw_bars(
     panels: Sequence[tuple[str, float, str]],
     ours: str,
 ) -> None:
-    """One line of panels per case; a ratio's 1 is a broken line.
+    """A line of panels for each `case`, with a bar for each row that has a value in the column of the panel.
 
-    Args:
-        rows: as the benchmark wrote them; a bar each, where the column of the panel has a value.
-        path: a PNG file.
-        case: the title of the panels that a row belongs to.
-        name: the label of a row's bar.
-        panels: column, unit that it is divided by, label.
-        ours: bars whose name begins so are coloured.
+    `case` and `name` make the title of a row's panels and the label of its bar; `panels` are columns, the units that
+    they are divided by, and labels. Bars whose name begins with `ours` are coloured; a ratio's 1 is a broken line.
     """
     from matplotlib.figure import Figure  # matplotlib takes its time
 

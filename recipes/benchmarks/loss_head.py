@@ -11,32 +11,16 @@ On a GPU, where values and gradients are first compared with float64:
     python recipes/benchmarks/loss_head.py --device cuda --dtypes bfloat16 --masked 0 --check 2048,512,32000 \
         --shapes 16384,2048,248320 8192,4096,151936 --output outputs/gpu.json --picture outputs/gpu.png
 
-The peers, each with the gradients of hidden states [N, H] and head [V, H]:
-  three products      logits, gradient of the hidden states, gradient of the head: 6 N V H operations, the floor
-  … of the targets    the same over the positions that have a target (where some are masked)
-  stock mean          full logits, mean cross-entropy in float32, as the models' own loss
-  weights by hand     full logits, cross-entropy of each token in float32, times the weights
-  torch …             torch.nn.functional.linear_cross_entropy(reduction="none") under each of its accumulation
-                      policies, times the weights
-  TRL                 the fused head of trl, its log-probabilities times the weights
-  Liger mean          on a GPU: liger_fused_linear_cross_entropy as it comes, without weights
-  Liger × weights     the same with reduction="none" and float32 sums, times the weights; it makes the logits twice
-  CCE exact           on a GPU: cut_cross_entropy's linear_cross_entropy(reduction="none"), times the weights
-  CCE filtered        the same without the gradients below 2⁻¹² (bfloat16), its own default. Random inputs, whose
-                      probabilities are all small, are what it is fastest on
-  ours                hf_temporal.weighted_linear_cross_entropy
-  ours, …             on a GPU without Triton; with a soft cap; with scale and bias; with label smoothing; with an
-                      adapter of rank 8 on a frozen head; with a frozen head; with 16 bits as on a CPU without
-                      instructions for them
-A peer that fails, because its package is not installed say, is a line with the reason.
+The peers are described in docs/benchmarks.md, those of a GPU where `head_peers.py` lists them. Each makes the
+gradients of hidden states [N, H] and head [V, H]. One that fails, because its package is not installed say, is a line
+with the reason.
 
 Each peer lives in a process of its own, so that its peak memory is its own. The processes run in turn, one at a time
 and in a rotating order, so that whatever else the machine does meets them alike: a ratio is the median of the ratios
 within a round. The first run of each is not timed; it gives the memory: the process's peak above what it held with
 the inputs made and the libraries warmed up on a small problem. Gradients count as memory, inputs do not. "beside /
-logits" is what is left without gradients, as a share of N × V float32 logits; ours in bfloat16 may sum the head's
-gradient in float32, which is in it. On a GPU the peak is that of what PyTorch had allocated, and each run is timed
-right after one that is not.
+logits" is what is left without gradients, as a share of N × V float32 logits. On a GPU the peak is that of what
+PyTorch had allocated, and each run is timed right after one that is not.
 """
 
 from __future__ import annotations

@@ -21,13 +21,10 @@ from hf_temporal.finetuning.tables import environment
 
 
 class Child:
-    """A process that runs `serve(connection, *arguments)` and answers on command.
+    """A process that runs `serve(connection, *arguments)`, which receives a message for each command and answers it.
 
-    Args:
-        name: for the error message.
-        serve: receives a message for each command, and sends what it found.
-        preload: modules that are imported once, in the process that all are forked from.
-        log: a file that the process prints to, for the error message.
+    It is forked from a process that has imported the modules in `preload`. What it prints into the file `log` is shown
+    where it dies.
     """
 
     def __init__(
@@ -43,11 +40,7 @@ class Child:
         theirs.close()
 
     def step(self) -> Any:
-        """Give the command and return the answer.
-
-        Raises:
-            RuntimeError: the process ended without one, for want of memory perhaps; the message holds what it printed.
-        """
+        """Give the command and return the answer; a RuntimeError where the process ended without one."""
         with suppress(ConnectionError):  # what follows says why the process is gone
             self.connection.send(True)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import tempfile
 import time
@@ -26,30 +27,7 @@ from transformers import AutoConfig, Trainer, TrainerCallback
 
 import hf_temporal
 
-MODELS: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
-        "max_position_embeddings": 8192, "rope_theta": 100000.0,
-    },
-    "Qwen3-0.5B": {
-        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 22,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-        "tie_word_embeddings": True, "max_position_embeddings": 40960, "rope_theta": 1000000.0,
-    },
-    "T5-base": {
-        "model_type": "t5", "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12,
-        "vocab_size": 32128, "decoder_start_token_id": 0,
-    },
-    "toy": {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 2048, "tie_word_embeddings": True,
-    },
-    "toy T5": {
-        "model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
-        "vocab_size": 2048, "decoder_start_token_id": 0, "dropout_rate": 0.0,
-    },
-}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
 STOCK, SFT = "stock", "SFTTrainer"
 TRAINERS = (STOCK, "by hand", SFT, "fused head", "full logits", "no head")
 TUNED = ("lora", "full")
@@ -186,7 +164,6 @@ def build_trainer(job: Job, folder: str, callbacks: Sequence[TrainerCallback] = 
         "logging_strategy": "no", "seed": job.seed,
     }  # fmt: skip
     given: dict[str, Any] = {"model": build_model(job), "train_dataset": rows(job), "callbacks": [*callbacks]}
-    seq2seq = is_seq2seq(job.model)
     if job.trainer == SFT:
         trl: Any = importlib.import_module("trl")
         arguments = trl.SFTConfig(**common, gradient_checkpointing=False, bf16=False, max_length=None)
@@ -196,17 +173,15 @@ def build_trainer(job: Job, folder: str, callbacks: Sequence[TrainerCallback] = 
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
         given |= {"train_dataset": Dataset.from_dict(lists), "processing_class": tokenizer}
         return trl.SFTTrainer(args=arguments, **given)
-    kind: Any
+    prefix = "Seq2Seq" if is_seq2seq(job.model) else ""
     if job.trainer in ("fused head", "full logits"):
         common |= {"temporal_power": POWER, "temporal_fused_head": "auto" if job.trainer == "fused head" else "off"}
-        kind = hf_temporal.TemporalWeightSeq2SeqTrainer if seq2seq else hf_temporal.TemporalWeightTrainer
-        arguments = (
-            hf_temporal.TemporalSeq2SeqTrainingArguments if seq2seq else hf_temporal.TemporalTrainingArguments
-        )(**common)
+        kind = getattr(hf_temporal, f"TemporalWeight{prefix}Trainer")
+        arguments = getattr(hf_temporal, f"Temporal{prefix}TrainingArguments")(**common)
     else:
-        stock = transformers.Seq2SeqTrainer if seq2seq else Trainer
+        stock = getattr(transformers, f"{prefix}Trainer")
         kind = {STOCK: stock, "by hand": ByHandTrainer, "no head": HeadlessTrainer}[job.trainer]
-        arguments = (transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments)(**common)
+        arguments = getattr(transformers, f"{prefix}TrainingArguments")(**common)
     return kind(args=arguments, data_collator=transformers.default_data_collator, **given)
 
 

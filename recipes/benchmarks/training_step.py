@@ -12,25 +12,15 @@ A minute, on toys:
 
     python recipes/benchmarks/training_step.py --models toy "toy T5" --shapes 2x32 --repeats 2
 
-The models have random weights, which the time does not depend on. Qwen3-0.5B is Qwen3-0.6B with 22 of its 28 layers.
-A share of a row's tokens are targets, the last ones; of a seq2seq model's row, whose tokens are the encoder's, the
-decoder has so many tokens, all of them targets. No row is padded, and each trainer has the same.
+The models have random weights, which the time does not depend on. A share of a row's tokens are targets, the last
+ones; of a seq2seq model's row, whose tokens are the encoder's, the decoder has so many tokens, all of them targets.
+No row is padded. docs/benchmarks.md has the trainers; those that weight do so with p = 1.
 
-  stock        `Trainer` at its defaults, of a seq2seq model `Seq2SeqTrainer`: the model's own mean cross-entropy
-  by hand      the subclass that users write: full logits, the cross-entropy of each token times its weight, p = 1
-  SFTTrainer   TRL's, for decoder-only models, where trl is installed (written for 1.16.0). Its own defaults but three,
-               set to Trainer's: no gradient checkpointing, no bf16 autocast, rows not cut at 1,024 tokens. Its loss
-               "nll", of which "chunked_nll" is a deprecated name, is computed in tiles, without the logits of all
-               tokens; with it come the entropy and the accuracy that it reports at every step
-  fused head   ours, p = 1; "full logits" is ours with temporal_fused_head="off"
-  no head      a step without LM head and loss, the floor of what any loss can reach
-
-Each trainer lives in a process of its own, so that its peak memory is its own. The processes take their steps in
-turn, one at a time and in a rotating order, so that whatever else the machine does meets them alike; a step is timed
-from the command to take it to its end: the batch's collation and weights, forward, backward, clipping, optimizer.
-Memory is the process's peak above what it held before its first step, optimizer state and gradients included. Ratios
-are to stock in the same rounds. `--at_once` is for machines that cannot hold all the trainers of a case: they are
-measured in groups of so many, each beside a stock of its own.
+Each trainer lives in a process of its own, and the processes take their steps in turn, as in `loss_head.py`; a step
+is timed from the command to take it to its end: the batch's collation and weights, forward, backward, clipping,
+optimizer. Memory is the process's peak above what it held before its first step, optimizer state and gradients
+included. Ratios are to stock in the same rounds. `--at_once` is for machines that cannot hold all the trainers of a
+case: they are measured in groups of so many, each beside a stock of its own.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hf_temporal.data.copying_scores import argmax_of_logits
+from hf_temporal.data.copying import argmax_of_logits
 from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.controls import ControlArguments, controlled

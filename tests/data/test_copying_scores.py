@@ -20,8 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_temporal.data.copying import END, PAD, CopyingArguments, digit_tokenizer
-from hf_temporal.data.copying_scores import CopyScores, argmax_of_logits
+from hf_temporal.data.copying import END, PAD, CopyingArguments, CopyScores, argmax_of_logits, digit_tokenizer
 from hf_temporal.data.rows import bootstrap_interval
 from hf_temporal.data.small_t5 import small_t5_config
 from tests.data.copies import PASSAGES, SHORT, TEXTS, digits, passages, seq2seq_tokenizer

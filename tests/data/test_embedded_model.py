@@ -87,13 +87,6 @@ def test_of_several_at_once_one_makes_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(folders) == {tmp_path / "thing"}
 
 
-def test_overwriting_replaces_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TEMPORAL_CACHE", str(tmp_path))
-    made_once("thing", lambda folder: (folder / "old").touch())
-    folder = made_once("thing", lambda folder: (folder / "new").touch(), overwrite=True)
-    assert [path.name for path in folder.iterdir()] == ["new"]
-
-
 def test_cache_lies_where_hugging_face_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TEMPORAL_CACHE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "somewhere")

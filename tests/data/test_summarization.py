@@ -19,7 +19,7 @@ from hf_temporal.data import summarization
 from hf_temporal.data.loading import DataArguments
 from hf_temporal.data.small_t5 import train_tokenizer
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
-from hf_temporal.finetuning.generation import generate_completions, prompt_of
+from hf_temporal.finetuning.trainers import generate_completions, prompt_of
 from tests.tiny_summarization import PAIRS, tiny_llama, tiny_tokenizer, write_pairs
 
 PAIR = {"text": PAIRS[3]["article"], "summary": PAIRS[3]["highlights"]}
@@ -144,7 +144,7 @@ def test_docstrings_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         path.write_text(json.dumps({"package": "p", "body": f"{split} body", "summary": f"{split} summary"}) + "\n")
     files["provenance"] = tmp_path / "provenance.json"
     files["provenance"].write_text(json.dumps({"versions": {"p": "1.0"}}))
-    monkeypatch.setattr(task_data, "docstring_files", lambda *, overwrite: dict(files) if not overwrite else {})
+    monkeypatch.setattr(task_data, "docstring_files", lambda: dict(files))
     data = load_pairs(DataArguments(), SummarizationArguments())
     assert data.splits["validation"][0] == {"text": "validation body", "summary": "validation summary"}
     assert data.provenance == {"versions": {"p": "1.0"}}

@@ -14,8 +14,7 @@ import pytest
 
 from hf_temporal import TemporalTrainingArguments
 from hf_temporal.compare.cells import Cell
-from hf_temporal.finetuning.checkpoints import check_checkpoint
-from hf_temporal.finetuning.continuation import continue_run
+from hf_temporal.finetuning.continuation import check_checkpoint, continue_run
 from hf_temporal.finetuning.report import load_evaluations
 from recipes.laboratory.train_functional import main
 
@@ -50,6 +49,7 @@ def assert_kept(before: dict[str, dict[str, bytes]], run: Run) -> None:
 
 
 def test_killed_at_any_moment(undisturbed: Run, tmp_path: Path) -> None:
+    assert Run(tmp_path / "first").end() == 0  # which starts the server that the others are forked from
     begin = time.monotonic()
     assert Run(tmp_path / "timed").end() == 0
     duration = time.monotonic() - begin

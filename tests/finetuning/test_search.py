@@ -105,7 +105,7 @@ def test_what_is_not_measured_is_said_before_training(tmp_path: Path, monkeypatc
     ("given", "message"),
     [
         (["--metric_for_best_model", "temporal_loss"], "metric_for_best_model='temporal_loss' cannot choose a p"),
-        (["--search_power", "-1"], "search_power=-1: a whole number"),
+        (["--search_power", "-1"], "search_power=-1; accepted: a whole number"),
     ],
 )
 def test_what_cannot_be_searched_is_named(given: list[str], message: str, tmp_path: Path) -> None:

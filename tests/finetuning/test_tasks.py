@@ -143,6 +143,17 @@ def test_chats_are_learned_packed_as_well_as_padded(tiny: Tiny, tmp_path: Path) 
     assert "generated" not in last
 
 
+def test_packing_is_refused_for_a_model_that_crosses_documents(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS), encoding="utf-8")
+    new = ("--model_type", "bloom", "--config_overrides", "hidden_size=16,n_layer=1,n_head=2", "--tokenizer_name")
+    files = ("--train_file", str(path), "--validation_file", str(path), "--task", "language_modeling")
+    with pytest.raises(ValueError, match="packing=True for a BloomForCausalLM, in which a packed document depends"):
+        finetune_causal_lm.main(
+            [*files, *new, str(tiny.model), "--packing", *QUICK, "--output_dir", str(tmp_path / "run")]
+        )
+
+
 def test_plain_text_is_the_causal_recipe_s_alone(tiny: Tiny, tmp_path: Path) -> None:
     t5 = ("--model_type", "t5", "--config_overrides", SMALL_T5, "--tokenizer_name", str(tiny.model))
     text = ("--task", "language_modeling", "--text_column", "article", *tiny.data_flags)

@@ -29,7 +29,7 @@ KINDS = {
     "laboratory/finetune_with_control.py": finetune_with_control.ARGUMENTS,
     "laboratory/train_functional.py": FUNCTIONAL,
 }
-COMMANDS = dict(zip(KINDS, (4, 4, 2, 2), strict=True))
+COMMANDS = dict(zip(KINDS, (3, 3, 2, 2), strict=True))
 TASKS = {"copying": "copying", "summarization": "summarization"}
 COMMAND = re.compile(
     r"accelerate launch (?:--config_file (?P<engine>\S+) |--num_processes \d+ )?recipes/(?P<script>\S+)"

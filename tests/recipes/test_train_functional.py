@@ -119,8 +119,8 @@ def test_the_error_is_that_of_thirds_of_the_lags() -> None:
     [
         (["--target", "gauss"], "--target"),
         (["--before", "2"], "before=2.0"),
-        (["--length", "2"], "length=2: a whole number of at least 3"),
-        (["--min_length", "13"], "min_length=13: 1 to length=12"),
+        (["--length", "2"], "length=2; accepted: a whole number of at least 3"),
+        (["--min_length", "13"], "min_length=13; accepted: 1 to length=12"),
         (
             ["--model_type", "llama", "--config_overrides", ""],
             "model_type='llama' is not of the laboratory; accepted: memory_linear_rnn, memory_tanh_rnn",

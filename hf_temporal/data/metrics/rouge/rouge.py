@@ -26,21 +26,20 @@ class Rouge(evaluate.Metric):
         )
 
     def _compute(
-        self, predictions: list[str], references: list[str], *, use_stemmer: bool = True, tokenizer: str = "default"
+        self, predictions: list[str], references: list[str], *, tokenizer: str = "default"
     ) -> dict[str, float]:
         """The mean F1, from 0 to 1, of each of `ROUGE_TYPES`, and its interval, `<name>_low` and `<name>_high`.
 
         Args:
             predictions: texts; for rougeLsum their sentences are separated by newlines.
             references: as many texts.
-            use_stemmer: compare Porter stems instead of words; characters have none.
-            tokenizer: "default" for words of a-z and 0-9, or "char" for single characters, as Chinese and Japanese
-                need it, where the default finds no words and every score is 0.
+            tokenizer: "default" for the Porter stems of words of a-z and 0-9, or "char" for single characters, as
+                Chinese and Japanese need it, where the default finds no words and every score is 0.
         """
         if tokenizer not in ROUGE_TOKENIZERS:
             raise ValueError(f"tokenizer={tokenizer!r}; accepted: {', '.join(ROUGE_TOKENIZERS)}.")
         by_character = CharacterTokenizer() if tokenizer == "char" else None
-        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=use_stemmer, tokenizer=by_character)
+        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True, tokenizer=by_character)
         scores = [scorer.score(*texts) for texts in zip(references, predictions, strict=True)]
         f1 = np.array([[score[name].fmeasure for name in ROUGE_TYPES] for score in scores])
         low, high = bootstrap_interval(f1)
