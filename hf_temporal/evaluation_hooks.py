@@ -23,7 +23,7 @@ from .timeline_hooks import TimelineHooks
 class EvaluationByPosition(TimelineHooks):
     """Put in front of a `Trainer`, observes the logits of its evaluation; `TemporalWeightMixin` says what of."""
 
-    _losses: TokenLosses | None = None
+    _temporal_losses: TokenLosses | None = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, plus the weighted loss, that of both ends and the profile by position."""
@@ -56,11 +56,11 @@ class EvaluationByPosition(TimelineHooks):
     @contextlib.contextmanager
     def _observing(self, losses: TokenLosses) -> Iterator[None]:
         """While it is open, `prediction_step` gives `losses` each batch that it runs through the model."""
-        self._losses = losses
+        self._temporal_losses = losses
         try:
             yield
         finally:
-            self._losses = None
+            self._temporal_losses = None
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
@@ -69,7 +69,12 @@ class EvaluationByPosition(TimelineHooks):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         batch = dict(inputs) if POSITIONS in inputs else self._new_timeline().add(inputs)
         timeline = {key: batch.pop(key).to(self.args.device) for key in OWN_KEYS if key in batch}
-        if self._losses is None or POSITIONS not in timeline or self.get_cp_size() > 1 or self._problem_with(batch):
+        if (
+            self._temporal_losses is None
+            or POSITIONS not in timeline
+            or self.get_cp_size() > 1
+            or self._problem_with(batch)
+        ):
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         calls: deque[Any] = deque(maxlen=1)
         hook = model.register_forward_hook(lambda *call: calls.append(call[-1]))
@@ -81,7 +86,7 @@ class EvaluationByPosition(TimelineHooks):
         labels = batch.pop("labels")
         outputs = calls[0]
         if isinstance(outputs, Mapping) and isinstance(outputs.get("log_probs"), Tensor):  # of TRL's head
-            self._losses.add_losses(
+            self._temporal_losses.add_losses(
                 *_of_all_labels(outputs, labels),
                 timeline[POSITIONS],
                 document_ids=timeline.get(DOCUMENTS),
@@ -92,7 +97,7 @@ class EvaluationByPosition(TimelineHooks):
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**batch, **missing_decoder_inputs(self._root, batch, labels))
         logits = logits_of(outputs, labels)
-        self._losses.add(
+        self._temporal_losses.add(
             logits if labels.is_floating_point() else answer_logits(self._root, logits, labels.shape[1]),
             labels,
             timeline[POSITIONS],

@@ -39,19 +39,19 @@ else:
 class TimelineHooks(_Trainer):
     """Put in front of a `Trainer`, gives the batches of its data loaders their times, as its model needs them."""
 
-    _given_weighting: TemporalWeighting | None = None
-    _model_loss: ModelLoss | None = None
-    _model_read: tuple[nn.Module, bool, int] | None = None
-    _problem: str | None = None
-    _eval_timeline: Timeline | None = None
+    _temporal_given_weighting: TemporalWeighting | None = None
+    _temporal_model_loss: ModelLoss | None = None
+    _temporal_model_read: tuple[nn.Module, bool, int] | None = None
+    _temporal_problem: str | None = None
+    _temporal_eval_timeline: Timeline | None = None
 
     # ---- p and w
 
     @property
     def weighting(self) -> TemporalWeighting:
         """The weighting at its final power: the argument, else the arguments' fields, else `TemporalWeighting()`."""
-        if self._given_weighting is not None:
-            return self._given_weighting
+        if self._temporal_given_weighting is not None:
+            return self._temporal_given_weighting
         if isinstance(self.args, TemporalFields):
             return self.args.temporal_weighting()
         return TemporalWeighting()
@@ -83,9 +83,9 @@ class TimelineHooks(_Trainer):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         timeline = self._new_timeline()
-        if self._eval_timeline != timeline:
+        if self._temporal_eval_timeline != timeline:
             forget_eval_dataloaders(self)  # they make the times of before
-            self._eval_timeline = timeline
+            self._temporal_eval_timeline = timeline
         with self._making_timelines():
             return super().get_eval_dataloader(*args, **kwargs)
 
@@ -131,11 +131,11 @@ class TimelineHooks(_Trainer):
 
     def _read_model_loss(self) -> ModelLoss:
         key = (self._root, self._can_run, _embedding_rows(self._root))
-        if self._model_loss is None or self._model_read != key:
-            self._model_loss, self._model_read = read_model_loss(self._root, can_run=self._can_run), key
-            self._problem = None
-            logger.info(f"{described(self._root)}: {self._model_loss.in_words()}")
-        return self._model_loss
+        if self._temporal_model_loss is None or self._temporal_model_read != key:
+            found = self._temporal_model_loss = read_model_loss(self._root, can_run=self._can_run)
+            self._temporal_model_read, self._temporal_problem = key, None
+            logger.info(f"{described(self._root)}: {found.in_words()}")
+        return self._temporal_model_loss
 
     @property
     def _can_run(self) -> bool:
@@ -159,9 +159,9 @@ class TimelineHooks(_Trainer):
         if self._is_trivial(batch):
             return
         raise ValueError(
-            f"{described(self._root)} with {problem}: there is no loss per time to weight. Accepted: "
-            f"power=0 without {LOSS_WEIGHTS} (the usual loss), or labels of shape [batch, time] and logits of shape "
-            "[batch, time, vocabulary]."
+            f"{described(self._root)} with {problem}: there is no loss per time to weight in {type(self).__name__}. "
+            f"Accepted: power=0 without {LOSS_WEIGHTS} (the usual loss), or labels of shape [batch, time] and logits "
+            "of shape [batch, time, vocabulary]."
         )
 
     def _problem_with(self, batch: Any) -> str:
@@ -176,14 +176,14 @@ class TimelineHooks(_Trainer):
         loss = self._read_model_loss()
         if loss.is_read and not labels.is_floating_point():
             return loss.unsupported
-        if self._problem is None:
+        if self._temporal_problem is None:
             inputs = self._prepare_inputs({key: value for key, value in batch.items() if key not in OWN_KEYS})
             if labels.is_floating_point():
-                self._problem = regression_problem(self._root, inputs) if self._can_run else ""
+                self._temporal_problem = regression_problem(self._root, inputs) if self._can_run else ""
             else:
-                self._model_loss = read_on_batch(self._root, loss, inputs)
-                self._problem = self._model_loss.unsupported
-        return self._problem
+                self._temporal_model_loss = read_on_batch(self._root, loss, inputs)
+                self._temporal_problem = self._temporal_model_loss.unsupported
+        return self._temporal_problem
 
     # ---- what is left alone
 

@@ -33,7 +33,7 @@ from .evaluation_hooks import EvaluationByPosition
 from .positions import IGNORE_INDEX, shift_left
 from .step_weights import WeightedStep, weigh_batches
 from .training_args import TemporalFields
-from .unsupported import LossCheck, check_arguments, check_engine, check_loss_func, check_order
+from .unsupported import LossCheck, check_arguments, check_engine, check_is_trainer, check_loss_func, check_order
 from .weighting import TemporalWeighting
 
 
@@ -55,7 +55,8 @@ class TemporalWeightMixin(EvaluationByPosition):
     `eval_head_loss`, `eval_tail_loss`, `eval_last_token_loss` and the file `loss_by_position.json` in `output_dir`.
 
     Raises:
-        TypeError: the mixin stands behind its trainer.
+        TypeError: the mixin stands behind its trainer, or in front of what is none; a method of the trainer's has the
+            name of one of the mixin's own.
         ValueError: `nn.DataParallel`, a fused Liger cross-entropy, DeepSpeed's sequence parallelism; with p ≠ 0,
             `compute_loss_func`, labels without a time dimension, a model whose own loss is not the cross-entropy of
             its logits or, at the first step, a trainer whose loss does not come from the model's own.
@@ -68,17 +69,18 @@ class TemporalWeightMixin(EvaluationByPosition):
         check_order(cls, TemporalWeightMixin)
 
     def __init__(self, *args: Any, weighting: TemporalWeighting | None = None, **kwargs: Any) -> None:
+        check_is_trainer(self, TemporalWeightMixin)
         if weighting is not None and not isinstance(weighting, TemporalWeighting):
             raise TypeError(f"weighting={weighting!r} is a {type(weighting).__name__}; accepted: a TemporalWeighting.")
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         given |= given.get("kwargs", {})
         check_arguments(given)
         _trl.check_sft_arguments(type(self), given, LOSS_WEIGHTS)
-        self._given_weighting = weighting
-        self._step: WeightedStep | None = None
-        self._sample_sizes: list[Tensor] = []
-        self._is_collecting = False
-        self._is_weighted = False
+        self._temporal_given_weighting = weighting
+        self._temporal_step: WeightedStep | None = None
+        self._temporal_sample_sizes: list[Tensor] = []
+        self._temporal_is_collecting = False
+        self._temporal_is_weighted = False
         super().__init__(*args, **kwargs)
         check_engine(self)
         if not self._is_trivial({}):
@@ -92,10 +94,10 @@ class TemporalWeightMixin(EvaluationByPosition):
         searched = [name for name in getattr(trial, "params", trial) or () if name.startswith("temporal_")]
         if isinstance(self.args, TemporalFields):
             self.args.validate_temporal_fields()
-        if searched and self._given_weighting is not None:
+        if searched and self._temporal_given_weighting is not None:
             raise ValueError(
-                f"{searched[0]} is searched beside an explicit weighting={self._given_weighting!r}, which overrides "
-                "it; accepted: one of the two."
+                f"{searched[0]} is searched beside an explicit weighting={self._temporal_given_weighting!r}, which "
+                "overrides it; accepted: one of the two."
             )
 
     def _check_own_loss(self) -> None:
@@ -106,21 +108,21 @@ class TemporalWeightMixin(EvaluationByPosition):
     # ---- training
 
     def get_train_dataloader(self) -> Any:
-        self._sample_sizes.clear()  # of a run that was cut short, as by a batch size that did not fit
+        self._temporal_sample_sizes.clear()  # of a run that was cut short, as by a batch size that did not fit
         return super().get_train_dataloader()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step, and D in place of the number of items."""
-        self._step, self._is_collecting = None, True
+        self._temporal_step, self._temporal_is_collecting = None, True
         collected: list[tuple[Tensor, int]] = []
         try:
             batches, num_items_in_batch = super().get_batch_samples(
                 _recorded(epoch_iterator, collected), num_batches, device
             )
         finally:
-            self._is_collecting = False
+            self._temporal_is_collecting = False
         if not batches or self._is_left_alone(batches[0]):
             return [_without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
         if problem := self._problem_with(batches[0]):
@@ -128,8 +130,8 @@ class TemporalWeightMixin(EvaluationByPosition):
             return [_without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
         self._check_own_loss()
         batches = [batch if _is_unchanged(batch, collected) else _without(batch, TIMES) for batch in batches]
-        step = self._step = self._weigh(batches, device)
-        self._sample_sizes.append(step.effective_sample_size)
+        step = self._temporal_step = self._weigh(batches, device)
+        self._temporal_sample_sizes.append(step.effective_sample_size)
         if not self._has_own("_get_num_items_in_batch"):
             return step.batches, step.denominator
         if self.weighting.normalization != "sequence" or LOSS_WEIGHTS in batches[0]:
@@ -143,7 +145,7 @@ class TemporalWeightMixin(EvaluationByPosition):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """The trainer's own count; left out, with its gathering over all ranks, where D takes its place."""
         is_needed = (
-            not self._is_collecting
+            not self._temporal_is_collecting
             or not batch_samples
             or self._has_own("_get_num_items_in_batch")
             or self._is_left_alone(batch_samples[0])
@@ -168,8 +170,8 @@ class TemporalWeightMixin(EvaluationByPosition):
         Where the model shifts its labels they have to be shifted before that, and the weights with them.
         """
         found = None
-        if self._step is not None and self.get_cp_size() > 1:
-            found = self._step.find(inputs["labels"])
+        if self._temporal_step is not None and self.get_cp_size() > 1:
+            found = self._temporal_step.find(inputs["labels"])
         if found is None:
             return super()._prepare_context_parallel_inputs(model, inputs)
         if self._read_model_loss().shifts_labels and not found.labels.is_floating_point():
@@ -198,7 +200,7 @@ class TemporalWeightMixin(EvaluationByPosition):
         if problem or not weighs:
             return self._unweighted_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_own_loss()
-        steps = [] if self._step is None else [self._step]
+        steps = [] if self._temporal_step is None else [self._temporal_step]
         if not any(step.find(inputs["labels"]) for step in steps):
             if self.get_cp_size() > 1:
                 raise ValueError(
@@ -257,12 +259,12 @@ class TemporalWeightMixin(EvaluationByPosition):
         step, found = known[0]
         coefficient = self._read_model_loss().auxiliary_coefficient
         micro_batches = 1
-        if step is self._step:
+        if step is self._temporal_step:
             micro_batches = getattr(self, "current_gradient_accumulation_steps", len(step.batches))
         copies = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         if items is not None:  # the trainer then multiplies by the copies
             return Share(found, 1 / items, coefficient / (micro_batches * copies), by_trainer)
-        if step is not self._step:
+        if step is not self._temporal_step:
             return Share(found, copies / step.denominator, coefficient)
         if self.model_accepts_loss_kwargs:  # the trainer's code asks for the mean of this micro-batch
             return Share(found, 1 / found.denominator, coefficient)
@@ -270,7 +272,7 @@ class TemporalWeightMixin(EvaluationByPosition):
         return Share(found, copies * divided / step.denominator, coefficient * divided / micro_batches)
 
     def _note_weighted(self, _: Tensor) -> None:
-        self._is_weighted = True
+        self._temporal_is_weighted = True
 
     def _check_weighted(self) -> None:
         """Look, after the backward passes of a step, whether what was minimised is the weighted loss.
@@ -278,11 +280,11 @@ class TemporalWeightMixin(EvaluationByPosition):
         Raises:
             ValueError: it is not, and p ≠ 0.
         """
-        step, is_weighted, self._is_weighted = self._step, self._is_weighted, False
+        step, is_weighted, self._temporal_is_weighted = self._temporal_step, self._temporal_is_weighted, False
         if step is None or is_weighted:
             return
-        self._step = None
-        self._sample_sizes.clear()
+        self._temporal_step = None
+        self._temporal_sample_sizes.clear()
         if not self._is_trivial({}):
             raise ValueError(
                 f"the loss of {type(self).__name__} does not come from the model's own: its compute_loss (or "
@@ -293,10 +295,10 @@ class TemporalWeightMixin(EvaluationByPosition):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds `temporal_power` and `effective_sample_size` to the logs of the training loss."""
-        if self._step is not None and self._sample_sizes and "loss" in logs:
-            logs["temporal_power"] = self._step.power
-            logs["effective_sample_size"] = torch.stack(self._sample_sizes).mean().item()
-            self._sample_sizes.clear()
+        if self._temporal_step is not None and self._temporal_sample_sizes and "loss" in logs:
+            logs["temporal_power"] = self._temporal_step.power
+            logs["effective_sample_size"] = torch.stack(self._temporal_sample_sizes).mean().item()
+            self._temporal_sample_sizes.clear()
         super().log(logs, *args, **kwargs)
 
     # ---- what is saved

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -44,7 +44,8 @@ def check_order(kind: type, mixin: type) -> None:
     """Look at the bases of a trainer that the mixin is one of.
 
     Raises:
-        TypeError: the mixin stands behind transformers' trainer, whose methods then hide its own.
+        TypeError: the mixin stands behind transformers' trainer, whose methods then hide its own; a method of another
+            base has the name of one of the mixin's own.
     """
     order = kind.__mro__
     if Trainer in order and order.index(Trainer) < order.index(mixin):
@@ -53,6 +54,34 @@ def check_order(kind: type, mixin: type) -> None:
             f"class {kind.__name__}({names}): {mixin.__name__} behind the trainer changes nothing. Accepted: "
             f"class {kind.__name__}({mixin.__name__}, ...), the mixin first."
         )
+    ours = {name for base in mixin.__mro__ if _is_ours(base) for name in vars(base) if not name.startswith("__")}
+    for base in order:
+        if _is_ours(base) or issubclass(Seq2SeqTrainer, base):
+            continue
+        if taken := sorted(name for name in ours & vars(base).keys() if not hasattr(Seq2SeqTrainer, name)):
+            raise TypeError(
+                f"{base.__name__}.{taken[0]} has the name of a method that {mixin.__name__} needs for itself. "
+                "Accepted: another name for it."
+            )
+
+
+def check_is_trainer(trainer: Any, mixin: type) -> None:
+    """Look at what the mixin is in front of, before it is initialised.
+
+    Raises:
+        TypeError: no trainer of transformers'.
+    """
+    if not isinstance(trainer, Trainer):
+        names = ", ".join(f"{base.__module__}.{base.__name__}" for base in type(trainer).__bases__)
+        raise TypeError(
+            f"class {type(trainer).__name__}({names}): no subclass of transformers.Trainer, whose batches and loss "
+            f"{mixin.__name__} changes. Accepted: {mixin.__name__} in front of a subclass, such as the trainer that "
+            "this one trains with."
+        )
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == __package__
 
 
 class LossCheck(TrainerCallback):

@@ -388,3 +388,37 @@ def test_the_mixin_behind_its_trainer_is_refused() -> None:
     with pytest.raises(TypeError, match=r"class Slip\(Trainer, TemporalWeightMixin\).*the mixin first"):
         type("Slip", (Trainer, TemporalWeightMixin), {})
     assert issubclass(weighted(Trainer), TemporalWeightMixin)
+
+
+# ---- names
+
+
+class CountsItsSteps(Trainer):
+    """Keeps numbers under names that are short enough for anyone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._step = 0
+        self._losses: list[float] = []
+        self._problem = self._model_loss = self._model_read = self._is_weighted = None
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self._step += 1
+        self._losses.append(float(loss))
+        assert self._problem is self._model_loss is self._model_read is self._is_weighted is None
+        return loss
+
+
+@pytest.mark.parametrize("power", POWERS)
+def test_attributes_of_the_trainer_stay_its_own(power: float, tmp_path: Path) -> None:
+    ours, plain = (run(weighted(kind), tmp_path, power=power) for kind in (CountsItsSteps, Trainer))
+    assert numbers(ours) == pytest.approx(numbers(plain), rel=1e-6)
+
+
+def test_a_method_with_the_name_of_one_of_ours_is_refused() -> None:
+    class Weighs(Trainer):
+        def _weigh(self) -> None: ...
+
+    with pytest.raises(TypeError, match=r"Weighs\._weigh has the name of a method that TemporalWeightMixin needs"):
+        weighted(Weighs)

@@ -70,8 +70,8 @@ def test_deepspeed_does_not_round_the_weights(tmp_path: Path, monkeypatch: pytes
     prepared = trainer._prepare_inputs(collected)
     assert prepared["features"].dtype == torch.bfloat16
     assert prepared.keys() == {"input_ids", "labels", "features"}
-    assert trainer._step is not None
-    found = trainer._step.find(prepared["labels"])
+    assert trainer._temporal_step is not None
+    found = trainer._temporal_step.find(prepared["labels"])
     assert found is not None
     torch.testing.assert_close(
         found.weights[:, 1:].sum(), (batch[LOSS_WEIGHTS][:, 1:] * torch.tensor([0.4, 0.8, 1.2, 1.6])).sum()

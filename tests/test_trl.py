@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_temporal import TemporalTrainingArguments, TemporalWeighting, TemporalWeightMixin
+from hf_temporal import TemporalTrainingArguments, TemporalWeighting, TemporalWeightMixin, TemporalWeightTrainer
 from tests.tiny_models import VOCABULARY, causal_examples, tiny_model
 
 trl = pytest.importorskip("trl", minversion="1.16.0")
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from hf_temporal.trl import TemporalSFTConfig, TemporalWeightSFTTrainer  # noqa: E402
 from tests.test_mixin import ROWS, reference  # noqa: E402
+from tests.test_mixin import run as run_plain  # noqa: E402
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
 PROMPTS = [
@@ -147,6 +148,16 @@ def test_a_plain_class_with_the_mixin_and_a_plain_config(tmp_path: Path) -> None
 
     ours = run(Weighted, trl.SFTConfig, tmp_path, weighting=TemporalWeighting(2.0))
     assert first(ours)["loss"] == pytest.approx(reference(2.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_label_smoothing_of_the_weighted_loss(fused: str, tmp_path: Path) -> None:
+    smoothing: dict[str, Any] = {"label_smoothing_factor": 0.1}
+    config = {"temporal_power": 2.0, "temporal_fused_head": fused, **smoothing}
+    ours = run(TemporalWeightSFTTrainer, TemporalSFTConfig, tmp_path, **config)
+    (plain, _) = run_plain(TemporalWeightTrainer, tmp_path, power=2.0, args=smoothing)
+    assert first(ours)["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert plain["loss"] != pytest.approx(reference(2.0), rel=1e-4)
 
 
 def test_an_auxiliary_loss_stays_the_trainers(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ class SlowEmbeddingTrainer(Trainer):
 
 
 class WeightedSlowEmbeddingTrainer(TemporalWeightMixin, SlowEmbeddingTrainer):
-    """The same, with the loss weighted by t^p: the mixin computes it, in place of a `compute_loss` behind it."""
+    """The same, with the loss weighted by t^p; a `compute_loss` of the trainer's own would be called as well."""
 
 
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
