@@ -199,12 +199,13 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         factor = grad_output if ctx.peak is None else grad_output * ctx.peak
-        on_cpu = factor.device.type == "cpu"
-        if not on_cpu or factor != 1:
-            factor = factor if on_cpu else factor.view(1)  # CUDA would round a 0-dim factor to the gradient's dtype
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(factor)
+        if factor.device.type == "cpu" and factor == 1:
+            factor = None
+        elif factor.device.type != "cpu":
+            factor = factor.view(1)  # CUDA would round a 0-dim factor to the gradient's dtype
+        for gradient in gradients:
+            if gradient is not None and factor is not None:
+                gradient.mul_(factor)
         typed = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return None, None, None, None, *typed
 
