@@ -36,6 +36,8 @@ TRL_KINDS = {
     "RLOOTrainer": "trl",
     "DistillationTrainer": "trl",
     "GKDTrainer": "trl.experimental.gkd",
+    "CPOTrainer": "trl.experimental.cpo",
+    "ORPOTrainer": "trl.experimental.orpo",
 }
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -119,12 +121,16 @@ COLUMNS = {
     "RLOOTrainer": "prompt",
     "DistillationTrainer": "prompt",
     "GKDTrainer": "messages",
+    "CPOTrainer": "prompt chosen rejected",
+    "ORPOTrainer": "prompt chosen rejected",
 }
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "GRPOTrainer": {"num_generations": 2, "max_completion_length": 6},
     "RLOOTrainer": {"num_generations": 2, "max_completion_length": 6, "beta": 0.0},
     "DistillationTrainer": {"max_completion_length": 6},
     "GKDTrainer": {"max_new_tokens": 6, "max_length": 32},
+    "CPOTrainer": {"max_length": 32},
+    "ORPOTrainer": {"max_length": 32},
 }
 
 
