@@ -44,7 +44,7 @@ test-latest: $(LATEST)/.stamp-packages $(LATEST)/.stamp-model
 # The same properties on many cases, drawn anew each time.
 test-bad-input: $(VENV)/.stamp-packages $(VENV)/.stamp-model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) --hypothesis-profile many --timeout 7200 \
-		tests/test_bad_input.py tests/finetuning/test_bad_files.py $(ARGS)
+		tests/test_bad_input.py tests/test_bad_batches.py tests/finetuning/test_bad_files.py $(ARGS)
 
 quality: $(VENV)/.stamp-packages
 	$(VENV)/bin/ruff check .

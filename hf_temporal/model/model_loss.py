@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from hf_temporal.positions import IGNORE_INDEX, shift_left
 from hf_temporal.weighting import REGRESSION_LOSSES
 
 from .fused_head import FusedHead, answer_logits, config_number
+from .undisturbed import undisturbed
 
 logger = logging.get_logger(__name__)
 
@@ -374,31 +375,3 @@ def _auxiliary_coefficient(base: Any) -> float:
     config = base.config.get_text_config() if isinstance(base, PreTrainedModel) else None
     named = config_number(config, "router_aux_loss_coef", config_number(config, "aux_loss_coef", 0.0))
     return float(getattr(base, "router_aux_loss_coef", named))
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags, numbers, random states, buffers and FSDP2's shards are restored.
-
-    Some modules keep a number that a forward finds, such as a router the capacity of its experts. FSDP2 leaves a root
-    gathered after a forward, and an optimizer that is made then never sees its shards.
-    """
-    numbers = [(module, _numbers(module)) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, attributes in numbers:
-                vars(module).update(attributes)
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-
-
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if value is None or isinstance(value, (int, float, str))}
