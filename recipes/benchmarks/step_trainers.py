@@ -29,7 +29,8 @@ import hf_temporal
 
 MODELS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
 STOCK, SFT = "stock", "SFTTrainer"
-TRAINERS = (STOCK, "by hand", SFT, "fused head", "full logits", "no head")
+WEIGHTED_SFT = {"weighted SFTTrainer": "auto", "weighted SFTTrainer, full logits": "off"}  # by its fused head
+TRAINERS = (STOCK, "by hand", SFT, *WEIGHTED_SFT, "fused head", "full logits", "no head")
 TUNED = ("lora", "full")
 POWER = 1.0
 WARMUP = 2
@@ -69,9 +70,9 @@ def is_seq2seq(model: str) -> bool:
 
 def why_not(trainer: str, model: str) -> str:
     """Why a trainer does not train a model here, empty where it does."""
-    if trainer == SFT and importlib.util.find_spec("trl") is None:
+    if SFT in trainer and importlib.util.find_spec("trl") is None:
         return "trl is not installed"
-    if trainer == SFT and is_seq2seq(model):
+    if SFT in trainer and is_seq2seq(model):
         return "it trains decoder-only models"
     return ""
 
@@ -164,15 +165,20 @@ def build_trainer(job: Job, folder: str, callbacks: Sequence[TrainerCallback] = 
         "logging_strategy": "no", "seed": job.seed,
     }  # fmt: skip
     given: dict[str, Any] = {"model": build_model(job), "train_dataset": rows(job), "callbacks": [*callbacks]}
-    if job.trainer == SFT:
+    if SFT in job.trainer:
         trl: Any = importlib.import_module("trl")
-        arguments = trl.SFTConfig(**common, gradient_checkpointing=False, bf16=False, max_length=None)
+        kind, config = trl.SFTTrainer, trl.SFTConfig
+        if job.trainer != SFT:
+            ours: Any = importlib.import_module("hf_temporal.trl")
+            kind, config = ours.TemporalWeightSFTTrainer, ours.TemporalSFTConfig
+            common |= {"temporal_power": POWER, "temporal_fused_head": WEIGHTED_SFT[job.trainer]}
+        arguments = config(**common, gradient_checkpointing=False, bf16=False, max_length=None)
         # It reads lists, and takes the padding from a tokenizer, which is of one token here.
         lists = {key: [row[key].tolist() for row in given["train_dataset"]] for key in ("input_ids", "labels")}
         words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
         given |= {"train_dataset": Dataset.from_dict(lists), "processing_class": tokenizer}
-        return trl.SFTTrainer(args=arguments, **given)
+        return kind(args=arguments, **given)
     prefix = "Seq2Seq" if is_seq2seq(job.model) else ""
     if job.trainer in ("fused head", "full logits"):
         common |= {"temporal_power": POWER, "temporal_fused_head": "auto" if job.trainer == "fused head" else "off"}
