@@ -34,15 +34,14 @@ class WeightedLabels:
     version: int
     is_split: bool = False
 
-    def belong_to(self, labels: Tensor) -> bool:
-        """Whether these are the labels, unchanged, or a copy of them as on another device."""
-        if labels is self.labels:
-            return self.is_split or labels._version == self.version
-        return (
-            labels.shape == self.labels.shape
-            and self.labels._version == self.version
-            and torch.equal(labels.to(self.labels), self.labels)
-        )
+    def is_unchanged(self) -> bool:
+        return self.is_split or self.labels._version == self.version
+
+    def equal(self, labels: Tensor) -> bool:
+        """Whether these are a copy of the labels, as on another device; NaN, which marks no target, equals NaN."""
+        if labels.shape != self.labels.shape or not self.is_unchanged():
+            return False
+        return torch.allclose(labels.to(self.labels), self.labels, rtol=0, atol=0, equal_nan=True)
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,21 @@ class WeightedStep:
     effective_sample_size: Tensor
 
     def find(self, labels: Tensor) -> WeightedLabels | None:
-        """The weights of these labels: those of the very tensor if it is among them, else of one that is equal."""
-        same = [each for each in self.weighted if each.labels is labels]
-        return next((each for each in same or self.weighted if each.belong_to(labels)), None)
+        """The weights of these labels: those of the very tensor if it is among them, else of one that is equal.
+
+        Raises:
+            ValueError: a copy of labels that are weighted in two ways.
+        """
+        for each in self.weighted:
+            if each.labels is labels:
+                return each if each.is_unchanged() else None
+        equal = [each for each in self.weighted if each.equal(labels)]
+        if any(not torch.equal(each.weights, equal[0].weights) for each in equal[1:]):
+            raise ValueError(
+                "two micro-batches of an optimizer step have the same labels and other weights, and the labels were "
+                "copied since; accepted: a data loader that puts batches on the device itself, as accelerate's do."
+            )
+        return equal[0] if equal else None
 
 
 def weigh_batches(

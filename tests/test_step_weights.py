@@ -83,3 +83,26 @@ def test_items_are_counted_where_there_is_nothing_to_weight(tmp_path: Path) -> N
     batches, items = trainer.get_batch_samples(iter([batch]), 1, CPU)
     assert batches[0] is batch
     assert items is not None
+
+
+def test_copies_of_labels_are_found_and_changed_ones_are_not() -> None:
+    """NaN marks float labels without a target; a device other than that of the batch makes copies."""
+    whole, floats = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0.5, math.nan, 1.0, 2.0]])
+    times = torch.tensor([[0, 1, 2, 3]])
+    rows: list[Any] = [{"labels": labels, POSITIONS: times.clone()} for labels in (whole, floats)]
+    step = weigh_batches(rows, TemporalWeighting(power=1.0), gather=None, device=CPU)
+    for labels, weighted in zip((whole, floats), step.weighted, strict=True):
+        assert step.find(labels) is step.find(labels.clone()) is weighted
+        assert step.find(labels + 1) is None
+    whole[0, 3] = -100
+    assert step.find(whole) is None
+
+
+def test_copies_of_labels_with_two_kinds_of_weights() -> None:
+    labels = torch.tensor([[5, 6, 7]])
+    rows: list[Any] = [{"labels": labels.clone(), POSITIONS: torch.tensor([t])} for t in ([0, 1, 2], [1, 2, 3])]
+    first, _ = kept = [row["labels"] for row in rows]
+    step = weigh_batches(rows, TemporalWeighting(power=1.0), gather=None, device=CPU)
+    assert [step.find(each) for each in kept] == step.weighted
+    with pytest.raises(ValueError, match="the same labels and other weights, and the labels were copied"):
+        step.find(first.clone())
