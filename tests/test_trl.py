@@ -20,7 +20,7 @@ from peft import LoraConfig  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from hf_temporal.trl import TemporalSFTConfig, TemporalWeightSFTTrainer  # noqa: E402
-from tests.test_mixin import ROWS, reference  # noqa: E402
+from tests.test_mixin import ROWS, TWO_STEPS, reference  # noqa: E402
 from tests.test_mixin import run as run_plain  # noqa: E402
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
@@ -39,21 +39,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def run(kind: Any, config: Any, folder: Path, *, rows: Any = ROWS, model: str = "llama", **kwargs: Any) -> Any:
     own = {key: kwargs.pop(key) for key in ("weighting", "peft_config", "compute_loss_func") if key in kwargs}
     settings = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
+        **TWO_STEPS,
         "eval_strategy": "steps",
         "eval_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
         **kwargs,

@@ -97,7 +97,8 @@ class WeightedForward:
         if not isinstance(labels, Tensor):
             return None
         share = self._share_of(kwargs)
-        weights, targets = share.weighted.weights, share.weighted.targets
+        # The weights are divided instead of the loss: gradients that are made in the forward pass are then final.
+        weights, targets = share.weighted.weights * share.scale, share.weighted.targets
         shifted = kwargs.get("shift_labels")
         inputs = {
             key: value
@@ -105,7 +106,7 @@ class WeightedForward:
             if key not in ("labels", "shift_labels", "num_items_in_batch", _trl.FUSED_HEAD)
         }
         if labels.is_floating_point():
-            self._call = _Call(labels, weights * share.scale, share, has_own_loss=True)
+            self._call = _Call(labels, weights, share, has_own_loss=True)
             return args, {**inputs, "labels": labels}
         inputs |= {"labels": labels} if self._own.needs_labels else missing_decoder_inputs(self._root, inputs, labels)
         if share.weighted.is_split and shifted is not None:
@@ -113,8 +114,6 @@ class WeightedForward:
         elif self._own.shifts_labels:
             labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
             targets = None if targets is None else targets - 1
-        # The weights are divided instead of the loss: gradients that are made in the forward pass are then final.
-        weights = weights * share.scale
         call = self._call = _Call(labels, weights, share, has_own_loss=self._own.needs_labels)
         if kwargs.get(_trl.FUSED_HEAD):  # what is measured is that of all labels, of weight 0 as well
             targets = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
