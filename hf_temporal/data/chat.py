@@ -49,6 +49,7 @@ class Answer(NamedTuple):
     prompt: str
     text: str
     end: int  # characters of `text` up to the end of the turn, that included
+    lead: int  # where the last special token of the prompt begins, before which nothing depends on what follows
 
 
 def encode_conversations(
@@ -76,41 +77,50 @@ def encode_conversations(
             "the data hold conversations, and the tokenizer has no chat template; accepted: a tokenizer that has one, "
             "or --chat_template FILE."
         )
+    special = special_texts(tokenizer)
     grouped: list[list[list[Answer]]] = []
     for conversation in conversations:
         _check_settings(conversation, tokenizer)
-        grouped.append(_in_one_context(_answers(conversation, tokenizer)))
-    texts = [
-        text
-        for groups in grouped
-        for group in groups
-        for text in (group[-1].prompt + group[-1].text, *(answer.prompt for answer in group))
-    ]
-    encoded = iter(tokenize(tokenizer, texts))
+        grouped.append(_in_one_context(_answers(conversation, tokenizer, special)))
+    every = [group for groups in grouped for group in groups]
+    encoded = iter(tokenize(tokenizer, [group[-1].prompt + group[-1].text for group in every]))
+    leads = [*{answer.prompt[answer.lead :] for group in every for answer in group}]  # mostly the same few
+    lead_ids = {lead: lead_encoded.ids for lead, lead_encoded in zip(leads, tokenize(tokenizer, leads), strict=True)}
     rows: list[list[Row]] = []
     for conversation, groups in zip(conversations, grouped, strict=True):
         made = [] if groups else [Row([], [])]
         for group in groups:
-            whole, prompts = next(encoded), [next(encoded).ids for _ in group]
-            if all(whole.ids[: len(prompt)] == prompt for prompt in prompts):
-                made.append(_row(whole, group, prompts, conversation, patterns))
-                continue
-            for answer, prompt in zip(group, prompts, strict=True):
-                (alone,) = tokenize(tokenizer, [answer.prompt + answer.text])
-                made.append(_row_of_one(alone, answer, prompt, conversation, patterns, tokenizer))
+            whole = next(encoded)
+            starts = [_start(whole, answer, lead_ids[answer.prompt[answer.lead :]]) for answer in group]
+            if None not in starts:
+                made.append(_row(whole, group, starts, conversation, patterns))
+            else:
+                made += [_row_of_one(answer, conversation, patterns, tokenizer) for answer in group]
         rows.append(made)
     return rows
 
 
+def _start(whole: Any, answer: Answer, lead: list[int]) -> int | None:
+    """Where an answer begins in the encoding of its conversation; None if its prompt has other tokens by itself.
+
+    A tokenizer splits a text at special tokens first, so that the tokens before the last one in the prompt are those
+    of the prompt alone. From there on, they are compared with those of the prompt's end, `lead`.
+    """
+    first = whole.char_to_token(answer.lead)
+    if first is None or whole.ids[first : first + len(lead)] != lead:
+        return None
+    return int(first) + len(lead)
+
+
 def _row(
-    whole: Any, group: list[Answer], prompts: list[list[int]], conversation: Conversation, patterns: Sequence[Pattern]
+    whole: Any, group: list[Answer], places: Sequence[Any], conversation: Conversation, patterns: Sequence[Pattern]
 ) -> Row:
-    """A row of several answers, each of which begins where the tokens of its prompt end."""
+    """A row of several answers, each of which begins at its place among the tokens."""
     tokens, offsets = whole.ids, whole.offsets
     labels, weights = [IGNORE_INDEX] * len(tokens), [0.0] * len(tokens)
     starts = [start for start, _ in offsets]
-    for answer, prompt in zip(group, prompts, strict=True):
-        first, start = len(answer.prompt), len(prompt)
+    for answer, start in zip(group, places, strict=True):
+        first = len(answer.prompt)
         end = bisect_left(starts, first + answer.end, lo=start)
         spans = [(begin - first, stop - first) for begin, stop in offsets[start:end]]
         labels[start:end] = tokens[start:end]
@@ -119,15 +129,12 @@ def _row(
 
 
 def _row_of_one(
-    whole: Any,
-    answer: Answer,
-    prompt: list[int],
-    conversation: Conversation,
-    patterns: Sequence[Pattern],
-    tokenizer: PreTrainedTokenizerBase,
+    answer: Answer, conversation: Conversation, patterns: Sequence[Pattern], tokenizer: PreTrainedTokenizerBase
 ) -> Row:
     """The row of one answer behind the tokens of its prompt."""
     name = conversation.where(answer.message)
+    asked, whole = tokenize(tokenizer, [answer.prompt, answer.prompt + answer.text])
+    prompt = asked.ids
     tokens, spans = continued(prompt, answer.prompt, answer.text, whole, tokenizer, name)
     end = bisect_left([start for start, _ in spans], answer.end)
     unlearned = [IGNORE_INDEX] * len(prompt)
@@ -176,7 +183,7 @@ def _variables(template: str) -> frozenset[str]:
     return _known_variables[template]
 
 
-def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
+def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, special: Sequence[str]) -> list[Answer]:
     """The answers to learn, each rendered as the last message of its conversation."""
     messages, indices = conversation.messages, [*conversation.answers]
     if not indices:
@@ -188,13 +195,13 @@ def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> 
         )
     prompts = _render(conversation, [messages[:index] for index in indices], tokenizer, prompt=True)
     whole = _render(conversation, [messages[: index + 1] for index in indices], tokenizer, prompt=False)
-    special = _special_texts(tokenizer)
     answers = []
     for index, prompt, rendered in zip(indices, prompts, whole, strict=True):
         message, name = messages[index], conversation.where(index)
         text = rendered[len(prompt) :] if rendered.startswith(prompt) else _opened(prompt, rendered, message, name)
         _check_written(message, text, name)
-        answers.append(Answer(index, prompt, text, _end_of_turn(message, text, special)))
+        lead = max([0, *(prompt.rfind(token) for token in special)])
+        answers.append(Answer(index, prompt, text, _end_of_turn(message, text, special), lead))
     return answers
 
 
@@ -266,10 +273,10 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of the special tokens."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    texts = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
+    return [text for text in {*tokenizer.all_special_tokens, *added} if text]
 
 
 def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -277,7 +284,7 @@ def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
 
 
-def _end_of_turn(message: Message, text: str, special: re.Pattern[str] | None) -> int:
+def _end_of_turn(message: Message, text: str, special: Sequence[str]) -> int:
     """Where an answer's turn ends: behind the last special token that the template puts behind it.
 
     Where it puts none, in front of the white space at the end, unless that is the message's own.
@@ -288,9 +295,9 @@ def _end_of_turn(message: Message, text: str, special: re.Pattern[str] | None) -
     found = text.rfind(said) if said and not calls else -1
     behind = found + len(said) if found >= 0 else 0
     stripped = len(text.rstrip())
-    last = next(reversed([*special.finditer(text)]), None) if special else None
-    if last is not None and (last.start() >= behind or last.end() == stripped):
-        return last.end()
+    last, size = max(((text.rfind(token), len(token)) for token in special), default=(-1, 0))
+    if last >= 0 and (last >= behind or last + size == stripped):
+        return last + size
     return stripped if stripped > behind else len(text)
 
 
