@@ -11,11 +11,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import CommitInfo
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, trainer_utils
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer import safe_globals as safe_globals
 from transformers.utils import PushInProgress
@@ -114,6 +115,18 @@ def set_pushes_in_progress(trainer: Trainer, pushes: list[Future[CommitInfo]]) -
 def wait_for_pushes(trainer: Trainer) -> None:
     """Waits until the uploads of checkpoints are done; one that failed raises nothing here."""
     trainer._finish_current_push()
+
+
+def align_special_tokens(model: Any, tokenizer: Any) -> None:
+    """What `Trainer.train` does before it begins: the model's configurations get the tokenizer's special tokens.
+
+    A function of `transformers.trainer_utils`, and a method of the trainer in 5.0.
+    """
+    if hasattr(trainer_utils, "align_special_tokens"):
+        trainer_utils.align_special_tokens(model, tokenizer)
+    else:
+        old: Any = Trainer
+        old._align_special_tokens(SimpleNamespace(model=model, processing_class=tokenizer))
 
 
 def forget_eval_dataloaders(trainer: Trainer) -> None:

@@ -128,7 +128,7 @@ def encode_for_causal_lm(
         per_example = [[_given(batch, place, name)] for place, name in enumerate(names)]
     elif "text" in batch:
         per_example = [[row] for row in rows_of_texts(batch["text"], tokenizer, arguments.patterns)]
-    elif _are_conversations(batch, names):
+    elif are_conversations(batch, names):
         settings = arguments.chat_template_kwargs
         assert not isinstance(settings, str)
         conversations = conversations_of(batch, names, settings or {}, train_on=arguments.train_on)
@@ -162,13 +162,14 @@ def brings_weights(examples: Dataset, arguments: LanguageModelingArguments) -> b
     return any('"weight"' in json.dumps(value) for name in columns for value in examples[name])
 
 
-def _are_conversations(batch: Mapping[str, Sequence[Any]], names: Sequence[str]) -> bool:
+def are_conversations(batch: Mapping[str, Sequence[Any]], names: Sequence[str] = ()) -> bool:
+    """Whether a batch holds messages, and not texts; `names` are what an error calls its rows, where it is checked."""
     if "messages" in batch or "conversations" in batch:
         return True
     if "prompt" not in batch:
         return False
     are_texts = isinstance(batch["prompt"][0], str)
-    for name, *pair in zip(names, batch["prompt"], batch["completion"], strict=True):
+    for name, *pair in zip(names, batch["prompt"], batch["completion"], strict=bool(names)):
         if any(isinstance(each, str) != are_texts for each in pair):
             accepted = "two texts, or two lists of messages, the same in all rows"
             raise ValueError(f"prompt and completion of {name} are of two kinds; accepted: {accepted}.")

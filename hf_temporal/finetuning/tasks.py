@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 from datasets import Dataset
@@ -21,6 +22,8 @@ from hf_temporal.data.rows import CUT
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
 from hf_temporal.installed import require
 from hf_temporal.positions import IGNORE_INDEX
+
+from .end_tokens import ends_of_answers
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +87,7 @@ class Task(ABC):
     cut: ClassVar[str] = ""  # what cuts rows, and what that takes
     answer_length: int  # the largest number of tokens to generate
     generates: bool = True  # a decoder-only model's answers; else they are read off at each position
+    ends: Mapping[int, int] = MappingProxyType({})  # how often each token ends an answer in a chat template
     unused: Collection[str] = ()  # splits that the run does not need, so that they are not tokenized
 
     def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:  # noqa: ARG002
@@ -116,13 +120,20 @@ class Task(ABC):
             desc=f"Tokenizing {split}",
         )
 
-    def _tokenized(self, config: PreTrainedConfig, function: Callable[..., Any], **settings: Any) -> dict[str, Any]:
-        """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from."""
+    def _tokenized(
+        self, config: PreTrainedConfig, function: Callable[..., Any], *, with_ends: bool = False, **settings: Any
+    ) -> dict[str, Any]:
+        """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from.
+
+        If `with_ends`, the tokens that end the answers are counted in `ends`.
+        """
         encoded = {}
         for split in self.used():
             rows = self._mapped(split, function, **settings)
             if cut := sum(rows[CUT]):
                 logger.warning(f"{split}: {cut} of {len(rows)} rows are cut: {self.cut}.")
+            if with_ends and not self.ends:
+                self.ends = ends_of_answers(rows)
             rows = rows.remove_columns(CUT)
             limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
             kept = rows.filter(_can_be_learned, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
@@ -165,7 +176,7 @@ class Summarization(Task):
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         settings: dict[str, Any] = {"tokenizer": tokenizer, "arguments": self.arguments, "counted": True}
         if not config.is_encoder_decoder:
-            settings["chat_template_kwargs"] = self.chat_template_kwargs
+            settings |= {"chat_template_kwargs": self.chat_template_kwargs, "with_ends": bool(tokenizer.chat_template)}
             return self._tokenized(config, summarization.encode_pairs_for_causal_lm, **settings)
         for side, name in (("encoder", "max_source_length"), ("decoder", "max_target_length")):
             limit, length = positions(config, side), getattr(self.arguments, name)
@@ -260,7 +271,10 @@ class LanguageModeling(Task):
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         if config.is_encoder_decoder:
             raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
-        return self._tokenized(config, _encode_numbered, tokenizer=tokenizer, arguments=self.arguments)
+        examples = next(iter(self.data.splits.values()))
+        settings = {"tokenizer": tokenizer, "arguments": self.arguments}
+        with_ends = language_modeling.are_conversations(examples[:1])
+        return self._tokenized(config, _encode_numbered, with_ends=with_ends, **settings)
 
     def _mapped(self, split: str, function: Callable[..., Any], **settings: Any) -> Dataset:
         examples: Dataset = self.data.splits[split]
