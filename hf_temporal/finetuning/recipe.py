@@ -31,8 +31,9 @@ from .continuation import Continuation
 from .end_tokens import agree_on_the_end
 from .models import ModelArguments, Seq2SeqModelArguments, load_causal_lm, load_seq2seq_lm, require_4bit
 from .run import begin, carry_out, publish, settings_of, share_cores, tell_powers
-from .tasks import TASK_KINDS, Scores, Summarization, Task, load_task
+from .tasks import TASK_KINDS, LanguageModeling, Scores, Summarization, Task, load_task
 from .trainers import Answers
+from .weight_shares import tell_shares
 
 CAUSAL_ARGUMENTS = (ModelArguments, *TASK_KINDS, TemporalTrainingArguments)
 SEQ2SEQ_ARGUMENTS = (Seq2SeqModelArguments, *TASK_KINDS, TemporalSeq2SeqTrainingArguments)
@@ -86,6 +87,8 @@ class FineTuning:
         else:
             if model_args.merge_adapter:
                 check_mergeable(trainer)
+            if self.training_args.do_train and isinstance(self.task, LanguageModeling):
+                tell_shares(trainer, self.splits["train"])
             carry_out(trainer, self.continuation, self.task, self.scores, self.splits)
             if self.training_args.do_train:
                 publish(trainer, self.task, model_args, command=command, num_beams=self.num_beams, **self.origin)
