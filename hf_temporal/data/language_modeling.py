@@ -100,7 +100,7 @@ def encode_for_causal_lm(
     *,
     rows: Sequence[int] = (),
     split: str = "the data",
-    weighted: bool | None = None,
+    weighted: bool = False,
     counted: bool = False,
 ) -> dict[str, list[Any]]:
     """Rows of at most `arguments.block_size` tokens, with labels and, where the data bring weights, `loss_weights`.
@@ -116,7 +116,7 @@ def encode_for_causal_lm(
         arguments: what is learned of them.
         rows: the numbers of the rows for errors; none: counted from 0.
         split: what an error calls the data.
-        weighted: whether there is a column `loss_weights` in any case; None: where this batch brings weights.
+        weighted: whether there is a column `loss_weights` even where this batch brings no weights.
         counted: whether there is a column `rows.CUT` of the rows that were cut.
 
     Raises:
@@ -146,8 +146,7 @@ def encode_for_causal_lm(
     made = [row for several in per_example for row in several]
     if "text" in batch:
         made = [block for row in made for block in row.blocks(arguments.block_size)]
-    if weighted is None:
-        weighted = any(row.weights is not None for row in made)
+    weighted = weighted or any(row.weights is not None for row in made)
     from_left = tokenizer.truncation_side == "left"
     short = [row.cut(arguments.block_size, from_left=from_left) for row in made]
     cut = [len(row.tokens) > arguments.block_size for row in made] if counted else None

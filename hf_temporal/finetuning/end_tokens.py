@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ def ends_of_answers(rows: Any) -> Counter[int]:
     ends: Counter[int] = Counter()
     for row in rows.select(range(min(LOOKED_AT, len(rows)))):
         if not row[CUT]:
-            following = zip(row["labels"], [*row["labels"][1:], IGNORE_INDEX], strict=True)
+            following = pairwise([*row["labels"], IGNORE_INDEX])
             ends.update(label for label, after in following if label != IGNORE_INDEX and after == IGNORE_INDEX)
     return ends
 

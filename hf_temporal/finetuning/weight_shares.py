@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_temporal.collator import LOSS_WEIGHTS
 from hf_temporal.data.chat import ends_a_turn
+from hf_temporal.data.loading import head_of
 from hf_temporal.positions import IGNORE_INDEX, target_positions
 from hf_temporal.weighting import TemporalWeighting
 
@@ -35,7 +36,8 @@ def weight_shares(
         weighting: the weighting at its final power.
         tokenizer: tells which tokens end a thought or a turn.
     """
-    few = rows.select(range(min(ROWS, len(rows))))
+    few = head_of(rows)
+    few = few.select(range(min(ROWS, len(few))))
     labels = _padded(few["labels"], IGNORE_INDEX)
     labels[:, 0] = IGNORE_INDEX  # nothing predicts the first token
     weights = weighting.weights(target_positions(labels, origin=weighting.origin)).double()
