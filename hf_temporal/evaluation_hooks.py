@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_temporal.model.fused_head import answer_logits
-from hf_temporal.model.model_loss import logits_of
-from hf_temporal.model.weighted_loss import missing_decoder_inputs
+from hf_temporal.model.model_loss import logits_of, missing_decoder_inputs
 
 from .collator import DOCUMENTS, LOSS_WEIGHTS, OWN_KEYS, POSITIONS
 from .evaluation import PROFILE_NAME, PositionProfile, TokenLosses, save_profile

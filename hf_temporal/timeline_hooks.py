@@ -13,12 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
-from hf_temporal.model.model_loss import (
-    ModelLoss,
-    read_model_loss,
-    read_on_batch,
-    regression_problem,
-)
+from hf_temporal.model.model_loss import ModelLoss, read_model_loss, read_on_batch, regression_problem
 
 from . import _trl
 from ._peft import base_model, check_merged_head, described, is_prompt_learner

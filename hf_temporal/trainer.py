@@ -13,22 +13,12 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_temporal.hub.push import HubMixin
-from hf_temporal.model.weighted_loss import Share, WeightedForward, chosen_fused_head, missing_decoder_inputs
+from hf_temporal.model.model_loss import missing_decoder_inputs
+from hf_temporal.model.weighted_loss import Share, WeightedForward, chosen_fused_head
 
 from . import _trl
-from ._transformers import (
-    attribute,
-    divides_by_accumulation_steps,
-    split_between_ranks,
-)
-from .collator import (
-    LOSS_WEIGHTS,
-    OWN_KEYS,
-    POSITIONS,
-    TIMES,
-    Batch,
-    has_time,
-)
+from ._transformers import attribute, divides_by_accumulation_steps, split_between_ranks
+from .collator import LOSS_WEIGHTS, OWN_KEYS, POSITIONS, TIMES, Batch, has_time
 from .evaluation_hooks import EvaluationByPosition
 from .positions import IGNORE_INDEX, shift_left
 from .step_weights import WeightedStep, weigh_batches
@@ -223,10 +213,7 @@ class TemporalWeightMixin(EvaluationByPosition):
         )
         with forward.around(model), attribute(self, "label_smoother", None):
             return super().compute_loss(
-                model,
-                _without(inputs, OWN_KEYS),
-                return_outputs=return_outputs,
-                num_items_in_batch=num_items_in_batch,
+                model, _without(inputs, OWN_KEYS), return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
 
     def _unweighted_loss(self, model: nn.Module, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
