@@ -67,11 +67,9 @@ class Timeline:
     lists_targets: bool = False
 
     def add(self, batch: Mapping[str, Any], *, pads_left: bool = False) -> Batch:
-        """Add its times to a batch, unless it has them, or has no labels over time.
+        """Add its times to a batch of a data collator, unless it has them, or has no labels over time.
 
-        Args:
-            batch: what a data collator returned.
-            pads_left: whether the collator is known to pad rows on the left.
+        `pads_left` tells whether the collator is known to pad rows on the left.
 
         Raises:
             ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), one of another shape

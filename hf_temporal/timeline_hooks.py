@@ -183,11 +183,9 @@ class TimelineHooks(_Trainer):
     # ---- what is left alone
 
     def _has_own(self, *names: str, behind: bool = False) -> bool:
-        """Whether one of these methods is defined by a class that is neither transformers' trainer nor ours.
+        """Whether a class that is neither transformers' trainer nor ours defines one of these methods.
 
-        Args:
-            names: of methods.
-            behind: leaves out classes in front of the mixin.
+        `behind` leaves out the classes in front of the mixin.
         """
         kinds = type(self).__mro__
         return any(

@@ -230,12 +230,9 @@ class TemporalWeightMixin(EvaluationByPosition):
         )
 
     def _share_of(self, steps: list[WeightedStep], num_items_in_batch: Any, call: Batch) -> Share:
-        """What a forward call of the model adds to the loss, so that it is right after the trainer has scaled it.
+        """What a call of the model adds to the loss, so that it is right after the trainer has scaled it.
 
-        Args:
-            steps: those whose labels are known, the optimizer step in progress first.
-            num_items_in_batch: what `compute_loss` was given.
-            call: the keyword arguments of the call.
+        `steps` are those whose labels are known, the optimizer step in progress first.
         """
         by_trainer = num_items_in_batch if call.get(_trl.FUSED_HEAD) else None
         items = call.get("num_items_in_batch", by_trainer)
@@ -262,11 +259,7 @@ class TemporalWeightMixin(EvaluationByPosition):
         self._temporal_is_weighted = True
 
     def _check_weighted(self) -> None:
-        """Look, after the backward passes of a step, whether what was minimised is the weighted loss.
-
-        Raises:
-            ValueError: it is not, and p ≠ 0.
-        """
+        """Raise a `ValueError` where the backward passes of a step did not minimise the weighted loss."""
         step, is_weighted, self._temporal_is_weighted = self._temporal_step, self._temporal_is_weighted, False
         if step is None or is_weighted:
             return

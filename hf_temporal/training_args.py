@@ -35,7 +35,7 @@ class TemporalFields:
         NORMALIZATIONS,
     )
     temporal_mixture: float = _field(
-        1.0, "Share of the weighted loss; the rest is the usual loss. Below 1 under sequence alone."
+        1.0, "Share of the weighted loss beside the usual one; below 1 under sequence alone."
     )
     temporal_power_schedule: str = _field(
         "constant",
@@ -122,9 +122,7 @@ class TemporalFields:
 class TemporalTrainingArguments(TemporalFields, TrainingArguments):
     """`TrainingArguments` plus the `temporal_*` fields of `TemporalWeightTrainer`, whose `help` says what they mean.
 
-    `temporal_power` (p of the weight t^p), `temporal_normalization` and `temporal_mixture` are those of
-    `TemporalWeighting`, `temporal_origin` that of `target_positions`; schedule, start and warmup ratio of the power
-    are those of `power_at`; `temporal_fused_head` is `"auto"`, `"on"` or `"off"`.
+    They are those of `TemporalWeighting`, `target_positions` (origin) and `power_at` (schedule, start, warmup ratio).
 
     Raises:
         ValueError: a field whose value is not accepted.

@@ -41,11 +41,7 @@ class Cell:
         return (self.folder / RESULTS_NAME).is_file()
 
     def evaluations(self, metric: str) -> Evaluations:
-        """All metrics by step, their names without the prefix `eval_`.
-
-        Raises:
-            ValueError: there is no evaluation, or the last one lacks this metric.
-        """
+        """All metrics by step, without the prefix `eval_`, or a `ValueError` where the last step lacks this one."""
         found = load_evaluations(self.folder)
         if not found:
             raise ValueError(f"{self.folder} holds no {EVALUATIONS_NAME}; accepted: a configuration with do_eval")

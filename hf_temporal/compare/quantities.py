@@ -120,9 +120,6 @@ def title_of(metric: str) -> str:
     return BESIDE.get(metric, metric)
 
 
-# ---- statistics
-
-
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % t interval x̄ ± t_{0.975, n−1} · s/√n; None for a single value or where one is not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
@@ -184,9 +181,6 @@ def _verdict(found: Difference, direction: int) -> str:
     return "better" if rises == (direction > 0) else "worse"
 
 
-# ---- what is compared
-
-
 def quantities(runs: Mapping[Cell, Evaluations], metric: str, reach: float | None) -> list[Quantity]:
     """The metric at the end of every run, the steps until it reaches `reach`, and the metrics of `BESIDE`.
 
@@ -231,9 +225,6 @@ def _steps_until(reach: float, metric: str, curves: Mapping[Cell, Mapping[int, f
 def _by_power(values: Mapping[Cell, float]) -> Values:
     powers = sorted({cell.power for cell in values})
     return {power: {cell.seed: value for cell, value in values.items() if cell.power == power} for power in powers}
-
-
-# ---- words
 
 
 def _words(quantity: Quantity, power: float, found: Difference) -> str:

@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
-from hf_temporal.finetuning.tables import table
 from hf_temporal.power_plots import (
     PowerPanel,
     plot_curves_by_power,
@@ -17,6 +16,7 @@ from hf_temporal.power_plots import (
     plot_memory_by_power,
     plot_metrics_by_power,
 )
+from hf_temporal.tables import table
 
 from .cells import power_name
 from .quantities import Difference, Quantity, compare, number, number_of, title_of
@@ -113,9 +113,6 @@ def _write(
     (output_dir / REPORT_NAME).write_text("\n\n".join(sections), encoding="utf-8")
 
 
-# ---- words
-
-
 def _conclusions(found: Sequence[Compared]) -> str:
     """For each quantity a line that sorts the p by verdict, then a sentence for each p."""
     paragraphs = []
@@ -149,9 +146,6 @@ def _missing(cells: Sequence[Mapping[str, Any]]) -> str:
         if cell["state"] != "finished"
     ]
     return f"Not finished, {len(names)} of {len(cells)} cells: {'; '.join(names)}." if names else ""
-
-
-# ---- tables
 
 
 def _table(part: Part) -> str:
@@ -190,9 +184,6 @@ def _table_cell(quantity: Quantity, power: float, difference: Difference | None)
         if missed:
             text += f", {missed} of {len(values)} > {number(quantity.budget)}"
     return text if difference is None or difference.verdict in UNTOLD else f"{text} **{difference.verdict}**"
-
-
-# ---- pictures
 
 
 def _draw_side_by_side(title: str, parts: Sequence[Part], path: Path) -> None:

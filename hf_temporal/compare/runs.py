@@ -115,11 +115,7 @@ class Runs:
             self._server = Server(comparison.recipe, cell_environment(arguments.max_parallel))
 
     def run(self) -> None:
-        """Run until each cell is finished or has failed.
-
-        Raises:
-            ValueError: a finished cell has no evaluation with the metric.
-        """
+        """Run until each cell is finished or has failed; a `ValueError` tells a cell that lacks the metric."""
         for cell in self._done:
             cell.evaluations(self._arguments.metric)
         with tqdm(total=len(self._cells), initial=len(self._done), unit="cell") as bar, ending(self._running):

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_temporal.finetuning.tables import environment
 from hf_temporal.hub.privacy import without_tokens
+from hf_temporal.tables import environment
 
 from .cells import Cell, Evaluations, curve
 from .grid import Comparison
@@ -39,8 +39,7 @@ def summary_of(comparison: Comparison, command: str, failed: Mapping[Cell, int])
     Where flags are varied, `combinations` takes the place of these two. Each has `values` (the varied values by name),
     `folder`, `cells`, `quantities` and `command` (of its first cell).
 
-    Raises:
-        ValueError: a finished cell has no evaluation with the metric.
+    A finished cell that has no evaluation with the metric is a `ValueError`.
     """
     arguments, cells = comparison.arguments, comparison.cells()
     first, of_first = next(iter(cells.items()))
@@ -62,11 +61,7 @@ def summary_of(comparison: Comparison, command: str, failed: Mapping[Cell, int])
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """Read a `summary.json`.
-
-    Raises:
-        ValueError: the file is not a summary, or one of another version.
-    """
+    """Read a `summary.json`, or raise a `ValueError` where it is none, or one of another version."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = found["version"]

@@ -176,9 +176,6 @@ def _check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
             )
 
 
-# ---- whole or damaged
-
-
 def check_checkpoint(checkpoint: Path, *, with_optimizer: bool) -> None:
     """Check that nothing in a checkpoint is missing, cut off or altered.
 

@@ -11,8 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_temporal.hub.model_card import CARD_NAME, TrainingRun, add_temporal_section
-
-from .tables import markdown
+from hf_temporal.tables import markdown
 
 EVALUATIONS_NAME = "evaluations.json"
 RESULTS_NAME = "all_results.json"

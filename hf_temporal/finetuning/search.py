@@ -15,8 +15,8 @@ from transformers import IntervalStrategy
 from transformers.trainer_utils import SaveStrategy
 
 from hf_temporal.compare.quantities import direction_of, number, title_of
-from hf_temporal.finetuning.tables import table
 from hf_temporal.power_plots import plot_trials
+from hf_temporal.tables import table
 
 FOLDER_NAME = "search"
 STUDY_NAME = "study.db"

@@ -92,15 +92,11 @@ class HubMixin(_Trainer):
 
         A trainer behind this mixin with a `push_to_hub` of its own uploads the copy itself: while that runs,
         `args.output_dir` is the folder of the copy. `Trainer.push_to_hub` is replaced, since it can neither delete an
-        adapter that a whole model takes the place of, nor say what to do after an upload that failed.
-
-        Among the arguments of `create_model_card`, `finetuned_from` names a base model that was loaded from a folder.
+        adapter that a whole model takes the place of, nor say what to run again after an upload that failed, as the
+        `RuntimeError` here does. `finetuned_from` names a base model that was loaded from a folder.
 
         Returns:
             The commit, or its `Future` where `blocking` is False; None on all processes but the first.
-
-        Raises:
-            RuntimeError: the upload failed; the message says what to run again.
         """
         own = super().push_to_hub
         is_own = getattr(own, "__func__", None) is not Trainer.push_to_hub

@@ -44,9 +44,8 @@ def is_available(device: torch.device) -> bool:
     The first call for a device runs the kernel on one row; where it cannot be built, perhaps for want of a C compiler,
     a warning says so. CPU tensors, which the kernel takes in Triton's interpreter (TRITON_INTERPRET=1), get False.
     """
-    if triton is None or device.type != "cuda" or torch.version.hip:
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    if triton is None or not is_nvidia or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     z, weights = torch.zeros(1, 8, device=device), torch.ones(1, device=device)
     try:
@@ -78,17 +77,11 @@ def losses_and_gradient_(
         z: [n, V] in float32, bfloat16 or float16; its rows may lie further apart than V.
         targets: y, int64 [n], each in [0, V).
         weights: w, [n], of any sign.
-        bias: b, [V].
-        logit_scale: s.
-        softcap: c > 0; None leaves out the tanh.
-        label_smoothing: ε in [0, 1).
+        bias, logit_scale, softcap, label_smoothing: b, s, c and ε, see `weighted_linear_cross_entropy`.
         with_gradient: False leaves z as it is.
 
     Returns:
-        ℓ, float32 [n].
-
-    Raises:
-        ValueError: a tensor of the wrong shape, layout or dtype.
+        ℓ, float32 [n]; a `ValueError` tells a tensor of the wrong shape, layout or dtype.
     """
     _check(z, targets, weights, bias)
     losses = z.new_empty(len(z), dtype=torch.float32)
@@ -120,8 +113,7 @@ def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0
 
     Args:
         accumulator: [V, H], in float32 or the dtype of a and b; in any other, a b takes memory of its own.
-        a: [V, n]; the transpose of a matrix with contiguous rows is as good.
-        b: [n, H].
+        a, b: [V, n], or the transpose of a matrix with contiguous rows, and [n, H].
         beta: 0 overwrites the accumulator without reading it.
     """
     if a.dtype == accumulator.dtype:
@@ -148,12 +140,7 @@ def row_chunk_size(vocabulary: int, itemsize: int, device: torch.device, *, widt
 
     They get at most a quarter of what is free on the device or in PyTorch's cache, since what is allocated later is
     not known here. Only then do the size, and so the rounding of the sums, depend on what else is in memory.
-
-    Args:
-        vocabulary: V.
-        itemsize: bytes of a logit.
-        device: of type CUDA.
-        width: H, if known.
+    A logit takes `itemsize` bytes, and H is `width`.
     """
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + cached

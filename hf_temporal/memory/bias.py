@@ -24,7 +24,7 @@ def memory_bias(weighting: TemporalWeighting, length: int) -> Tensor:
         length: T, the number of output times.
 
     Raises:
-        ValueError: `length` below 1; a weighting without any weight at 1..T; else what `weighting.weights` raises.
+        ValueError: `length` below 1; a weighting without any weight at 1..T; what `weighting.weights` raises.
 
     Source: memory bias, Wang & Yan, arXiv 2307.11462, ∫_s^T w(r) dr there; here the sum for 1-based times.
     """

@@ -44,14 +44,10 @@ MEMORY_FUNCTIONS: Mapping[str, MemoryFunction] = MappingProxyType(
 def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
     """Values of a memory function, ρ(0), …, ρ(length − 1), float64 `[length]`.
 
-    Args:
-        target: a name of `MEMORY_FUNCTIONS`, or ρ itself, called with the lags as a float64 tensor `[length]`.
-        length: number of lags.
+    `target` is a name of `MEMORY_FUNCTIONS`, or ρ itself, called with the lags as a float64 tensor `[length]`.
 
     Raises:
-        ValueError: an unknown name; `length` below 1; a result that is not finite or not `[length]`.
-        TypeError: `target` is neither a name nor callable.
-        ImportError: `"airy"` without scipy.
+        ValueError, TypeError: another target; `length` below 1; a result that is not finite or not `[length]`.
 
     Source: the targets of Wang & Yan, arXiv 2307.11462.
     """
@@ -67,17 +63,14 @@ def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
 
 
 def causal_convolution(inputs: Tensor, memory: Tensor) -> Tensor:
-    """y_t = Σ_{s=0..t} ρ(s) x_{t−s}, computed by FFT.
+    """y_t = Σ_{s=0..t} ρ(s) x_{t−s} by FFT, of the shape and dtype of x, computed in float64.
 
     Args:
-        inputs: `[..., time, dimension]`; every dimension is convolved by itself.
-        memory: `[time]`, ρ of the lags 0..time − 1.
-
-    Returns:
-        The shape and dtype of `inputs`, computed in float64. Gradients reach both arguments.
+        inputs: x, floats `[..., time, dimension]`; every dimension is convolved by itself.
+        memory: ρ, `[time]`, of the lags 0..time − 1.
 
     Raises:
-        ValueError: `inputs` that are not floats over time and dimension; `memory` of another length.
+        ValueError: tensors of another kind or shape.
     """
     length = _duration(inputs)
     if memory.shape != (length,):
@@ -92,21 +85,15 @@ class Functional:
 
     φ is applied at each time. φ_0 is the identity and φ_1 is tanh, so both α = 0 give the paper's linear functional.
 
-    Args:
-        target: ρ, see `memory_function`.
-        before: α of the nonlinearity before the convolution, in [0, 1].
-        after: α of the one after it.
-
     Raises:
-        ValueError: `before` or `after` out of range; an unknown name of a target.
-        TypeError: `target` is neither a name nor callable.
+        ValueError, TypeError: a field whose value is not accepted.
 
     Source: linear functionals, Wang & Yan, arXiv 2307.11462; nonlinear ones are the question it leaves open.
     """
 
-    target: str | MemoryFunction
-    before: float = 0.0
-    after: float = 0.0
+    target: str | MemoryFunction  # ρ, see `memory_function`
+    before: float = 0.0  # α of the nonlinearity before the convolution, in [0, 1]
+    after: float = 0.0  # α of the one after it
 
     def __post_init__(self) -> None:
         _function(self.target)
@@ -131,21 +118,16 @@ class FunctionalDataset(DrawnDataset[dict[str, Tensor]]):
     y is computed in float64 from the float32 x, and rounded; a data loader's batch is computed by one FFT. Batch
     examples of several lengths by `pad_series`.
 
-    Args:
-        functional: what is to be learned.
-        split, size, seed: as for `DrawnDataset`.
-        length: time of an example, the longest where they differ.
-        min_length: with it, the time of each example is drawn evenly from min_length..length.
-        dimension: of x and of y, each of which is a series of its own.
-
     Raises:
         ValueError: a number below 1, `min_length` above `length`, an unknown split.
     """
 
-    functional: Functional
-    length: int = field(default=100, kw_only=True)
-    min_length: int | None = field(default=None, kw_only=True)
-    dimension: int = field(default=1, kw_only=True)
+    functional: Functional  # what is to be learned
+    length: int = field(default=100, kw_only=True)  # time of an example, the longest where they differ
+    min_length: int | None = field(
+        default=None, kw_only=True
+    )  # with it, each time is drawn evenly from here to length
+    dimension: int = field(default=1, kw_only=True)  # of x and of y, each of which is a series of its own
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,10 +42,7 @@ def impulse_memory(model: nn.Module, length: int) -> Tensor:
         length: number of lags, s = 0..length−1.
 
     Returns:
-        `[length, output_size, input_size]`, in the dtype of the model.
-
-    Raises:
-        ValueError: `length` below 1; a model that is not linear or not time-invariant.
+        `[length, output_size, input_size]`, in the dtype of the model; a `ValueError` tells a model that is refused.
     """
     size, like = _input_of(model, length)
     later = length // 2
@@ -69,16 +66,8 @@ def constant_input_memory(model: nn.Module, length: int, *, value: float = 1.0) 
     |y_s − y_{s−1}| under x_t = value for s = 1..length−1, and |y_0 − y_0 under input 0| at s = 0; |value · ρ(s)| for
     y_t = Σ_s ρ(s) x_{t−s}. It is 0 at every lag but the first for attention without positions.
 
-    Args:
-        model: as for `impulse_memory`, linear or not.
-        length: number of lags, s = 0..length−1.
-        value: of one input, each in turn, while the others are 0.
-
-    Returns:
-        `[length, output_size, input_size]`, in the dtype of the model.
-
-    Raises:
-        ValueError: `length` below 1.
+    Args and result are those of `impulse_memory`, for a model linear or not; `value` is that of one input, each in
+    turn, while the others are 0.
 
     Source: the memory function of the paper's authors, |y_{t+1} − y_t|, here at lag s = t + 1 and begun at lag 0.
     """
@@ -98,10 +87,7 @@ def gradient_memory(model: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
     Args:
         model: as for `impulse_memory`, linear or not, or a `Functional`. It is run in the mode it is in: a model with
             dropout has to be in eval mode.
-        inputs: `[batch, time, input_size]`, where `time` is T.
-
-    Returns:
-        `[time, output_size, input_size]`, in the dtype of the inputs.
+        inputs: `[batch, time, input_size]`, where `time` is T; the result is `[time, output_size, input_size]`.
     """
     with torch.enable_grad():
         inputs = inputs.detach().requires_grad_()
@@ -115,13 +101,8 @@ def memory_distance(memory: Tensor, target: Tensor) -> MemoryDistance:
     """The distance of a memory function to its target, by lag and over the short, middle and long lags.
 
     For `constant_input_memory` the target is |ρ|, and for a nonlinear functional, what the same probe finds in it.
-
-    Args:
-        memory: `[length]`, or `[length, 1, 1]` as the functions above return it for one input and one output.
-        target: ρ, `[length]`.
-
-    Raises:
-        ValueError: other shapes, or fewer than three lags.
+    The memory is `[length]`, or `[length, 1, 1]` as the functions above return it for one input and one output, ρ
+    `[length]`. Other shapes, or fewer than three lags, are a `ValueError`.
     """
     if memory.shape[1:] == (1, 1):
         memory = memory[:, 0, 0]
@@ -142,5 +123,4 @@ def _input_of(model: Any, length: int) -> tuple[int, Tensor]:
 
 def _run(model: nn.Module, inputs: Tensor) -> Tensor:
     with undisturbed(model):
-        outputs: Tensor = model(input_values=inputs).logits
-    return outputs
+        return model(input_values=inputs).logits

@@ -23,13 +23,10 @@ def linear_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         inputs: u, `[batch, time, D]`.
-        weight: W, `[D, D]`.
+        weight: W, `[D, D]`; shapes that do not fit are a `ValueError`.
 
     Returns:
         h, `[batch, time, D]`, in the dtype of the inputs; computed in float32 at least.
-
-    Raises:
-        ValueError: shapes that do not fit.
 
     Source: Blelloch, *Prefix sums and their applications*, 1990.
     """
@@ -44,15 +41,7 @@ def tanh_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
     On accelerators this is the kernel of `torch.nn.RNN`. On a CPU, where that spends most of its time on autograd's
     bookkeeping, forward and backward are loops of two operations in place, and ∂L/∂W is one matrix product at the end.
 
-    Args:
-        inputs: u, `[batch, time, D]`.
-        weight: W, `[D, D]`.
-
-    Returns:
-        h, `[batch, time, D]`, in the dtype of the inputs; computed in float32 at least. It can be differentiated once.
-
-    Raises:
-        ValueError: shapes that do not fit.
+    Arguments, result and errors are those of `linear_recurrence`. It can be differentiated once.
     """
     dtype = _check(inputs, weight)
     with torch.autocast(inputs.device.type, enabled=False):

@@ -54,12 +54,10 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Those that warm up and those that are timed."""
         return WARMUP + self.repeats
 
     @property
     def targets(self) -> int:
-        """Target tokens of a row."""
         return max(1, round(self.share * self.length))
 
 
