@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
 from torch import Tensor
@@ -20,6 +20,11 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import PushInProgress
 
 _KNOWS_SCALED_LOSSES = hasattr(Trainer, "loss_is_scaled_for_ga")
+
+if TYPE_CHECKING:
+    TrainerBase = Trainer
+else:
+    TrainerBase = object  # of mixins that stand in front of any trainer
 
 
 def shifts_by_class(base: Any, *, default: bool = False) -> bool:

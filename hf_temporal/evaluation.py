@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .losses import check_vocabulary, token_regression_loss
 from .positions import IGNORE_INDEX, shift_left, target_positions
+from .tables import write_json
 from .weighting import TemporalWeighting, document_max
 
 PROFILE_NAME = "loss_by_position.json"
@@ -186,11 +187,8 @@ def save_profile(path: str | os.PathLike[str], *, split: str, step: int, bins: l
     path = Path(path)
     known = load_profiles(path) if path.exists() else []
     kept = [profile for profile in known if profile["split"] != split or profile["step"] < step]
-    content = {"version": 1, "profiles": [*kept, {"split": split, "step": step, "bins": bins}]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, {"version": 1, "profiles": [*kept, {"split": split, "step": step, "bins": bins}]})
 
 
 def load_profiles(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_temporal.model.fused_head import answer_logits
 from hf_temporal.model.model_loss import logits_of, missing_decoder_inputs
 
+from ._transformers import attribute
 from .collator import DOCUMENTS, LOSS_WEIGHTS, OWN_KEYS, POSITIONS
 from .evaluation import PROFILE_NAME, PositionProfile, TokenBatch, save_profile, token_losses
 from .timeline_hooks import TimelineHooks
@@ -53,14 +54,9 @@ class EvaluationByPosition(TimelineHooks):
         state = accelerator.gradient_state
         return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
 
-    @contextlib.contextmanager
-    def _observing(self, observer: Callable[[TokenBatch], None]) -> Iterator[None]:
+    def _observing(self, observer: Callable[[TokenBatch], None]) -> Any:
         """While it is open, `prediction_step` gives `observer` each batch that it runs through the model."""
-        self._temporal_observer = observer
-        try:
-            yield
-        finally:
-            self._temporal_observer = None
+        return attribute(self, "_temporal_observer", observer)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
@@ -73,11 +69,8 @@ class EvaluationByPosition(TimelineHooks):
         if observer is None or not is_whole or self._problem_with(batch):
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         calls: deque[Any] = deque(maxlen=1)
-        hook = model.register_forward_hook(lambda *call: calls.append(call[-1]))
-        try:
+        with model.register_forward_hook(lambda *call: calls.append(call[-1])):
             result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
-        finally:
-            hook.remove()
         batch = self._prepare_inputs(batch)
         labels, positions = batch.pop("labels"), timeline[POSITIONS]
         losses, correct = self._token_losses(model, batch, labels, positions > 0, calls[0])
@@ -88,8 +81,10 @@ class EvaluationByPosition(TimelineHooks):
     def _token_losses(
         self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, target: Tensor, outputs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(outputs, Mapping) and isinstance(outputs.get("log_probs"), Tensor):  # of TRL's head
-            return _of_all_labels(outputs, labels)
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("log_probs"), Tensor):
+            # of TRL's head, at all labels but the first of a row
+            log_probs, hits = (outputs[name][:, -(labels.shape[1] - 1) :] for name in ("log_probs", "is_top1"))
+            return F.pad(-log_probs, (1, 0)), F.pad(hits.long(), (1, 0)) > 0
         if isinstance(outputs, Mapping) and outputs.get("logits") is None:
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**inputs, **missing_decoder_inputs(self._root, inputs, labels))
@@ -98,11 +93,3 @@ class EvaluationByPosition(TimelineHooks):
             logits = answer_logits(self._root, logits, labels.shape[1])
         shifts, kind = self._read_model_loss().shifts_labels, self.weighting.regression_loss
         return token_losses(logits, labels, target, shifts_labels=shifts, regression_loss=kind)
-
-
-def _of_all_labels(outputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and hits at the labels that they belong to, of the log-probabilities of all but the first of a row."""
-    log_probs, hits = (outputs[name][:, -(labels.shape[1] - 1) :] for name in ("log_probs", "is_top1"))
-    losses, correct = log_probs.new_zeros(labels.shape), hits.new_zeros(labels.shape, dtype=torch.bool)
-    losses[:, 1:], correct[:, 1:] = -log_probs, hits.bool()
-    return losses, correct

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from hf_temporal.model.weighted_loss import Share, WeightedForward, chosen_fused
 
 from . import _trl
 from ._transformers import attribute, divides_by_accumulation_steps, split_between_ranks
-from .collator import LOSS_WEIGHTS, OWN_KEYS, POSITIONS, TIMES, Batch, has_time
+from .collator import LOSS_WEIGHTS, OWN_KEYS, POSITIONS, TIMES, Batch, has_time, without
 from .evaluation_hooks import EvaluationByPosition
 from .positions import IGNORE_INDEX, shift_left
 from .step_weights import WeightedStep, weigh_batches
@@ -45,8 +45,7 @@ class TemporalWeightMixin(EvaluationByPosition):
     `eval_head_loss`, `eval_tail_loss`, `eval_last_token_loss` and the file `loss_by_position.json` in `output_dir`.
 
     Raises:
-        TypeError: the mixin stands behind its trainer, or in front of what is none; a method of the trainer's has the
-            name of one of the mixin's own.
+        TypeError: the mixin stands behind its trainer or in front of none, or a method has the name of one of its own.
         ValueError: `nn.DataParallel`, a fused Liger cross-entropy, DeepSpeed's sequence parallelism; with p ≠ 0,
             `compute_loss_func`, labels without a time dimension, a model whose own loss is not the cross-entropy of
             its logits or, at the first step, a trainer whose loss does not come from the model's own.
@@ -95,8 +94,6 @@ class TemporalWeightMixin(EvaluationByPosition):
         check_loss_func(self)
         _trl.check_loss_type(self)
 
-    # ---- training
-
     def get_train_dataloader(self) -> Any:
         self._temporal_sample_sizes.clear()  # of a run that was cut short, as by a batch size that did not fit
         return super().get_train_dataloader()
@@ -114,12 +111,12 @@ class TemporalWeightMixin(EvaluationByPosition):
         finally:
             self._temporal_is_collecting = False
         if not batches or self._is_left_alone(batches[0]):
-            return [_without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
+            return [without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
         if problem := self._problem_with(batches[0]):
             self._check_power_is_0(batches[0], problem)
-            return [_without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
+            return [without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
         self._check_own_loss()
-        batches = [batch if _is_unchanged(batch, collected) else _without(batch, TIMES) for batch in batches]
+        batches = [batch if _is_unchanged(batch, collected) else without(batch, TIMES) for batch in batches]
         step = self._temporal_step = self._weigh(batches, device)
         self._temporal_sample_sizes.append(step.effective_sample_size)
         if not self._has_own("_get_num_items_in_batch"):
@@ -213,12 +210,12 @@ class TemporalWeightMixin(EvaluationByPosition):
         )
         with forward.around(model), attribute(self, "label_smoother", None):
             return super().compute_loss(
-                model, _without(inputs, OWN_KEYS), return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                model, without(inputs, OWN_KEYS), return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
 
     def _unweighted_loss(self, model: nn.Module, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
         """The trainer's own loss, in evaluation of encoder–decoders put right."""
-        inputs = _without(inputs, OWN_KEYS)
+        inputs = without(inputs, OWN_KEYS)
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         if self.label_smoother is not None and labels is not None and has_time(labels):
             # the trainer's label smoother takes the labels out, without which the decoder would have no inputs
@@ -238,7 +235,7 @@ class TemporalWeightMixin(EvaluationByPosition):
         items = call.get("num_items_in_batch", by_trainer)
         known = [(step, found) for step in steps if (found := step.find(call["labels"])) is not None]
         if not known:
-            alone = self._weigh([_without(call, ("num_items_in_batch", _trl.FUSED_HEAD))], self.args.device)
+            alone = self._weigh([without(call, ("num_items_in_batch", _trl.FUSED_HEAD))], self.args.device)
             known = [(alone, alone.weighted[0])]
         step, found = known[0]
         coefficient = self._read_model_loss().auxiliary_coefficient
@@ -281,8 +278,6 @@ class TemporalWeightMixin(EvaluationByPosition):
             self._temporal_sample_sizes.clear()
         super().log(logs, *args, **kwargs)
 
-    # ---- what is saved
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
             self.weighting.save_pretrained(output_dir or str(self.args.output_dir))
@@ -309,9 +304,3 @@ def _recorded(batches: Iterator[Any], collected: list[tuple[Tensor, int]]) -> It
 def _is_unchanged(batch: Any, collected: list[tuple[Tensor, int]]) -> bool:
     """Whether a batch has the labels that it was collected with, to which its times belong."""
     return any(batch["labels"] is labels and labels._version == version for labels, version in collected)
-
-
-def _without(batch: Any, keys: Collection[str]) -> Any:
-    if not isinstance(batch, Mapping) or not any(key in batch for key in keys):
-        return batch
-    return {key: value for key, value in batch.items() if key not in keys}

@@ -26,6 +26,5 @@ class TemporalWeightSFTTrainer(TemporalWeightMixin, SFTTrainer):
 
     Raises:
         TypeError: `TemporalTrainingArguments` in place of `TemporalSFTConfig`.
-        ValueError: with p ≠ 0, `loss_type="dft"`; a `loss_weights` column beside packing, padding-free batches or
-            text that is still to be tokenized.
+        ValueError: with p ≠ 0, `loss_type="dft"`; `loss_weights` beside packing, padding-free batches or plain text.
     """

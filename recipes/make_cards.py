@@ -1,6 +1,4 @@
-"""Write the cards in `model_cards/` again, for the configurations that need no model hub.
-
-    make cards
+"""Write the cards in `model_cards/` again (`make cards`), for the configurations that need no model hub.
 
 The command at the top of each configuration is run: a finished run is only reported, any other is trained or goes on.
 Then its card and the pictures of the card are copied.

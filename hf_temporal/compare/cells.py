@@ -10,7 +10,7 @@ from typing import IO, Any
 from hf_temporal.evaluation import evaluation_profiles
 from hf_temporal.finetuning.report import EVALUATIONS_NAME, RESULTS_NAME, load_evaluations
 
-LOG_NAME = "log.txt"  # Locked for as long as a process of the cell lives.
+LOG_NAME = "log.txt"  # All that the run printed; locked for as long as a process of the cell lives.
 
 Evaluations = dict[int, dict[str, float]]
 
@@ -33,7 +33,6 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """The file that holds all that the run printed."""
         return self.folder / LOG_NAME
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from hf_temporal.data import argument
-from hf_temporal.finetuning.report import write_json
+from hf_temporal.tables import write_json
 from hf_temporal.weighting import TemporalWeighting
 
 from .cells import Cell, is_bound, power_name
@@ -137,7 +137,6 @@ class Comparison:
         }
 
     def flags(self, cell: Cell) -> list[str]:
-        """The flags that the recipe gets."""
         return [
             *(["--config", str(self.arguments.config)] if self.arguments.config else []),
             *self.overrides,
@@ -153,7 +152,6 @@ class Comparison:
         return [*engine, str(self.recipe), *self.flags(cell)]
 
     def shown(self, cell: Cell) -> str:
-        """The cell's command, to be typed into a shell."""
         return shlex.join(["accelerate", "launch", *self.command(cell)])
 
     def settings(self) -> dict[str, Any]:

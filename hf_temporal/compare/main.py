@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_temporal.finetuning.report import write_json
 from hf_temporal.installed import nearest
+from hf_temporal.tables import write_json
 
 from .grid import OWN, CompareArguments, Comparison, check_file, flag_name, keep_settings, read_yaml
 from .report import PICTURES, REPORT_NAME, write_report
@@ -171,8 +171,7 @@ def _arguments_of(recipe: Path) -> tuple[Any, ...]:
     if not re.search(r"ARGUMENTS\b", text) or '__name__ == "__main__"' not in text:
         return ()
     found = {name: value for name, value in runpy.run_path(str(recipe)).items() if name.endswith("ARGUMENTS")}
-    kinds: tuple[Any, ...] = found[min(found, key=len)]  # ARGUMENTS itself rather than those that it is made of
-    return kinds
+    return found[min(found, key=len)]  # ARGUMENTS itself rather than those that it is made of
 
 
 def _parsed(kinds: tuple[Any, ...], flags: list[str]) -> dict[str, Any]:

@@ -56,8 +56,7 @@ def summary_of(comparison: Comparison, command: str, failed: Mapping[Cell, int])
         "settings": comparison.settings(),
         "environment": environment(),
     }
-    plain: dict[str, Any] = _plain(summary)
-    return plain
+    return dict(_plain(summary))
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -66,9 +65,8 @@ def read_summary(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = found["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no summary of a comparison ({error!r}); accepted: a summary.json"
-        ) from None
+        given = f"{str(path)!r} is no summary of a comparison ({error!r})"
+        raise ValueError(f"{given}; accepted: a summary.json") from None
     if version != VERSION:
         raise ValueError(f"{str(path)!r} is a summary of version {version}; accepted: version {VERSION}")
     return found

@@ -104,11 +104,6 @@ class PublicCopies:
                 target.mkdir(parents=True, exist_ok=True)
                 self._copy(path, target / path.name)
 
-    def make_all(self, source: Path, target: Path) -> None:
-        """Copy all files of a folder and of the folders in it."""
-        for folder in [source, *(path for path in source.rglob("*") if path.is_dir())]:
-            self.make(folder, target / folder.relative_to(source), ["*"])
-
     def _copy(self, source: Path, target: Path) -> None:
         if source.name == CARD_NAME:
             target.write_text(public_card(source.read_text(encoding="utf-8"), self.base_model), encoding="utf-8")

@@ -111,10 +111,8 @@ def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0
     With `out` the very same tensor as the first argument, PyTorch lets cuBLAS read and write the accumulator, without
     a copy of its size (`addmm_out_cuda_impl` in ATen/native/cuda/Blas.cpp).
 
-    Args:
-        accumulator: [V, H], in float32 or the dtype of a and b; in any other, a b takes memory of its own.
-        a, b: [V, n], or the transpose of a matrix with contiguous rows, and [n, H].
-        beta: 0 overwrites the accumulator without reading it.
+    The accumulator [V, H] is in float32 or the dtype of a [V, n] and b [n, H]; in any other, a b takes memory of its
+    own. a may be the transpose of a matrix with contiguous rows. With beta = 0 the accumulator is not read.
     """
     if a.dtype == accumulator.dtype:
         torch.addmm(accumulator, a, b, beta=beta, out=accumulator)
@@ -132,8 +130,7 @@ def row_chunk_size(vocabulary: int, itemsize: int, device: torch.device, *, widt
 
     Fewer than 2048 take time. Each chunk adds a product a [V, n] b [n, H] to a float32 [V, H]: 2 n V H operations,
     8 V H bytes read and written. An H100 does some 790 Tflop/s and 3.35 TB/s, so that the bytes take 943 / n times as
-    long as the operations: at n = 2048 under a half of one of three products, at n = 4096 under a quarter. The
-    gradient of the hidden states, n × H, has 128 tiles of 128 × 256 at n = H = 2048, for 132 processors.
+    long as the operations: at n = 2048 under a half of one of three products, at n = 4096 under a quarter.
 
     More than H take memory. A float32 gradient of the head and its copy in 16 bits, once the logits are gone, take
     6 V H bytes, as in Liger with `accum_dtype=torch.float32`; logits of n ≤ H positions do not add to that peak.

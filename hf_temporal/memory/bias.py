@@ -19,9 +19,7 @@ def memory_bias(weighting: TemporalWeighting, length: int) -> Tensor:
     derivative along ρ̂(s) where x_t² = 1; where inputs of different times are uncorrelated and of variance 1, the mean
     gradient along ρ̂(s) is 2 b(s) (ρ̂(s) − ρ(s)).
 
-    Args:
-        weighting: any, `weight_fn` included; w(1), …, w(T) are its float32 `weights` of one document of T targets.
-        length: T, the number of output times.
+    w(1), …, w(T) are the float32 `weights` of one document of T = `length` targets.
 
     Raises:
         ValueError: `length` below 1; a weighting without any weight at 1..T; what `weighting.weights` raises.

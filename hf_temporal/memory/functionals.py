@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -28,16 +27,14 @@ def _airy(lag: Tensor) -> Tensor:
     return torch.from_numpy(special.airy(lag.numpy() - 6)[0])  # torch.special.airy_ai errs by 5e-9
 
 
-MEMORY_FUNCTIONS: Mapping[str, MemoryFunction] = MappingProxyType(
-    {
-        "exponential": lambda lag: torch.exp(-lag),
-        "polynomial": lambda lag: (1 + 0.1 * lag) ** -1.1,
-        "shift": lambda lag: ((lag > 9) & (lag < 11)).to(lag),
-        "two_part": lambda lag: torch.exp(-lag) + torch.exp(-((lag - 9) ** 2)),
-        "airy": _airy,
-        "sine": torch.sin,
-    }
-)
+MEMORY_FUNCTIONS: Mapping[str, MemoryFunction] = {
+    "exponential": lambda lag: torch.exp(-lag),
+    "polynomial": lambda lag: (1 + 0.1 * lag) ** -1.1,
+    "shift": lambda lag: ((lag > 9) & (lag < 11)).to(lag),
+    "two_part": lambda lag: torch.exp(-lag) + torch.exp(-((lag - 9) ** 2)),
+    "airy": _airy,
+    "sine": torch.sin,
+}
 """ρ(t) by name: e^{−t}; 1/(1 + 0.1t)^{1.1}; 1 on 9 < t < 11; e^{−t} + e^{−(t−9)²}; Ai(t − 6); sin t."""
 
 
@@ -46,8 +43,7 @@ def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
 
     `target` is a name of `MEMORY_FUNCTIONS`, or ρ itself, called with the lags as a float64 tensor `[length]`.
 
-    Raises:
-        ValueError, TypeError: another target; `length` below 1; a result that is not finite or not `[length]`.
+    Another target, a `length` below 1, a result that is not finite or not `[length]` are a ValueError or TypeError.
 
     Source: the targets of Wang & Yan, arXiv 2307.11462.
     """
@@ -65,12 +61,8 @@ def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
 def causal_convolution(inputs: Tensor, memory: Tensor) -> Tensor:
     """y_t = Σ_{s=0..t} ρ(s) x_{t−s} by FFT, of the shape and dtype of x, computed in float64.
 
-    Args:
-        inputs: x, floats `[..., time, dimension]`; every dimension is convolved by itself.
-        memory: ρ, `[time]`, of the lags 0..time − 1.
-
-    Raises:
-        ValueError: tensors of another kind or shape.
+    x are floats `[..., time, dimension]`; every dimension is convolved by itself. ρ is `[time]`, of the lags from 0.
+    Tensors of another kind or shape are a `ValueError`.
     """
     length = _duration(inputs)
     if memory.shape != (length,):
@@ -84,9 +76,7 @@ class Functional:
     """y = φ_after(ρ ∗ φ_before(x)), with (ρ ∗ x)_t = Σ_{s=0..t} ρ(s) x_{t−s} and φ_α(z) = (1 − α)·z + α·tanh(z).
 
     φ is applied at each time. φ_0 is the identity and φ_1 is tanh, so both α = 0 give the paper's linear functional.
-
-    Raises:
-        ValueError, TypeError: a field whose value is not accepted.
+    A field whose value is not accepted is a ValueError or TypeError.
 
     Source: linear functionals, Wang & Yan, arXiv 2307.11462; nonlinear ones are the question it leaves open.
     """
@@ -116,10 +106,8 @@ class FunctionalDataset(DrawnDataset[dict[str, Tensor]]):
     """Examples `{"input_values": x, "labels": y}` of x ~ N(0, 1) and a functional's y, float32 `[time, dimension]`.
 
     y is computed in float64 from the float32 x, and rounded; a data loader's batch is computed by one FFT. Batch
-    examples of several lengths by `pad_series`.
-
-    Raises:
-        ValueError: a number below 1, `min_length` above `length`, an unknown split.
+    examples of several lengths by `pad_series`. A number below 1, `min_length` above `length` and an unknown split are
+    a `ValueError`.
     """
 
     functional: Functional  # what is to be learned

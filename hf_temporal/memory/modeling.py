@@ -41,7 +41,7 @@ class MemoryBlock(nn.Module):
         self.skips = config.skip_connections
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.mixer(self.norm(x))
+        mixed = self.mixer(self.norm(x))
         return x + mixed if self.skips else mixed
 
 
@@ -63,8 +63,7 @@ class MemoryBackbone(nn.Module):
             x = x + sinusoidal_positions(x.shape[1], x.shape[2], device=x.device).to(x.dtype)
         for block in self.blocks:
             x = block(x)
-        normed: Tensor = self.norm(x)
-        return normed
+        return self.norm(x)
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
@@ -168,16 +167,12 @@ class MemoryModelForCausalLM(MemoryPreTrainedModel):
         """
         _check_rows(attention_mask, kwargs)
         logits: Tensor = self.lm_head(self.backbone(self.embed_tokens(input_ids)))
-        if labels is None:
-            return CausalLMOutput(logits=logits)
-        loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        size = self.config.vocab_size
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=size, **kwargs)
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-Models = tuple[type[MemoryModelForRegression], type[MemoryModelForCausalLM]]
-
-
-def _models_of(config: type[MemoryModelConfig]) -> Models:
+def _models_of(config: type[MemoryModelConfig]) -> tuple[type[MemoryModelForRegression], type[MemoryModelForCausalLM]]:
     """The model classes of a family, `XForRegression` and `XForCausalLM` for its configuration `XConfig`."""
     name, content = config.__name__.removesuffix("Config"), {"config_class": config, "__module__": __name__}
     return (

@@ -20,8 +20,7 @@ LINEARITY_TOLERANCE = 1e-3
 class MemoryDistance:
     """|ρ̂(s) − ρ(s)| for each lag s, `[length]`, and its root mean square over the short, middle and long lags.
 
-    These are the thirds of the lags; where their number is not divisible by three, the first and then the second third
-    are one longer.
+    These are the thirds of the lags, the first and then the second of which may be one longer.
     """
 
     by_lag: Tensor
@@ -36,13 +35,9 @@ def impulse_memory(model: nn.Module, length: int) -> Tensor:
     ρ̂(s) is the response at lag s to a unit impulse at time 0, less the response to zeros. A model is refused if it is
     not linear (up to a constant) and time-invariant: an impulse of −2 half-way must have −2 times the response.
 
-    Args:
-        model: a model for regression. It is called with `input_values`, `[batch, time, input_size]`, has a `config`
-            with `input_size`, and returns `logits`, `[batch, time, output_size]`.
-        length: number of lags, s = 0..length−1.
-
-    Returns:
-        `[length, output_size, input_size]`, in the dtype of the model; a `ValueError` tells a model that is refused.
+    Called with `input_values`, `[batch, time, input_size]`, the model returns `logits`, `[batch, time, output_size]`;
+    its `config` has `input_size`. The result is `[length, output_size, input_size]` in the dtype of the model, for the
+    lags s = 0..length−1. A model that is refused, or a `length` below 1, is a `ValueError`.
     """
     size, like = _input_of(model, length)
     later = length // 2
@@ -66,8 +61,8 @@ def constant_input_memory(model: nn.Module, length: int, *, value: float = 1.0) 
     |y_s − y_{s−1}| under x_t = value for s = 1..length−1, and |y_0 − y_0 under input 0| at s = 0; |value · ρ(s)| for
     y_t = Σ_s ρ(s) x_{t−s}. It is 0 at every lag but the first for attention without positions.
 
-    Args and result are those of `impulse_memory`, for a model linear or not; `value` is that of one input, each in
-    turn, while the others are 0.
+    Model and result are as for `impulse_memory`, linear or not; `value` is that of one input, each in turn, while the
+    others are 0.
 
     Source: the memory function of the paper's authors, |y_{t+1} − y_t|, here at lag s = t + 1 and begun at lag 0.
     """
@@ -84,10 +79,8 @@ def gradient_memory(model: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
     For y_t = Σ_s ρ(s) x_{t−s} that is ρ(s). For a nonlinear model the inputs should be like those it was trained on,
     which a constant input is not.
 
-    Args:
-        model: as for `impulse_memory`, linear or not, or a `Functional`. It is run in the mode it is in: a model with
-            dropout has to be in eval mode.
-        inputs: `[batch, time, input_size]`, where `time` is T; the result is `[time, output_size, input_size]`.
+    The model is as for `impulse_memory`, linear or not, or a `Functional`; one with dropout has to be in eval mode.
+    The inputs are `[batch, T, input_size]`, the result is `[T, output_size, input_size]`.
     """
     with torch.enable_grad():
         inputs = inputs.detach().requires_grad_()

@@ -21,12 +21,8 @@ def linear_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
     g_t = Wᵀ g_{t+1} + ∂L/∂h_t, with ∂L/∂u = g and ∂L/∂W = Σ_t g_t h_{t−1}ᵀ, without powers of W; it can be
     differentiated again.
 
-    Args:
-        inputs: u, `[batch, time, D]`.
-        weight: W, `[D, D]`; shapes that do not fit are a `ValueError`.
-
-    Returns:
-        h, `[batch, time, D]`, in the dtype of the inputs; computed in float32 at least.
+    The inputs u and the result h are `[batch, time, D]` and of one dtype, W is `[D, D]`; it is computed in float32 at
+    least. Shapes that do not fit are a `ValueError`.
 
     Source: Blelloch, *Prefix sums and their applications*, 1990.
     """

@@ -77,12 +77,8 @@ class FusedHead:
         def loss_of(outputs: Mapping[str, Any]) -> Tensor:
             return call.loss if call.loss is not None and isinstance(call.root, FSDPModule) else outputs["loss"]
 
-        hook = call.root.register_forward_hook(self._return_loss, prepend=True)
-        try:
-            with self._standing_in(call):
-                yield loss_of
-        finally:
-            hook.remove()
+        with call.root.register_forward_hook(self._return_loss, prepend=True), self._standing_in(call):
+            yield loss_of
 
     @torch.no_grad()
     def replay(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -167,11 +163,7 @@ class FusedHead:
 
 
 def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:
-    """The logits of the tokens of the batch: without those that prompt tuning puts in front of them.
-
-    Raises:
-        ValueError: logits and labels of different length.
-    """
+    """The logits without those that prompt tuning puts in front; another length than the labels' is a `ValueError`."""
     if logits.shape[1] == length:
         return logits
     if logits.shape[1] > length and is_prompt_learner(model):

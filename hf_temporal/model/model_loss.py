@@ -50,7 +50,6 @@ class ModelLoss:
     is_read: bool = True  # False where this is only presumed, from the model's class
 
     def in_words(self) -> str:
-        """What was found, for a log."""
         facts = {
             "loss": self.unsupported or ("cross-entropy" if self.is_read else "not tried out yet"),
             "labels": "shifted by the model" if self.shifts_labels else "aligned with the logits",
@@ -67,9 +66,8 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
 
     The loss that the model reports is compared with the cross-entropy of its logits, aligned and shifted, with its
     auxiliary loss, and with `num_items_in_batch` doubled; the head's stand-in with the logits themselves; and for a
-    causal model the logits with those of the same tokens behind padding, and behind another document. These are at
-    most five forward passes. The state of the random number generators and the buffers are left as they were. A model
-    that cannot be run on tokens alone is presumed, until `read_on_batch`.
+    causal model the logits with those of the same tokens behind padding, and behind another document: at most five
+    forward passes. A model that cannot be run on tokens alone is presumed, until `read_on_batch`.
 
     Args:
         model: the unwrapped model, a `PeftModel` included; sharded by FSDP2, it is run by all ranks at once.
@@ -90,13 +88,15 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
         is_read=not can_run,
     )
     parameters = inspect.signature(base.forward).parameters
-    if not can_run or not {"input_ids", "labels"} <= set(parameters) or not _takes_tokens(base):
+    if not can_run or not {"input_ids", "labels"} <= set(parameters) or not hasattr(base, "get_input_embeddings"):
+        return presumed
+    if not isinstance(matrix := getattr(base.get_input_embeddings(), "weight", None), Tensor):
         return presumed
     labels = torch.tensor([PROBE_LABELS], device=next(base.parameters()).device)
-    rows = base.get_input_embeddings().weight.shape[0]
-    inputs = {"input_ids": (torch.arange(labels.numel(), device=labels.device) * 3 + 5)[None] % rows}
+    tokens = (torch.arange(labels.numel(), device=labels.device) * 3 + 5)[None] % len(matrix)
+    inputs: dict[str, Any] = {"input_ids": tokens}
     if "attention_mask" in parameters:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"] = torch.ones_like(tokens)
     if "use_cache" in parameters:
         inputs["use_cache"] = False  # as in training; with a cache, packed rows are not told apart
     try:
@@ -342,11 +342,6 @@ def logits_of(outputs: Any, labels: Tensor) -> Tensor:
             f"the model returned no logits for labels of shape {tuple(labels.shape)}; accepted: outputs with them."
         )
     return values[0]
-
-
-def _takes_tokens(base: Any) -> bool:
-    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    return isinstance(getattr(embeddings, "weight", None), Tensor)
 
 
 def _auxiliary_coefficient(base: Any) -> float:

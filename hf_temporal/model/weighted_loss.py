@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_temporal import _trl
 from hf_temporal._peft import described
-from hf_temporal.collator import Batch
+from hf_temporal.collator import Batch, without
 from hf_temporal.linear_cross_entropy.head import TokenStatistics, statistics_of
 from hf_temporal.losses import weighted_cross_entropy, weighted_regression_loss
 from hf_temporal.positions import IGNORE_INDEX, shift_left
@@ -59,16 +59,9 @@ class WeightedForward:
     @contextlib.contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
         """`model` is what the trainer calls: the root, or what wraps it."""
-        hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
-        ]
-        try:
+        before = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        with before, model.register_forward_hook(self._after), self._fused:
             yield
-        finally:
-            self._fused.close()
-            for hook in hooks:
-                hook.remove()
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Batch) -> tuple[tuple[Any, ...], Batch] | None:
         labels = kwargs.get("labels")
@@ -78,11 +71,7 @@ class WeightedForward:
         # The weights are divided instead of the loss: gradients that are made in the forward pass are then final.
         weights, targets = share.weighted.weights * share.scale, share.weighted.targets
         shifted = kwargs.get("shift_labels")
-        inputs = {
-            key: value
-            for key, value in kwargs.items()
-            if key not in ("labels", "shift_labels", "num_items_in_batch", _trl.FUSED_HEAD)
-        }
+        inputs = without(kwargs, ("labels", "shift_labels", "num_items_in_batch", _trl.FUSED_HEAD))
         if labels.is_floating_point():
             self._call = _Call(labels, weights, share, has_own_loss=True)
             return args, {**inputs, "labels": labels}
@@ -130,7 +119,7 @@ class WeightedForward:
             return OutputsWithoutLogits({**outputs, "loss": loss})
         if not isinstance(outputs, Mapping):
             return (loss, *outputs[1:]) if call.has_own_loss else (loss, *outputs)
-        others: dict[str, Any] = {key: value for key, value in outputs.items() if key != "loss"}
+        others = without(outputs, ["loss"])
         return dict(loss=loss, **others) if type(outputs) is dict else type(outputs)(loss=loss, **others)  # type: ignore[call-arg]
 
     def _from_logits(self, call: _Call, outputs: Any) -> Tensor:
@@ -173,11 +162,7 @@ class OutputsWithoutLogits(dict[str, Any]):
 
 
 def chosen_fused_head(root: nn.Module, own: ModelLoss, mode: str) -> FusedHead | None:
-    """The fused head, where it is exact for the model and pays (`"auto"`), or where it is asked for (`"on"`).
-
-    Raises:
-        ValueError: `"on"`, and the model's head cannot be fused exactly.
-    """
+    """The fused head, where it is exact for the model and pays (`"auto"`), or is asked for (`"on"`, else an error)."""
     if mode == "off":
         return None
     head = own.fused_head

@@ -6,13 +6,8 @@ A few seconds, on a toy:
 
     python recipes/benchmarks/loss_head.py --shapes 64,16,500 --repeats 2
 
-On a GPU, where values and gradients are first compared with float64:
-
-    python recipes/benchmarks/loss_head.py --device cuda --dtypes bfloat16 --masked 0 --check 2048,512,32000 \
-        --shapes 16384,2048,248320 8192,4096,151936 --output outputs/gpu.json --picture outputs/gpu.png
-
-docs/benchmarks.md describes the peers. Each makes the gradients of hidden states [N, H] and head [V, H]. One that
-fails, because its package is not installed say, is a line with the reason.
+docs/benchmarks.md describes the peers, and has the command for a GPU. Each makes the gradients of hidden states [N, H]
+and head [V, H]. One that fails, because its package is not installed say, is a line with the reason.
 
 Each lives in a process of its own, and they run in turn, in a rotating order: a ratio is the median of those within a
 round. The first run of each is not timed; it gives the memory: the process's peak above what it held with the inputs
@@ -145,9 +140,8 @@ def measure(case: dict[str, Any], chosen: Sequence[str], repeats: int, threads: 
 
 def _gradients(peer: str, case: dict[str, Any]) -> int:
     """Bytes of the gradients of hidden states and head."""
-    N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
-    head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
-    return N * H * itemsize + head
+    rows = case["N"] + (0 if peer in ("ours, adapter", "ours, frozen head") else case["V"])
+    return rows * case["H"] * case["dtype"].itemsize
 
 
 def check(case: dict[str, Any], chosen: Sequence[str]) -> list[dict[str, Any]]:

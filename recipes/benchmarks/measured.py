@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from hf_temporal.finetuning.report import write_json
-from hf_temporal.tables import environment
+from hf_temporal.tables import environment, write_json
 
 
 class Child:
@@ -152,10 +151,9 @@ def draw_bars(
     panels: Sequence[tuple[str, float, str]],
     ours: str,
 ) -> None:
-    """A line of panels for each `case`, with a bar for each row that has a value in the column of the panel.
+    """A line of panels for each `case`, with a bar by `name` for each row that has a value in the panel's column.
 
-    `case` and `name` make the title of a row's panels and the label of its bar; `panels` are columns, the units that
-    they are divided by, and labels. Bars whose name begins with `ours` are coloured; a ratio's 1 is a broken line.
+    `panels` are columns, what they are divided by, and labels. Bars whose name begins with `ours` are coloured.
     """
     from matplotlib.figure import Figure  # matplotlib takes its time
 

@@ -131,7 +131,6 @@ class OnCommand(TrainerCallback):
         self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The answer, then the next command."""
         del args, control
         self.connection.send((time.perf_counter() - self.start, peak_memory() - self.before))
         if state.global_step < state.max_steps:

@@ -2,13 +2,7 @@ r"""A whole optimizer step in TemporalWeightTrainer, fused head and full logits,
 
     python recipes/benchmarks/training_step.py --output outputs/training_step.json
 
-is SmolLM2-135M at 8 × 160 tokens. The whole grid, many hours on a CPU, which the same command continues after a stop:
-
-    python recipes/benchmarks/training_step.py --models SmolLM2-135M Qwen3-0.5B T5-base --shapes 8x160 1x4096 \
-        --shares 0.05 0.15 1 --dtype float32 bfloat16 --repeats 5 --at_once 3 \
-        --output outputs/training_step_grid.json --picture outputs/training_step_grid.png
-
-A minute, on toys:
+is SmolLM2-135M at 8 × 160 tokens; the same command continues after a stop. A minute, on toys:
 
     python recipes/benchmarks/training_step.py --models toy "toy T5" --shapes 2x32 --repeats 2
 
