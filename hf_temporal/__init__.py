@@ -1,7 +1,5 @@
 """Drop-in replacements for the Hugging Face `Trainer` that give each target token the weight t^p."""
 
-from __future__ import annotations
-
 # ruff: noqa: F401
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

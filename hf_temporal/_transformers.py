@@ -4,8 +4,6 @@ They are private because transformers offers nothing else for it, and they diffe
 is the oldest that is known here. `tests/test_private_interfaces.py` has a test for each that names it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -5,8 +5,6 @@ Its `compute_loss` calls the model with `fused_lm_head=True`, upon which TRL's o
 test for what is relied on here.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

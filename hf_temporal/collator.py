@@ -1,7 +1,5 @@
 """Gives each batch its times, in a wrapper around any data collator."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any

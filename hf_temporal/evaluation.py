@@ -1,7 +1,5 @@
 """Loss by position: what an evaluation adds to the trainer's own metrics, and the file that keeps it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The hooks of a `Trainer` by which its evaluation also tells the loss by position."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Figures are made without pyplot, so no global state of matplotlib is touched.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The time t of each target token, from the labels (−100, padding, prompts, turns, packed documents)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pictures of what several p do, side by side, drawn as those of `hf_temporal.plots` are."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The power p as a function of training progress."""
 
-from __future__ import annotations
-
 import math
 
 from .positions import check_choice

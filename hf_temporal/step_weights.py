@@ -1,7 +1,5 @@
 """The weights of one optimizer step: its micro-batches with their times become weights of their labels, and D."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A report, before training, on what each p would do to a model and its data."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

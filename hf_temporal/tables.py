@@ -1,7 +1,5 @@
 """Figures as a Markdown table or JSON file, and the machine and the versions that they were measured with."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

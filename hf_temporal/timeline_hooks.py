@@ -1,7 +1,5 @@
 """The hooks of a `Trainer` by which its batches get their times, which need to know how its model makes its loss."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Mapping

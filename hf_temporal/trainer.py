@@ -1,7 +1,5 @@
 """Position-weighted losses for `Trainer`, `Seq2SeqTrainer` and any subclass of theirs."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

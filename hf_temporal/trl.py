@@ -1,7 +1,5 @@
 """TRL's `SFTTrainer` with position-weighted losses (`pip install 'hf-temporal[trl]'`)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from hf_temporal.installed import require

@@ -1,7 +1,5 @@
 """What a position-weighted loss cannot be combined with, told before training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

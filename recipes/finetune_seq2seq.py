@@ -19,8 +19,6 @@ Any model and data set of the Hub, or files of your own, on the GPUs of one mach
 The same command continues a run that was interrupted.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

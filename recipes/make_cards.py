@@ -4,8 +4,6 @@ The command at the top of each configuration is run: a finished run is only repo
 Then its card and the pictures of the card are copied.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """One run of a comparison: where it writes, whether it is finished, and what it measured."""
 
-from __future__ import annotations
-
 import fcntl
 from dataclasses import dataclass
 from pathlib import Path

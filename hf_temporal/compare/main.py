@@ -1,7 +1,5 @@
 """The command that compares powers p of the weight t^p."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

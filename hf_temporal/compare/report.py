@@ -1,7 +1,5 @@
 """The report of a comparison over p, from its summary: words, tables and pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

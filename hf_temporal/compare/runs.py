@@ -1,7 +1,5 @@
 """The cells of a comparison as processes: they are started, watched and ended."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Cells that share their imports: the standard library's fork server makes them once and is forked for every cell."""
 
-from __future__ import annotations
-
 import ast
 import atexit
 import os

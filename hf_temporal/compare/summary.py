@@ -1,7 +1,5 @@
 """`summary.json`: all that a comparison found, from which its report and its pictures are made."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

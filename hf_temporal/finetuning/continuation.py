@@ -1,7 +1,5 @@
 """Resuming a run that was interrupted: which checkpoints are there, whether they are whole, and of the same run."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import zipfile

@@ -1,7 +1,5 @@
 """Loading the model that a recipe trains: from the Hub or a folder, a new one, or an encoder–decoder made of two."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass, field
 from typing import Any

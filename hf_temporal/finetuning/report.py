@@ -1,7 +1,5 @@
 """The results of a run: evaluations in a file, a table and samples before and after, pictures, and the card."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A search for p with `Trainer.hyperparameter_search` and Optuna: one run a trial, kept in the run's folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """What leaves this machine: texts, and copies of files, without tokens and without its paths."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

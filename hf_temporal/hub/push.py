@@ -1,7 +1,5 @@
 """Pushes to the Hub: uploaded is a copy of what belongs there, without tokens and paths of this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """The LM head and its weighted loss without the N×V logits: gradients are made in the forward pass, chunk by chunk."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce

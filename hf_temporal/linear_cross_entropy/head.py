@@ -1,7 +1,5 @@
 """What the backends share: the matrices of the LM head, and the gradients to which each chunk adds."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

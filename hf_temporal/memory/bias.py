@@ -1,7 +1,5 @@
 """Memory bias: how much a weighted squared error charges a mistake in the memory function at each lag."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

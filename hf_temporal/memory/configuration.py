@@ -1,7 +1,5 @@
 """Configurations of the model families: width, depth, normalization, skip connections, and what each family adds."""
 
-from __future__ import annotations
-
 import math
 from typing import TYPE_CHECKING, Any
 

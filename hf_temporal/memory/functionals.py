@@ -1,7 +1,5 @@
 """Functionals with a known memory, y_t = Σ_s ρ(s) x_{t−s} and nonlinear ones around it, and data sets of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """The causal modules that mix the times of a sequence of any length, `[batch, time, width]` to the same."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

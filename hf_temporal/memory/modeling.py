@@ -4,8 +4,6 @@ Saved models hold a copy of this file and of those that it imports, so they load
 `trust_remote_code=True`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The memory function of a model, and its distance to a target."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The recurrences of RNNs: the linear one as a scan of logarithmic depth, and that with tanh."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The LM head and its loss in place of the model's LM head, during one forward call: the logits are never made."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a model's own loss is, read off the model: shift, auxiliary loss, `num_items_in_batch`, head."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import inspect

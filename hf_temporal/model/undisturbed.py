@@ -1,7 +1,5 @@
 """A model run on a few tokens, and left as it was."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

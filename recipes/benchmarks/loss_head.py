@@ -15,8 +15,6 @@ made and the libraries warmed up. Gradients count, inputs do not. "beside / logi
 as a share of N × V float32 logits. On a GPU the peak is that of what PyTorch had allocated.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import statistics

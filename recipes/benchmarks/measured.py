@@ -1,7 +1,5 @@
 """What the benchmarks share: processes that take turns, noise, memory, options, the figures' JSON file and picture."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

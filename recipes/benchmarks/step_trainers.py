@@ -1,7 +1,5 @@
 """The trainers whose steps `training_step.py` measures, the models and rows they are given, and the process of one."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

@@ -16,8 +16,6 @@ is for machines that cannot hold all the trainers of a case: they are measured i
 stock of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -15,8 +15,6 @@ Flags choose another target (`--target shift`), family (`--model_type memory_tcn
 same command continues an interrupted run.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any
