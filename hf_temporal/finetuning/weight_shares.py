@@ -14,9 +14,8 @@ from hf_temporal.collator import LOSS_WEIGHTS
 from hf_temporal.data.chat import ends_a_turn
 from hf_temporal.data.loading import head_of
 from hf_temporal.positions import IGNORE_INDEX, target_positions
+from hf_temporal.tables import markdown
 from hf_temporal.weighting import TemporalWeighting
-
-from .tables import markdown
 
 ROWS = 1000  # that are looked at
 TURNS = 8  # that get a line each
