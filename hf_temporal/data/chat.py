@@ -305,9 +305,11 @@ def _squeezed(text: str) -> str:
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of the special tokens."""
+    """The special tokens that have a name, such as eos_token, or that stand in the chat template."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return [text for text in {*tokenizer.all_special_tokens, *added} if text]
+    named = [text for text in tokenizer.special_tokens_map.values() if isinstance(text, str)]
+    template = str(tokenizer.chat_template)
+    return [text for text in {*tokenizer.all_special_tokens, *added} if text and (text in named or text in template)]
 
 
 def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
