@@ -79,11 +79,12 @@ def encode_conversations(
             "or --chat_template FILE."
         )
     special = special_texts(tokenizer)
+    ends = _ends(tokenizer, special)
     grouped: list[list[list[Answer]]] = []
     for conversation in conversations:
         _check_settings(conversation, tokenizer)
         _give_as_it_is_read(conversation.messages, tokenizer)
-        grouped.append(_in_one_context(_answers(conversation, tokenizer, special)))
+        grouped.append(_in_one_context(_answers(conversation, tokenizer, special, ends)))
     every = [group for groups in grouped for group in groups]
     encoded = iter(tokenize(tokenizer, [group[-1].prompt + group[-1].text for group in every]))
     leads = [*{answer.prompt[answer.lead :] for group in every for answer in group}]  # mostly the same few
@@ -212,7 +213,9 @@ def _variables(template: str) -> frozenset[str]:
     return _known_variables[template]
 
 
-def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, special: Sequence[str]) -> list[Answer]:
+def _answers(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, special: Sequence[str], ends: Ends
+) -> list[Answer]:
     """The answers to learn, each rendered as the last message of its conversation."""
     messages, indices = conversation.messages, [*conversation.answers]
     if not indices:
@@ -224,14 +227,13 @@ def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, spe
         )
     prompts = _render(conversation, [messages[:index] for index in indices], tokenizer, prompt=True)
     whole = _render(conversation, [messages[: index + 1] for index in indices], tokenizer, prompt=False)
-    added = tokenizer.get_added_vocab().keys()
     answers = []
     for index, prompt, rendered in zip(indices, prompts, whole, strict=True):
         message, name = messages[index], conversation.where(index)
         text = rendered[len(prompt) :] if rendered.startswith(prompt) else _opened(prompt, rendered, message, name)
         _check_written(message, text, name)
         lead = max([0, *(prompt.rfind(token) for token in special)])
-        answers.append(Answer(index, prompt, text, _end_of_turn(message, text, special, added), lead))
+        answers.append(Answer(index, prompt, text, _end_of_turn(message, text, ends), lead))
     return answers
 
 
@@ -317,23 +319,49 @@ def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
 
 
-def _end_of_turn(message: Message, text: str, special: Sequence[str], added: Set[str]) -> int:
-    """Where an answer's turn ends: behind the first special tokens that follow all of its other text.
+def _end_of_turn(message: Message, text: str, ends: Ends) -> int:
+    """Where an answer's turn ends: behind the special tokens that follow its last own text.
 
-    Some templates write the end of the whole conversation behind that of its last turn. Where no special token
-    follows, the white space at the end is none of the turn, unless it is the message's own, behind which no `added`
-    token stands either.
+    More may follow, since some templates write the end of the whole conversation behind that of its last turn. Where
+    no special token follows, the white space at the end is none of the turn, unless it is the message's own.
     """
-    closers = [token for token in special if "think" not in token.lower()]
-    stripped = end = len(text.rstrip())
-    while closing := next((token for token in closers if text.endswith(token, 0, end)), None):
-        end = len(text[: end - len(closing)].rstrip())
-    closed = re.match(rf"\s*(?:{'|'.join(map(re.escape, closers))})+", text[end:]) if closers else None
-    if closed:
-        return end + closed.end()
     said = "".join(_texts(message.get("content"))[-1:]).strip()
-    ends_itself = said and text.endswith(said, 0, stripped) and not text.endswith(tuple(added - {said}), 0, stripped)
-    return len(text) if ends_itself else stripped
+    if said and not message.get("tool_calls"):
+        place = text.rfind(said)
+        while place >= 0:
+            if closed := ends.closing.match(text, place + len(said)):
+                return closed.end()
+            place = text.rfind(said, 0, place + len(said) - 1)
+    usual = text.rfind(ends.usual) if ends.usual else -1
+    if usual >= 0 and not ends.closing.sub("", text[usual:]).strip():
+        return usual + len(ends.usual)
+    if closed := ends.behind_all.search(text):
+        return closed.end(1)
+    stripped = len(text.rstrip())
+    ends_itself = said and text.endswith(said, 0, stripped)
+    return len(text) if ends_itself and not text.endswith(tuple(ends.added - {said}), 0, stripped) else stripped
+
+
+class Ends(NamedTuple):
+    """What may end a turn in a tokenizer's chat template."""
+
+    closing: re.Pattern[str]  # special tokens, and white space before them
+    behind_all: re.Pattern[str]  # the first of the special tokens and white space at the end of a text
+    usual: str  # what ends an answer in words; empty where nothing does
+    added: Set[str]  # tokens of the vocabulary that are no pieces of words
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, special: Sequence[str]) -> Ends:
+    tokens = "|".join(map(re.escape, special)) or "(?!)"
+    closing = re.compile(rf"\s*(?:{tokens})+")
+    question, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}
+    try:
+        text = str(tokenizer.apply_chat_template([question, answer], tokenize=False)).rpartition(PROBE)[2]
+    except Exception:  # noqa: BLE001 - a template may raise anything
+        text = ""
+    usual = closing.match(text)
+    behind_all = re.compile(rf"(\s*(?:{tokens})+)(?:\s|{tokens})*\Z")
+    return Ends(closing, behind_all, usual.group().strip() if usual else "", tokenizer.get_added_vocab().keys())
 
 
 def _in_one_context(answers: list[Answer]) -> list[list[Answer]]:
