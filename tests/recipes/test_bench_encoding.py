@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import encoding
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -12,7 +13,6 @@ from hf_temporal.finetuning.models import ModelArguments
 from tests.tiny_summarization import tiny_tokenizer
 
 pytest.importorskip("trl", minversion="1.16")
-import encoding
 
 
 def test_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
