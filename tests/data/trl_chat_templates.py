@@ -1,0 +1,51 @@
+"""The chat templates that TRL's package ships, read from its files."""
+
+from __future__ import annotations
+
+from importlib import resources, util
+
+from tests.data.chat_templates import Family
+
+_ENDS = {
+    "cohere": "<|END_OF_TURN_TOKEN|>", "deepseek": "<｜end▁of▁sentence｜>", "diffusion_gemma": "<turn|>",
+    "gemma4": "<turn|>", "gemma": "<end_of_turn>", "glm": "", "gptoss": "<|return|> <|call|>",
+    "idefics": "<end_of_utterance>", "smolvlm": "<end_of_utterance>", "llama3": "<|eot_id|> <|eom_id|>",
+    "llava": "</s>", "muse": "<|eot|>", "phi3": "<|end|>",
+}  # fmt: skip
+_PARTS = ("idefics3", "smolvlm", "llava_next")
+_STRINGS = (
+    "cohere",
+    "deepseek",
+    "gptoss",
+    "llama3",
+    "phi3",
+    "gemma",
+    "nemotron",
+    "qwen2_5",
+    "qwen3",
+    "lfm2",
+    "lfm2_v2",
+)
+
+
+def trl_families() -> list[Family]:
+    """The templates among the files of TRL's package, without its variants for training; none without TRL."""
+    if util.find_spec("trl") is None:
+        return []
+    families = []
+    for file in sorted(resources.files("trl").joinpath("chat_templates").iterdir(), key=lambda each: each.name):
+        name = file.name.removesuffix(".jinja")
+        if name == file.name or name.endswith("_training"):
+            continue
+        ends = next((end for start, end in _ENDS.items() if name.startswith(start)), "<|im_end|>").split()
+        eos = ends[0] if ends else "<|endoftext|>"
+        content = "parts" if name in _PARTS else "string" if name.startswith(_STRINGS) else "either"
+        refuses = name.startswith(("deepseek", "nemotron", "qwen3_5_think", "qwen3_6", "qwen3_8"))
+        families.append(
+            Family(f"trl-{name}", file.read_text("utf-8"), None, tuple(ends), eos, content=content, calls=True,
+                   thinks=True, refuses_plain=refuses)
+        )  # fmt: skip
+    return families
+
+
+FAMILIES = trl_families()
