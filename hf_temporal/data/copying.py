@@ -20,7 +20,15 @@ from hf_temporal.positions import IGNORE_INDEX
 
 from . import argument, check_counts
 from .drawn import DrawnDataset
-from .rows import Row, bootstrap_interval, learned_after, length_metrics, texts_of, tokens_without
+from .rows import (
+    Row,
+    bootstrap_interval,
+    learned_after,
+    length_metrics,
+    special_tokens_around,
+    texts_of,
+    tokens_without,
+)
 
 FORMS = ("digits", "text")
 BLANK, CUE = 0, 9  # digits that are not copied: the filling, and the signal to repeat
@@ -63,7 +71,7 @@ class CopyingDataset(DrawnDataset[dict[str, list[int]]]):
     is_encoder_decoder: bool = field(kw_only=True)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        input_ids, labels = self._example(self._generator(index))
+        input_ids, labels, _ = self._example(self._generator(index))
         return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
 
     def _example(self, rng: np.random.Generator) -> Row:
@@ -88,7 +96,7 @@ class DigitCopies(CopyingDataset):
         digits = rng.integers(BLANK + 1, CUE, L).tolist()
         x = digits + [BLANK] * (T - 1) + [CUE] * (L + 1)
         y = [BLANK] * (T + L) + digits
-        return (x, y) if self.is_encoder_decoder else ([*x, END], [IGNORE_INDEX, *y])
+        return Row(x, y) if self.is_encoder_decoder else Row([*x, END], [IGNORE_INDEX, *y])
 
 
 def digit_tokenizer() -> PreTrainedTokenizerFast:
@@ -135,7 +143,7 @@ class TextCopies(CopyingDataset):
             raise ValueError(f"blank_length={T}; accepted: {most}.")
         self._candidates = np.flatnonzero(lengths >= L)
         self._pieces = prompt_pieces(tokenizer, is_encoder_decoder=self.is_encoder_decoder)
-        around = _special_tokens_around(tokenizer, target=True)
+        around = special_tokens_around(tokenizer, target=True)
         self._answer_around = around if self.is_encoder_decoder else ([], [tokenizer.eos_token_id])
 
     def _example(self, rng: np.random.Generator) -> Row:
@@ -151,7 +159,7 @@ class TextCopies(CopyingDataset):
         prompt = [*before, *passage, *between, *distractor, *after]
         opening, closing = self._answer_around
         answer = [*opening, *passage, *closing]
-        return (prompt, answer) if self.is_encoder_decoder else learned_after(prompt, answer)
+        return Row(prompt, answer) if self.is_encoder_decoder else learned_after(prompt, answer)
 
 
 def tokenize_texts(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
@@ -173,18 +181,9 @@ def prompt_pieces(tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: boo
         raise ValueError(f"chat_template renders as {rendered!r}; accepted: one that shows a user's turn once.")
     before, between, after = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
     if not has_template:
-        opening, closing = _special_tokens_around(tokenizer)
+        opening, closing = special_tokens_around(tokenizer)
         before, after = opening + before, after + (closing if is_encoder_decoder else [])
     return before, between, after
-
-
-def _special_tokens_around(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts in front of a text and behind it."""
-    text = "text_target" if target else "text"
-    bare = tokenizer(**{text: "a"}, add_special_tokens=False).input_ids
-    whole = tokenizer(**{text: "a"}).input_ids
-    start = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
 
 
 # ---- scores

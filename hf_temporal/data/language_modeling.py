@@ -1,114 +1,188 @@
-"""Language modeling: plain text, prompt and completion, or chat messages, and which of their tokens are learned."""
+"""Language modeling: plain text, prompt and completion, or conversations, and which of their tokens are learned."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_temporal.positions import IGNORE_INDEX
+from hf_temporal.collator import LOSS_WEIGHTS
 
 from . import argument, check_counts
+from .chat import encode_conversations
+from .formats import FORMS, TEXTS, alpaca_prompts, conversations_of
 from .loading import DataArguments, TaskData, check_column, load_columns
-from .rows import Row, as_batch, learned_after
+from .rows import Row, as_batch
+from .tokenizing import rows_of_pairs, rows_of_texts
+from .weights import Pattern, read_weights
 
 
 @dataclass
 class LanguageModelingArguments:
-    """How long a row may be, and whether several share one."""
+    """How long a row may be, whether several share one, and what of a conversation is learned."""
 
     block_size: int = argument(1024, "Tokens of a row at most: plain text is cut into such rows, the rest is cut off.")
     packing: bool = argument(
         False, "Put the examples of a batch into one row without padding; none attends to another."
     )
+    train_on: str = argument(
+        "all", "The answers of a conversation that are learned: all, or the last.", ["all", "last"]
+    )
+    weight_pattern: list[str] | None = argument(
+        None,
+        "REGEX=w, one or more: the tokens of an answer that the expression matches, or its groups if it has any, "
+        "weigh w times as much.",
+    )
+    chat_template: str | None = argument(None, "File of the chat template that replaces the tokenizer's.")
+    chat_template_kwargs: dict[str, Any] | str | None = argument(
+        None, "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."
+    )
 
     def __post_init__(self) -> None:
         check_counts(2, block_size=self.block_size)
+        if self.train_on not in ("all", "last"):
+            raise ValueError(f"train_on={self.train_on!r}; accepted: 'all', 'last'.")
+        self.patterns  # noqa: B018 - a wrong one is told before any data are loaded
+        if isinstance(self.chat_template_kwargs, str):
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except ValueError as error:
+                given = f"chat_template_kwargs={self.chat_template_kwargs!r} ({error})"
+                raise ValueError(f"{given}; accepted: a mapping in JSON.") from error
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError(f"chat_template_kwargs={self.chat_template_kwargs!r}; accepted: a mapping in JSON.")
+        if self.chat_template is not None and not Path(self.chat_template).is_file():
+            raise ValueError(f"chat_template={self.chat_template!r} is no file; accepted: a file of a Jinja template.")
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """The weights of spans, read from `weight_pattern`."""
+        return [Pattern.parse(given) for given in self.weight_pattern or ()]
 
 
 def load_texts(data_args: DataArguments, text_column: str | None = None) -> TaskData:
-    """Load the columns "messages", "prompt" and "completion", or "text", whichever the train data have.
+    """Load the columns of the first form in `formats.FORMS` that the train data have.
 
     The text is in `text_column` where it is given; that of the embedded data is the docstring's body.
     """
 
     def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:
+        there = next(iter(splits.values())).column_names
+        weights = {LOSS_WEIGHTS: LOSS_WEIGHTS} if LOSS_WEIGHTS in there else {}
         if text_column is not None:
             check_column("text_column", text_column, splits[split], split)
-            return {text_column: "text"}
+            return {text_column: "text", **weights}
         if embedded:
             return {"body": "text"}
-        there = next(iter(splits.values())).column_names
-        for columns in (["messages"], ["prompt", "completion"], ["text"]):
-            if all(column in there for column in columns):
-                for column in columns:
-                    check_column("column", column, splits[split], split, holds_texts=column != "messages")
-                return {column: column for column in columns}
-        accepted = "messages; prompt and completion; text; or --text_column"
-        raise ValueError(f"the data have the columns {', '.join(there)}; accepted: {accepted}.")
+        for needed, optional in FORMS.items():
+            if all(column in there for column in needed):
+                for column in needed:
+                    holds_texts = column in TEXTS or isinstance(splits[split].features[column], Value)
+                    check_column("column", column, splits[split], split, holds_texts=holds_texts)
+                also = [column for column in optional if column in there]
+                return {column: column for column in (*needed, *also)} | weights
+        forms = "; ".join(" and ".join(needed) for needed in [*FORMS][1:] + [*FORMS][:1])
+        raise ValueError(f"the data have the columns {', '.join(there)}; accepted: {forms}; or --text_column")
 
-    return load_columns(data_args, choose)
+    optional = {column for columns in FORMS.values() for column in columns} | {LOSS_WEIGHTS}
+    return load_columns(data_args, choose, optional=optional)
 
 
-def encode_texts(
-    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, arguments: LanguageModelingArguments
-) -> dict[str, list[list[int]]]:
-    """Rows of at most `arguments.block_size` tokens, with their labels.
+def encode_for_causal_lm(
+    batch: Mapping[str, Sequence[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: LanguageModelingArguments,
+    *,
+    rows: Sequence[int] = (),
+    split: str = "the data",
+    weighted: bool | None = None,
+    counted: bool = False,
+) -> dict[str, list[Any]]:
+    """Rows of at most `arguments.block_size` tokens, with labels and, where the data bring weights, `loss_weights`.
 
     In a text every token is a target, and so is the end token behind it; in prompt and completion, the completion and
-    its end token; in messages, what the assistant says, up to the end token of each turn.
+    its end token; in conversations, what the assistant says, up to the end token of each turn, in the context that the
+    model is given at inference (`chat.encode_conversations`). No special token that a text holds is added once more.
+    Longer rows are cut at the tokenizer's `truncation_side`, but plain text goes on in a further row.
+
+    Args:
+        batch: the columns of one form, as `load_texts` names them.
+        tokenizer: the model's.
+        arguments: what is learned of them.
+        rows: the numbers of the rows for errors; none: counted from 0.
+        split: what an error calls the data.
+        weighted: whether there is a column `loss_weights` in any case; None: where this batch brings weights.
+        counted: whether there is a column `rows.CUT` of the rows that were cut.
+
+    Raises:
+        ValueError: by column, row and message, what cannot be learned as it stands there.
     """
-    size, end = arguments.block_size, tokenizer.eos_token_id
-    if "messages" in batch:
-        rows = [_chat(messages, tokenizer) for messages in batch["messages"]]
-    elif "prompt" in batch:
-        prompts = [_without_end(prompt, tokenizer) for prompt in batch["prompt"]]
-        completions = tokenizer(batch["completion"], add_special_tokens=False, verbose=False).input_ids
-        rows = [learned_after(prompt, [*row, end]) for prompt, row in zip(prompts, completions, strict=True)]
+    size = next(iter(map(len, batch.values())))
+    names = [f"row {row} of {split}" for row in rows or range(size)]
+    if "input_ids" in batch:
+        per_example = [[_given(batch, place, name)] for place, name in enumerate(names)]
+    elif "text" in batch:
+        per_example = [[row] for row in rows_of_texts(batch["text"], tokenizer, arguments.patterns)]
+    elif _are_conversations(batch, names):
+        settings = arguments.chat_template_kwargs
+        assert not isinstance(settings, str)
+        conversations = conversations_of(batch, names, settings or {}, train_on=arguments.train_on)
+        per_example = encode_conversations(conversations, tokenizer, arguments.patterns)
     else:
-        closed = [[*_without_end(text, tokenizer), end] for text in batch["text"]]
-        blocks = [tokens[start : start + size] for tokens in closed for start in range(0, len(tokens), size)]
-        rows = [(block, block) for block in blocks]
-    return as_batch((tokens[:size], labels[:size]) for tokens, labels in rows)
+        prompts = batch["prompt"] if "prompt" in batch else alpaca_prompts(batch)
+        completions = batch["completion" if "prompt" in batch else "output"]
+        named = [f"completion of {name}" for name in names]
+        per_example = [[row] for row in rows_of_pairs(prompts, completions, named, tokenizer, arguments.patterns)]
+    own = batch.get(LOSS_WEIGHTS)
+    if own is not None and "input_ids" not in batch:
+        for place, name in enumerate(names):
+            weight = read_weights(own[place], None, f"{LOSS_WEIGHTS} of {name}")
+            per_example[place] = [row.times(weight) for row in per_example[place]]
+    made = [row for several in per_example for row in several]
+    if "text" in batch:
+        made = [block for row in made for block in row.blocks(arguments.block_size)]
+    if weighted is None:
+        weighted = any(row.weights is not None for row in made)
+    from_left = tokenizer.truncation_side == "left"
+    short = [row.cut(arguments.block_size, from_left=from_left) for row in made]
+    cut = [len(row.tokens) > arguments.block_size for row in made] if counted else None
+    return as_batch(short, weighted=weighted, cut=cut)
 
 
-def _without_end(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    tokens: list[int] = tokenizer(text, verbose=False).input_ids
-    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
+def brings_weights(examples: Dataset, arguments: LanguageModelingArguments) -> bool:
+    """Whether the examples have weights of rows or messages, or spans of theirs are weighted."""
+    if arguments.weight_pattern or LOSS_WEIGHTS in examples.column_names:
+        return True
+    columns = [name for name in ("messages", "conversations", "completion") if name in examples.column_names]
+    return any('"weight"' in json.dumps(value) for name in columns for value in examples[name])
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Row:
-    """Each turn is tokenized by itself, as it is when the model has to answer what came before."""
-    if tokenizer.chat_template is None:
-        raise ValueError("the data hold messages, and the tokenizer has no chat template; accepted: one that has it.")
-    accepted = "accepted: a list of mappings with role and content."
-    if not (isinstance(messages, list) and all(isinstance(each, Mapping) and "role" in each for each in messages)):
-        raise ValueError(f"messages hold {messages!r}; {accepted}")
+def _are_conversations(batch: Mapping[str, Sequence[Any]], names: Sequence[str]) -> bool:
+    if "messages" in batch or "conversations" in batch:
+        return True
+    if "prompt" not in batch:
+        return False
+    are_texts = isinstance(batch["prompt"][0], str)
+    for name, *pair in zip(names, batch["prompt"], batch["completion"], strict=True):
+        if any(isinstance(each, str) != are_texts for each in pair):
+            accepted = "two texts, or two lists of messages, the same in all rows"
+            raise ValueError(f"prompt and completion of {name} are of two kinds; accepted: {accepted}.")
+    return not are_texts
 
-    def rendered(turns: int, *, answer: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=answer))
-        except Exception as error:  # a template may raise anything
-            reason = f"of which the tokenizer's chat template makes nothing ({error})"
-            raise ValueError(f"messages hold {messages[:turns]!r}, {reason}; {accepted}") from error
 
-    tokens: list[int] = []
-    labels: list[int] = []
-    before = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        asked, answered = rendered(index, answer=True), rendered(index + 1)
-        if not (asked.startswith(before) and answered.startswith(asked)):
-            given = "the tokenizer's chat template renders earlier turns anew with every further one"
-            raise ValueError(f"{given}; accepted: one that only adds to them, or data of prompt and completion.")
-        given = tokenizer(asked[len(before) :], add_special_tokens=False, verbose=False).input_ids
-        target = tokenizer(answered[len(asked) :], add_special_tokens=False, verbose=False).input_ids
-        behind = target[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in target else 0
-        tokens += given + target
-        labels += [IGNORE_INDEX] * len(given) + target[: len(target) - behind] + [IGNORE_INDEX] * behind
-        before = answered
-    return tokens, labels
+def _given(batch: Mapping[str, Sequence[Any]], place: int, name: str) -> Row:
+    """A row that is tokenized already; without labels, all of it is learned."""
+    tokens = [int(token) for token in batch["input_ids"][place]]
+    labels = [int(label) for label in batch["labels"][place]] if "labels" in batch else tokens
+    if len(labels) != len(tokens):
+        raise ValueError(f"labels of {name} are {len(labels)}; accepted: {len(tokens)}, one for each of input_ids.")
+    if LOSS_WEIGHTS not in batch:
+        return Row(tokens, labels)
+    return Row(tokens, labels).times(
+        read_weights(batch[LOSS_WEIGHTS][place], len(tokens), f"{LOSS_WEIGHTS} of {name}")
+    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
@@ -18,7 +18,11 @@ from .docstrings import docstring_files
 
 logger = logging.get_logger(__name__)
 
-FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+READING: dict[str, dict[str, Any]] = {
+    ".csv": {"keep_default_na": False, "na_values": [""]}
+}  # "None" and "NA" are words
+ROW = "temporal_row"  # the number of an example in its file
 EMBEDDED_DATA = "docstrings of the installed Python packages"
 
 
@@ -26,9 +30,9 @@ EMBEDDED_DATA = "docstrings of the installed Python packages"
 class DataArguments:
     """Which data set, in the names of Hugging Face's examples; unset: the docstrings of the installed packages."""
 
-    dataset_name: str | None = argument(None, "Data set on the Hub, or folder.")
+    dataset_name: str | None = argument(None, "Data set on the Hub, or a folder, of save_to_disk too.")
     dataset_config_name: str | None = argument(None, "Configuration of the data set.")
-    train_file: str | None = argument(None, "CSV, JSON (Lines) or Parquet file.")
+    train_file: str | None = argument(None, "CSV, JSON (Lines), Parquet or Arrow file.")
     validation_file: str | None = argument(None, "The same for evaluation.")
     test_file: str | None = argument(None, "The same for prediction.")
     max_train_samples: int | None = argument(None, "Keep only the first so many examples.")
@@ -68,26 +72,34 @@ class TaskData:
     name: str
     sha256: str  # of the splits' names and the examples' values
     provenance: dict[str, Any] | None = None  # the versions of the packages that the embedded data are from
+    rows: dict[str, list[int]] = field(default_factory=dict)  # of a split of which rows are left out, those that stay
 
 
 def load_columns(
-    arguments: DataArguments, choose: Callable[[dict[str, Dataset], str, bool], Mapping[str, str]]
+    arguments: DataArguments,
+    choose: Callable[[dict[str, Dataset], str, bool], Mapping[str, str]],
+    *,
+    optional: Collection[str] = (),
 ) -> TaskData:
     """Load of every split the columns that a task needs, cut to its `max_…_samples`.
 
     `choose` maps all splits, the name of one, and whether the data are the embedded ones, to the columns of that
-    split, each with the name that the task has for it. Examples with nothing in one of them are left out, and told.
+    split, each with the name that the task has for it. Examples with nothing in one of them that is not among the
+    `optional` ones are left out, and told.
     """
     splits, name, provenance = _load_splits(arguments)
     chosen: dict[str, Dataset] = {}
+    rows: dict[str, list[int]] = {}
     digest = hashlib.sha256()
     for split, examples in splits.items():
         columns = choose(splits, split, provenance is not None)
-        chosen[split] = _named_columns(examples, split, columns, arguments.limits[split])
+        needed = [column for column, name in columns.items() if name not in optional]
+        chosen[split], left = _named_columns(examples, split, columns, needed, arguments.limits[split])
+        rows |= {split: left} if left else {}
         for batch in chosen[split].iter(batch_size=1000):  # faster than row by row
             for values in zip(*batch.values(), strict=True):
                 digest.update(json.dumps([split, *values]).encode())
-    return TaskData(chosen, name, digest.hexdigest(), provenance)
+    return TaskData(chosen, name, digest.hexdigest(), provenance, rows)
 
 
 def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dict[str, Any] | None]:
@@ -97,7 +109,9 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dic
     if name is not None:
         config = arguments.dataset_config_name
         try:
-            loaded = load_dataset(name, config)
+            saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+            loaded = load_from_disk(name) if saved else load_dataset(name, config)
+            loaded = DatasetDict(train=loaded) if isinstance(loaded, Dataset) else loaded
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             given = f"dataset_name={name!r} with dataset_config_name={config!r} cannot be loaded: {reason}"
@@ -109,7 +123,7 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dic
         name = EMBEDDED_DATA
     for split, path in files.items():
         try:
-            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path))["train"]
+            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), **READING.get(path.suffix, {}))["train"]
             read.data.validate(full=True)  # pyarrow takes JSON in any encoding, and a text fails only when it is read
         except (ValueError, DatasetGenerationError) as error:
             given = f"{split}_file={str(path)!r} gives no examples ({error.__cause__ or error})"
@@ -129,17 +143,26 @@ def check_column(argument: str, column: str, examples: Dataset, split: str, *, h
         raise ValueError(f"{given} of the {split} data holds {kind}; accepted: a column of texts.")
 
 
-def _named_columns(examples: Dataset, split: str, columns: Mapping[str, str], limit: int | None) -> Dataset:
-    """The first `limit` examples that have something in every column, with the columns renamed."""
-    chosen = examples.select_columns([*columns])
-    kept = chosen.filter(_is_complete, fn_kwargs={"columns": [*columns]}, desc=f"Looking through the {split} split")
+def _named_columns(
+    examples: Dataset, split: str, columns: Mapping[str, str], needed: Sequence[str], limit: int | None
+) -> tuple[Dataset, list[int]]:
+    """The first `limit` examples that have something in every needed column, with the columns renamed.
+
+    With them come the numbers of their rows, where any was left out, and else none.
+    """
+    numbered = examples.select_columns([*columns]).add_column(ROW, range(len(examples)))
+    kept = numbered.filter(_is_complete, fn_kwargs={"columns": needed}, desc=f"Looking through the {split} split")
     if not len(kept):
-        names = " and ".join(columns)
+        names = " and ".join(needed)
         raise ValueError(f"no example of the {split} split has a value in {names}; accepted: at least one.")
+    rows: list[int] = []
     if left_out := len(examples) - len(kept):
-        logger.warning(f"{split}: {left_out} of {len(examples)} examples have no {' or no '.join(columns)}; left out.")
-    named = kept.rename_columns({column: name for column, name in columns.items() if column != name})
-    return named if limit is None else named.select(range(min(limit, len(named))))
+        logger.warning(f"{split}: {left_out} of {len(examples)} examples have no {' or no '.join(needed)}; left out.")
+        rows = kept[ROW][:]
+    named = kept.remove_columns(ROW).rename_columns(
+        {column: name for column, name in columns.items() if column != name}
+    )
+    return named if limit is None else named.select(range(min(limit, len(named)))), rows
 
 
 def _is_complete(example: Mapping[str, Any], columns: Sequence[str]) -> bool:

@@ -2,31 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hf_temporal.collator import LOSS_WEIGHTS
 from hf_temporal.positions import IGNORE_INDEX
 
 RESAMPLES = 1000
-Row = tuple[list[int], list[int]]  # input_ids and labels
+CUT = "cut"  # the column that says which rows are longer than they may be
+
+
+class Row(NamedTuple):
+    """Tokens, their labels, and the weights of the labels, 0 off the targets; None where all weigh 1."""
+
+    tokens: list[int]
+    labels: list[int]
+    weights: list[float] | None = None
+
+    def times(self, weight: float | Sequence[float]) -> Row:
+        """The row with its weights multiplied by one number for all, or by one for each token."""
+        own = [float(label != IGNORE_INDEX) for label in self.labels] if self.weights is None else self.weights
+        factors = [weight] * len(own) if isinstance(weight, float) else weight
+        return self._replace(weights=[one * factor for one, factor in zip(own, factors, strict=True)])
+
+    def blocks(self, size: int) -> list[Row]:
+        """The row in pieces of at most `size` tokens."""
+        starts = range(0, len(self.tokens), size)
+        return [self._part(start, start + size) for start in starts]
+
+    def _part(self, start: int, end: int) -> Row:
+        return Row(self.tokens[start:end], self.labels[start:end], self.weights and self.weights[start:end])
+
+    def cut(self, size: int, *, from_left: bool = False) -> Row:
+        """At most `size` tokens; an answer that has lost its beginning, from which t counts, is no target any more."""
+        over = len(self.tokens) - size
+        if over <= 0:
+            return self
+        if not from_left:
+            return self._part(0, size)
+        labels = self.labels[over:]
+        if self.labels[over - 1] != IGNORE_INDEX:
+            kept = next((place for place, label in enumerate(labels) if label == IGNORE_INDEX), size)
+            labels = [IGNORE_INDEX] * kept + labels[kept:]
+        return self._part(over, len(self.tokens))._replace(labels=labels)
 
 
 def learned_after(prompt: list[int], completion: list[int]) -> Row:
     """A prompt that is no target, and a completion that is."""
-    return prompt + completion, [IGNORE_INDEX] * len(prompt) + completion
+    return Row(prompt + completion, [IGNORE_INDEX] * len(prompt) + completion)
 
 
-def as_batch(rows: Iterable[Row]) -> dict[str, list[list[int]]]:
-    """The columns that a causal language model takes."""
-    pairs = [*rows]
-    return {
-        "input_ids": [tokens for tokens, _ in pairs],
-        "attention_mask": [[1] * len(tokens) for tokens, _ in pairs],
-        "labels": [labels for _, labels in pairs],
+def as_batch(
+    rows: Sequence[Row], *, weighted: bool = False, cut: Sequence[bool] | None = None
+) -> dict[str, list[Any]]:
+    """The columns that a causal language model takes, `loss_weights` if the rows are weighted, and what was `CUT`."""
+    batch: dict[str, list[Any]] = {
+        "input_ids": [row.tokens for row in rows],
+        "attention_mask": [[1] * len(row.tokens) for row in rows],
+        "labels": [row.labels for row in rows],
     }
+    if weighted:
+        batch[LOSS_WEIGHTS] = [
+            [float(label != IGNORE_INDEX) for label in row.labels] if row.weights is None else row.weights
+            for row in rows
+        ]
+    return batch if cut is None else {**batch, CUT: [*cut]}
+
+
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts in front of a text and behind it."""
+    text = "text_target" if target else "text"
+    bare = tokenizer(**{text: "a"}, add_special_tokens=False).input_ids
+    whole = tokenizer(**{text: "a"}).input_ids
+    start = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

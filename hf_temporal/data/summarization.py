@@ -14,10 +14,14 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_temporal.positions import IGNORE_INDEX
+
 from . import argument, check_counts
+from .chat import Conversation, encode_conversations, ends_a_turn
 from .loading import DataArguments, TaskData, check_column, load_columns
 from .rouge import ROUGE_TOKENIZERS, needs_characters
-from .rows import as_batch, learned_after, length_metrics, texts_of, tokens_without
+from .rows import CUT, Row, as_batch, length_metrics, texts_of, tokens_without
+from .tokenizing import rows_of_pairs
 
 logger = logging.get_logger(__name__)
 
@@ -62,20 +66,56 @@ def load_pairs(data_args: DataArguments, arguments: SummarizationArguments) -> T
     return load_columns(data_args, choose)
 
 
-def encode_for_causal_lm(
-    batch: Batch, tokenizer: PreTrainedTokenizerBase, arguments: SummarizationArguments
-) -> dict[str, list[list[int]]]:
+def encode_pairs_for_causal_lm(
+    batch: Batch,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: SummarizationArguments,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    counted: bool = False,
+) -> dict[str, list[Any]]:
     """Rows of prompt, summary and end token; the labels are those of the summary and its end token, −100 before.
 
-    The prompt is the user's turn of the tokenizer's chat template where it has one. A summary that is cut at
-    `max_target_length` has no end token.
+    Text and summary are a turn of the user and one of the assistant in the tokenizer's chat template where it has one.
+    A summary that is cut at `max_target_length` has no end token. Where `counted`, a column says which pairs are cut.
     """
     texts = [arguments.source_prefix + text for text in _first_tokens(batch["text"], tokenizer, arguments)]
-    summaries = tokenizer(batch["summary"], add_special_tokens=False, verbose=False).input_ids
-    return as_batch(
-        learned_after(prompt, [*summary, tokenizer.eos_token_id][: arguments.max_target_length])
-        for prompt, summary in zip(_prompts(texts, tokenizer), summaries, strict=True)
-    )
+    names = [f"row {row} of the data" for row in range(len(texts))]
+    if tokenizer.chat_template is None:
+        prompts = [f"{text}\n\nSummary:\n" for text in texts]
+        rows = rows_of_pairs(prompts, batch["summary"], names, tokenizer)
+    else:
+        turns = [
+            [{"role": "user", "content": text}, {"role": "assistant", "content": summary}]
+            for text, summary in zip(texts, batch["summary"], strict=True)
+        ]
+        settings = dict(chat_template_kwargs or {})
+        conversations = [
+            Conversation(turn, {1: 1.0}, settings, "summary", name) for turn, name in zip(turns, names, strict=True)
+        ]
+        rows = [_closed(row, tokenizer) for (row,) in encode_conversations(conversations, tokenizer)]
+    short = [_cut_summary(row, arguments) for row in rows]
+    if not counted:
+        return as_batch(short)
+    cut = [
+        len(less.tokens) < len(row.tokens) or text != arguments.source_prefix + whole
+        for less, row, text, whole in zip(short, rows, texts, batch["text"], strict=True)
+    ]
+    return as_batch(short, cut=cut)
+
+
+def _cut_summary(row: Row, arguments: SummarizationArguments) -> Row:
+    start = next((place for place, label in enumerate(row.labels) if label != IGNORE_INDEX), len(row.labels))
+    return row.cut(start + arguments.max_target_length)
+
+
+def _closed(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """The row up to its last target, and the tokenizer's end token behind it if the chat template puts none there."""
+    end = max((place for place, label in enumerate(row.labels) if label != IGNORE_INDEX), default=-1) + 1
+    closed = row.cut(end)
+    if end == 0 or ends_a_turn(row.tokens[end - 1], tokenizer):
+        return closed
+    return Row([*closed.tokens, tokenizer.eos_token_id], [*closed.labels, tokenizer.eos_token_id])
 
 
 def encode_for_seq2seq_lm(
@@ -83,10 +123,13 @@ def encode_for_seq2seq_lm(
     tokenizer: PreTrainedTokenizerBase,
     arguments: SummarizationArguments,
     decoder_start_token_id: int | None = None,
-) -> dict[str, list[list[int]]]:
+    *,
+    counted: bool = False,
+) -> dict[str, list[Any]]:
     """input_ids of the text with its prefix, labels of the summary; the tokenizer cuts and closes both.
 
-    The token that the decoder starts with is no label, though BERT's tokenizer puts it in front of a summary.
+    The token that the decoder starts with is no label, though BERT's tokenizer puts it in front of a summary. Where
+    `counted`, a column says which pairs are cut.
     """
     # truncation would change the tokenizer's state, which is part of the key in the cache of `datasets`
     tokenizer = copy.deepcopy(tokenizer)
@@ -94,7 +137,11 @@ def encode_for_seq2seq_lm(
     source = tokenizer(texts, truncation=True, max_length=arguments.max_source_length)
     target = tokenizer(text_target=batch["summary"], truncation=True, max_length=arguments.max_target_length)
     labels = [row[1:] if row[:1] == [decoder_start_token_id] else row for row in target.input_ids]
-    return {"input_ids": source.input_ids, "attention_mask": source.attention_mask, "labels": labels}
+    encoded = {"input_ids": source.input_ids, "attention_mask": source.attention_mask, "labels": labels}
+    if not counted:
+        return encoded
+    pairs = zip(source.encodings or [], target.encodings or [], strict=True)
+    return {**encoded, CUT: [any(part.overflowing for part in pair) for pair in pairs]}
 
 
 def _first_tokens(
@@ -106,16 +153,6 @@ def _first_tokens(
             first = str(tokenizer.decode(tokens[:length], clean_up_tokenization_spaces=False))
             kept[index] = first.rstrip("\ufffd")  # of a character that is cut in two
     return kept
-
-
-def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    if tokenizer.chat_template is None:
-        plain: list[list[int]] = tokenizer([f"{text}\n\nSummary:\n" for text in texts], verbose=False).input_ids
-        return [prompt[:-1] if prompt[-1] == tokenizer.eos_token_id else prompt for prompt in plain]
-    turns = [[{"role": "user", "content": text}] for text in texts]
-    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    prompts: list[list[int]] = tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
-    return prompts
 
 
 class SummaryScores:

@@ -17,6 +17,7 @@ from hf_temporal.data import argument, check_counts, copying, language_modeling,
 from hf_temporal.data.copying import CopyingArguments
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
 from hf_temporal.data.loading import DataArguments, TaskData
+from hf_temporal.data.rows import CUT
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
 from hf_temporal.installed import require
 from hf_temporal.positions import IGNORE_INDEX
@@ -80,6 +81,7 @@ class Task(ABC):
     metrics: ClassVar[dict[str, tuple[str, int]]]  # what a table shows, by name in the logs: title and decimals
     data_args: DataArguments
     data: TaskData  # the examples, not tokenized yet
+    cut: ClassVar[str] = ""  # what cuts rows, and what that takes
     answer_length: int  # the largest number of tokens to generate
     generates: bool = True  # a decoder-only model's answers; else they are read off at each position
     unused: Collection[str] = ()  # splits that the run does not need, so that they are not tokenized
@@ -99,12 +101,15 @@ class Task(ABC):
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores | None:  # noqa: ARG002
         return None
 
-    def _mapped(self, split: str, function: Callable[..., Any], **settings: Any) -> Dataset:
+    def _mapped(
+        self, split: str, function: Callable[..., Any], *, with_indices: bool = False, **settings: Any
+    ) -> Dataset:
         """`function(batch, **settings)` over a split; the next time it comes from the cache of `datasets`."""
         examples: Dataset = self.data.splits[split]
         return examples.map(
             function,
             batched=True,
+            with_indices=with_indices,
             fn_kwargs=settings,
             remove_columns=examples.column_names,
             num_proc=self.data_args.preprocessing_num_workers,
@@ -116,6 +121,9 @@ class Task(ABC):
         encoded = {}
         for split in self.used():
             rows = self._mapped(split, function, **settings)
+            if cut := sum(rows[CUT]):
+                logger.warning(f"{split}: {cut} of {len(rows)} rows are cut: {self.cut}.")
+            rows = rows.remove_columns(CUT)
             limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
             kept = rows.filter(_can_be_learned, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
             if left_out := len(rows) - len(kept):
@@ -142,16 +150,23 @@ class Summarization(Task):
         "gen_len": ("tokens per summary", 1),
         "empty": ("empty summaries, %", 1),
     }
+    cut: ClassVar = "max_source_length ends a text, or max_target_length a summary, which then has no end token"
 
-    def __init__(self, data_args: DataArguments, arguments: SummarizationArguments) -> None:
-        self.data_args, self.arguments = data_args, arguments
+    def __init__(
+        self,
+        data_args: DataArguments,
+        arguments: SummarizationArguments,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.data_args, self.arguments, self.chat_template_kwargs = data_args, arguments, chat_template_kwargs
         self.data = load_pairs(data_args, arguments)
         self.answer_length = arguments.max_target_length
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
-        settings: dict[str, Any] = {"tokenizer": tokenizer, "arguments": self.arguments}
+        settings: dict[str, Any] = {"tokenizer": tokenizer, "arguments": self.arguments, "counted": True}
         if not config.is_encoder_decoder:
-            return self._tokenized(config, summarization.encode_for_causal_lm, **settings)
+            settings["chat_template_kwargs"] = self.chat_template_kwargs
+            return self._tokenized(config, summarization.encode_pairs_for_causal_lm, **settings)
         for side, name in (("encoder", "max_source_length"), ("decoder", "max_target_length")):
             limit, length = positions(config, side), getattr(self.arguments, name)
             if limit is not None and length > limit:
@@ -232,6 +247,7 @@ class LanguageModeling(Task):
 
     verb = "continue"
     metrics: ClassVar = LOSSES
+    cut: ClassVar = "block_size ends them, and what is cut off is not learned"
     answer_length = 0
     generates = False
 
@@ -244,7 +260,24 @@ class LanguageModeling(Task):
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         if config.is_encoder_decoder:
             raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
-        return self._tokenized(config, language_modeling.encode_texts, tokenizer=tokenizer, arguments=self.arguments)
+        return self._tokenized(config, _encode_numbered, tokenizer=tokenizer, arguments=self.arguments)
+
+    def _mapped(self, split: str, function: Callable[..., Any], **settings: Any) -> Dataset:
+        examples: Dataset = self.data.splits[split]
+        own = {
+            "where": split,
+            "numbers": self.data.rows.get(split),
+            "weighted": language_modeling.brings_weights(examples, self.arguments),
+        }
+        rows = super()._mapped(split, function, with_indices=True, **settings, **own)
+        if len(rows) > len(examples) and "text" not in examples.column_names:
+            times = f"{len(rows) / len(examples):.2f} times as many"
+            logger.warning(
+                f"{split}: {len(examples)} conversations make {len(rows)} rows, {times}: the chat template renders "
+                "earlier turns anew, so that answers get rows of their own, each with the context that the model is "
+                "given. --train_on last keeps one of each conversation."
+            )
+        return rows
 
 
 TASK_KINDS = (TaskArguments, DataArguments, SummarizationArguments, CopyingArguments, LanguageModelingArguments)
@@ -259,10 +292,19 @@ def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Tas
         raise ValueError("packing=True and copying_form='digits': each row is read alone; accepted: one of them")
     with training_args.main_process_first():
         if task_args.task == "summarization":
-            return Summarization(data_args, summarization_args)
+            kwargs = language_modeling_args.chat_template_kwargs
+            return Summarization(data_args, summarization_args, kwargs)
         if task_args.task == "copying":
             return Copying(data_args, copying_args, text_column=text_column, seed=training_args.seed)
         return LanguageModeling(data_args, language_modeling_args, text_column=text_column)
+
+
+def _encode_numbered(
+    batch: dict[str, list[Any]], indices: list[int], where: str, numbers: list[int] | None, **settings: Any
+) -> dict[str, list[Any]]:
+    """The rows of a batch, in which errors count the rows of the file."""
+    rows = indices if numbers is None else [numbers[index] for index in indices]
+    return language_modeling.encode_for_causal_lm(batch, rows=rows, split=where, counted=True, **settings)
 
 
 def _can_be_learned(example: dict[str, list[int]], limits: dict[str, int | None]) -> bool:

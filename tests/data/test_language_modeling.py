@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hf_temporal.data.language_modeling import LanguageModelingArguments, encode_texts, load_texts
+from hf_temporal.data.language_modeling import LanguageModelingArguments, encode_for_causal_lm, load_texts
 from hf_temporal.data.loading import DataArguments
 from tests.tiny_summarization import tiny_tokenizer
 
@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast, size: int = 200) -> list[dict[str, Any]]:
-    columns = encode_texts(batch, tokenizer, LanguageModelingArguments(block_size=size))
+    columns = encode_for_causal_lm(batch, tokenizer, LanguageModelingArguments(block_size=size))
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

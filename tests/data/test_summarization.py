@@ -38,7 +38,7 @@ def arguments() -> SummarizationArguments:
 
 
 def encode_for_causal_lm(pair: dict[str, str], *settings: Any) -> dict[str, list[int]]:
-    batch = summarization.encode_for_causal_lm({name: [text] for name, text in pair.items()}, *settings)
+    batch = summarization.encode_pairs_for_causal_lm({name: [text] for name, text in pair.items()}, *settings)
     return {name: rows[0] for name, rows in batch.items()}
 
 

@@ -199,10 +199,10 @@ def test_files_give_examples_or_a_reason(
                 assert [*zip(*pairs.values(), strict=True)] == [
                     (text, short) for text, short in both if text and short and text.strip() and short.strip()
                 ]
-            learnable(summarization.encode_for_causal_lm(pairs, tokenizer, columns))
+            learnable(summarization.encode_pairs_for_causal_lm(pairs, tokenizer, columns))
         with saying(f"train_file='{path}'", "column=", "the train", "the data have the columns", "messages"):
             texts = load_texts(DataArguments(train_file=str(path)), text_column).splits["train"][:]
-            learnable(language_modeling.encode_texts(texts, tokenizer, LanguageModelingArguments()))
+            learnable(language_modeling.encode_for_causal_lm(texts, tokenizer, LanguageModelingArguments()))
 
 
 @contextlib.contextmanager
@@ -248,7 +248,7 @@ def test_texts_that_are_none(tmp_path: Path, row: dict[str, Any], message: str) 
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
-        language_modeling.encode_texts(
+        language_modeling.encode_for_causal_lm(
             load_texts(DataArguments(train_file=str(path))).splits["train"][:], tiny_tokenizer(),
             LanguageModelingArguments(),
         )  # fmt: skip

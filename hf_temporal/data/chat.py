@@ -1,0 +1,313 @@
+"""Conversations as rows: which tokens are an answer, and whether the model will be given what stands before them."""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, TemplateError, meta
+from transformers import PreTrainedTokenizerBase
+
+from hf_temporal.positions import IGNORE_INDEX
+
+from .rows import Row
+from .tokenizing import continued, tokenize
+from .weights import Pattern, spread
+
+Message = dict[str, Any]
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys that transformers gives a template as one
+OF_EVERY_TEMPLATE = ("messages", "add_generation_prompt", "raise_exception", "strftime_now")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, of which some answers are learned.
+
+    `answers` has the index and the weight of each answer that is learned, `settings` what else the template gets
+    (`tools`, `documents`, arguments of its own), and `column` and `row` are what an error calls the conversation.
+    """
+
+    messages: list[Message]
+    answers: dict[int, float]
+    settings: dict[str, Any]
+    column: str
+    row: str
+
+    def where(self, message: int) -> str:
+        """What an error calls a message."""
+        return f"{self.column} of {self.row}, message {message}"
+
+
+class Answer(NamedTuple):
+    """An answer as text: what the model is given, what it has to write, and up to where that is learned."""
+
+    message: int  # its index
+    prompt: str
+    text: str
+    end: int  # characters of `text` up to the end of the turn, that included
+    lead: int  # where the last special token of the prompt begins, before which nothing depends on what follows
+
+
+def encode_conversations(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, patterns: Sequence[Pattern] = ()
+) -> list[list[Row]]:
+    """The rows of each conversation, in which the answers are the targets.
+
+    A conversation is rendered as a whole and tokenized once. An answer begins where the tokens end that
+    `apply_chat_template(messages_before, add_generation_prompt=True)` gives at inference, which is checked token by
+    token, and ends with the token that ends its turn. Where a template renders earlier turns anew, so that no text
+    holds all answers in the context that the model is given, there is a row for each context. A conversation without
+    an answer to learn makes one empty row.
+
+    Args:
+        conversations: what `formats.conversations_of` makes of a batch.
+        tokenizer: one with a chat template and with character offsets.
+        patterns: the weights of spans of the answers.
+
+    Raises:
+        ValueError: by the name of the conversation and the number of its message: a template that raises, that leaves
+            a part of an answer out, or whose prompt is no beginning of what it writes; an answer at the very start.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the data hold conversations, and the tokenizer has no chat template; accepted: a tokenizer that has one, "
+            "or --chat_template FILE."
+        )
+    special = special_texts(tokenizer)
+    grouped: list[list[list[Answer]]] = []
+    for conversation in conversations:
+        _check_settings(conversation, tokenizer)
+        grouped.append(_in_one_context(_answers(conversation, tokenizer, special)))
+    every = [group for groups in grouped for group in groups]
+    encoded = iter(tokenize(tokenizer, [group[-1].prompt + group[-1].text for group in every]))
+    leads = [*{answer.prompt[answer.lead :] for group in every for answer in group}]  # mostly the same few
+    lead_ids = {lead: lead_encoded.ids for lead, lead_encoded in zip(leads, tokenize(tokenizer, leads), strict=True)}
+    rows: list[list[Row]] = []
+    for conversation, groups in zip(conversations, grouped, strict=True):
+        made = [] if groups else [Row([], [])]
+        for group in groups:
+            whole = next(encoded)
+            starts = [_start(whole, answer, lead_ids[answer.prompt[answer.lead :]]) for answer in group]
+            if None not in starts:
+                made.append(_row(whole, group, starts, conversation, patterns))
+            else:
+                made += [_row_of_one(answer, conversation, patterns, tokenizer) for answer in group]
+        rows.append(made)
+    return rows
+
+
+def _start(whole: Any, answer: Answer, lead: list[int]) -> int | None:
+    """Where an answer begins in the encoding of its conversation; None if its prompt has other tokens by itself.
+
+    A tokenizer splits a text at special tokens first, so that the tokens before the last one in the prompt are those
+    of the prompt alone. From there on, they are compared with those of the prompt's end, `lead`.
+    """
+    first = whole.char_to_token(answer.lead)
+    if first is None or whole.ids[first : first + len(lead)] != lead:
+        return None
+    return int(first) + len(lead)
+
+
+def _row(
+    whole: Any, group: list[Answer], places: Sequence[Any], conversation: Conversation, patterns: Sequence[Pattern]
+) -> Row:
+    """A row of several answers, each of which begins at its place among the tokens."""
+    tokens, offsets = whole.ids, whole.offsets
+    labels, weights = [IGNORE_INDEX] * len(tokens), [0.0] * len(tokens)
+    starts = [start for start, _ in offsets]
+    for answer, start in zip(group, places, strict=True):
+        first = len(answer.prompt)
+        end = bisect_left(starts, first + answer.end, lo=start)
+        spans = [(begin - first, stop - first) for begin, stop in offsets[start:end]]
+        labels[start:end] = tokens[start:end]
+        weights[start:end] = _weights(answer, spans, conversation, patterns)
+    return Row(tokens, labels, weights if _are_weighted(conversation, patterns) else None)
+
+
+def _row_of_one(
+    answer: Answer, conversation: Conversation, patterns: Sequence[Pattern], tokenizer: PreTrainedTokenizerBase
+) -> Row:
+    """The row of one answer behind the tokens of its prompt."""
+    name = conversation.where(answer.message)
+    asked, whole = tokenize(tokenizer, [answer.prompt, answer.prompt + answer.text])
+    prompt = asked.ids
+    tokens, spans = continued(prompt, answer.prompt, answer.text, whole, tokenizer, name)
+    end = bisect_left([start for start, _ in spans], answer.end)
+    unlearned = [IGNORE_INDEX] * len(prompt)
+    behind = len(tokens) - end
+    weights = [0.0] * len(prompt) + _weights(answer, spans[:end], conversation, patterns) + [0.0] * behind
+    labels = unlearned + tokens[:end] + [IGNORE_INDEX] * behind
+    return Row(prompt + tokens, labels, weights if _are_weighted(conversation, patterns) else None)
+
+
+def _are_weighted(conversation: Conversation, patterns: Sequence[Pattern]) -> bool:
+    return bool(patterns) or any(weight != 1 for weight in conversation.answers.values())
+
+
+def _weights(
+    answer: Answer, spans: list[tuple[int, int]], conversation: Conversation, patterns: Sequence[Pattern]
+) -> list[float]:
+    return spread(answer.text[: answer.end], spans, conversation.answers[answer.message], patterns)
+
+
+def _check_settings(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the template reads what it is given: tools that it leaves out would be trained on in silence."""
+    template = str(tokenizer.get_chat_template(tools=conversation.settings.get("tools")))
+    known = _variables(template)
+    for name in conversation.settings:
+        if known and name not in known:
+            accepted = ", ".join(sorted(known - {*OF_EVERY_TEMPLATE, *tokenizer.special_tokens_map})) or "nothing else"
+            raise ValueError(
+                f"{name}, for the {conversation.column} of {conversation.row}, is nothing that the chat template "
+                f"reads; it reads: {accepted}. Accepted: another template (--chat_template FILE), or data without "
+                f"{name}."
+            )
+
+
+_known_variables: dict[str, frozenset[str]] = {}
+
+
+def _variables(template: str) -> frozenset[str]:
+    """The names that a template reads; empty where its syntax is none of plain Jinja's."""
+    if template not in _known_variables:
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)  # only parses
+        try:
+            tree = environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))
+            _known_variables[template] = frozenset(meta.find_undeclared_variables(tree))
+        except TemplateError:
+            _known_variables[template] = frozenset()
+    return _known_variables[template]
+
+
+def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, special: Sequence[str]) -> list[Answer]:
+    """The answers to learn, each rendered as the last message of its conversation."""
+    messages, indices = conversation.messages, [*conversation.answers]
+    if not indices:
+        return []
+    if indices[0] == 0:
+        raise ValueError(
+            f"{conversation.where(0)}: an answer to nothing, before which the model is given no message; "
+            "accepted: a message before it, or weight 0, so that it is context alone."
+        )
+    prompts = _render(conversation, [messages[:index] for index in indices], tokenizer, prompt=True)
+    whole = _render(conversation, [messages[: index + 1] for index in indices], tokenizer, prompt=False)
+    answers = []
+    for index, prompt, rendered in zip(indices, prompts, whole, strict=True):
+        message, name = messages[index], conversation.where(index)
+        text = rendered[len(prompt) :] if rendered.startswith(prompt) else _opened(prompt, rendered, message, name)
+        _check_written(message, text, name)
+        lead = max([0, *(prompt.rfind(token) for token in special)])
+        answers.append(Answer(index, prompt, text, _end_of_turn(message, text, special), lead))
+    return answers
+
+
+def _render(
+    conversation: Conversation, parts: list[list[Message]], tokenizer: PreTrainedTokenizerBase, *, prompt: bool
+) -> list[str]:
+    how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt, **conversation.settings}
+    made: list[str] = []
+    try:
+        made.extend(str(tokenizer.apply_chat_template(part, **how)) for part in parts)
+    except Exception as error:  # a template may raise anything
+        last, role = len(parts[len(made)]) - 1, parts[len(made)][-1]["role"]
+        raise ValueError(
+            f"{conversation.column} hold a {role} message (message {last} of {conversation.row}) of which, behind "
+            f"those before it, the chat template makes nothing ({type(error).__name__}: {error}); accepted: messages "
+            "that it takes, or another template (--chat_template FILE)."
+        ) from error
+    return made
+
+
+def _opened(prompt: str, rendered: str, message: Message, name: str) -> str:
+    """The text of an answer whose beginning, such as <think>, stands in the prompt and not in what is rendered.
+
+    The template drops it, and what belongs to it, from an answer that is over. The model has to write the message's
+    own content from there on.
+    """
+    pairs = enumerate(zip(prompt, rendered, strict=False))
+    common = next((place for place, (one, other) in pairs if one != other), min(len(prompt), len(rendered)))
+    opening, written = prompt[common:], rendered[common:]
+    content = message.get("content")
+    if not opening.strip() or not isinstance(content, str) or not content.lstrip().startswith(opening.strip()):
+        raise ValueError(
+            f"{name}: the chat template renders earlier turns anew with the answer behind them: the prompt ends in "
+            f"{prompt[-40:]!r}, behind which it does not write the answer; accepted: an answer whose content begins "
+            "like that end, arguments of the template that leave it out (--chat_template_kwargs), or another template "
+            "(--chat_template FILE)."
+        )
+    answer = content.lstrip()[len(opening.strip()) :].rstrip()
+    if opening.endswith("\n"):
+        answer = answer.removeprefix("\n")
+    shown = next((size for size in range(len(written), 0, -1) if answer.endswith(written[:size].strip())), 0)
+    return answer + written[:shown][len(written[:shown].rstrip()) :] + written[shown:]
+
+
+def _check_written(message: Message, text: str, name: str) -> None:
+    """Check that a template has written all that the message says."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or [] if isinstance(call, dict)]
+    said = {"content": message.get("content"), "tool_calls": [str(call.get("name", "")) for call in calls]}
+    reasoning = next((key for key in REASONING if message.get(key)), None)
+    if reasoning is not None:
+        said[reasoning] = message[reasoning]
+    for key, values in said.items():
+        for value in [values] if isinstance(values, str) else _texts(values):
+            if value in text or _squeezed(value) in _squeezed(text):
+                continue
+            if json.dumps(value)[1:-1] in text or json.dumps(value, ensure_ascii=False)[1:-1] in text:
+                continue
+            raise ValueError(
+                f"{name}: the chat template leaves out its {key} ({value[:80]!r}), or a part of it; accepted: "
+                "messages that it writes as a whole, or another template (--chat_template FILE)."
+            )
+
+
+def _texts(parts: Any) -> list[str]:
+    return [part if isinstance(part, str) else part["text"] for part in parts or []]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of the special tokens."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [text for text in {*tokenizer.all_special_tokens, *added} if text]
+
+
+def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a token may be the end of a turn: a special or an added one."""
+    return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
+
+
+def _end_of_turn(message: Message, text: str, special: Sequence[str]) -> int:
+    """Where an answer's turn ends: behind the last special token that the template puts behind it.
+
+    Where it puts none, in front of the white space at the end, unless that is the message's own.
+    """
+    content = message.get("content")
+    said = next(reversed(_texts([content] if isinstance(content, str) else content)), "").strip()
+    calls = message.get("tool_calls")
+    found = text.rfind(said) if said and not calls else -1
+    behind = found + len(said) if found >= 0 else 0
+    stripped = len(text.rstrip())
+    last, size = max(((text.rfind(token), len(token)) for token in special), default=(-1, 0))
+    if last >= 0 and (last >= behind or last + size == stripped):
+        return last + size
+    return stripped if stripped > behind else len(text)
+
+
+def _in_one_context(answers: list[Answer]) -> list[list[Answer]]:
+    """Answers in groups, each of which one text holds: every prompt goes on where the answer before it ended."""
+    groups: list[list[Answer]] = []
+    for answer in answers:
+        before = groups[-1][-1] if groups else None
+        if before is not None and answer.prompt.startswith(before.prompt + before.text[: before.end]):
+            groups[-1].append(answer)
+        else:
+            groups.append([answer])
+    return groups
