@@ -246,7 +246,8 @@ COMMAND = """\
 {%- if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"""
 
 HARMONY = """\
-{{- '<|start|>system<|message|>Today: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}
+{{- '<|start|>system<|message|>Today: ' + strftime_now('%Y-%m-%d') }}
+{%- if tools %}{{ '\n' + tools | tojson }}{% endif %}{{ '<|end|>' }}
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}
 {%- set last = loop.last and not add_generation_prompt %}
@@ -335,6 +336,7 @@ def _parts(messages: list[Message], index: int) -> str | None:
     return f" {written}<end_of_utterance>"
 
 
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 FAMILIES = [
     Family("chatml", CHATML, _said("<|im_end|>"), ("<|im_end|>",)),
     Family("marked", MARKED, _said("<|im_end|>"), ("<|im_end|>",)),
@@ -346,11 +348,12 @@ FAMILIES = [
     Family("thought-opened", THOUGHT_OPENED, _thought_opened, ("<|im_end|>",), "<|im_end|>", calls=True, thinks=True,
            refuses_plain=True),
     Family("r1", R1, _nothing, ("<|eos|>",), "<|eos|>", refuses_plain=True),
-    Family("phi", PHI, _said("<|end|>"), ("<|end|>",)),
+    Family("phi", PHI, _said("<|end|>"), ("<|end|>",), tokens=ROLES),
     Family("zephyr", ZEPHYR, _said("</s>"), ("</s>",), "</s>"),
-    Family("command", COMMAND, _said("<|END_OF_TURN_TOKEN|>", trim=True), ("<|END_OF_TURN_TOKEN|>",)),
+    Family("command", COMMAND, _said("<|END_OF_TURN_TOKEN|>", trim=True), ("<|END_OF_TURN_TOKEN|>",),
+           tokens=("<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>")),
     Family("harmony", HARMONY, _harmony, ("<|return|>", "<|call|>"), "<|return|>", calls=True, thinks=True),
-    Family("glm", GLM, _said("", "\n", trim=True), ()),
+    Family("glm", GLM, _said("", "\n", trim=True), (), tokens=(*ROLES, "<|observation|>")),
     Family("merging", MERGING, _merging, ("<|im_end|>",), "<|im_end|>"),
     Family("headings", HEADINGS, _said("</s>"), ("</s>",), "</s>"),
     Family("vicuna", VICUNA, _said("</s>", " "), ("</s>",), "</s>"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +41,8 @@ ARGUMENTS: list[dict[str, Any]] = [
     {"of": {"a": [1, None]}},
 ]
 
+NOTHING = "the template writes no answer"
+
 contents = st.one_of(
     st.sampled_from(PLAIN), st.sampled_from(ODD), st.builds(str.__add__, st.sampled_from(ODD), st.sampled_from(PLAIN))
 )
@@ -58,10 +59,9 @@ def plain_conversations(draw: st.DrawFn) -> Conversation:
 
 
 @st.composite
-def _answers(draw: st.DrawFn, content: Any) -> Iterator[dict[str, Any]]:
+def _answers(draw: st.DrawFn, content: Any, thoughts: Any, *, calling: bool) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
-    thoughts = st.sampled_from([None, None, "Let me think about it.", "\nhm\n", ""])
-    if draw(st.integers(0, 3)) == 0:
+    if calling and draw(st.booleans()):
         names = draw(st.lists(st.sampled_from(["get_weather", "get_time"]), min_size=1, max_size=2))
         calls = [
             {"id": f"call{place}xxxx", "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -78,7 +78,7 @@ def _answers(draw: st.DrawFn, content: Any) -> Iterator[dict[str, Any]]:
         ]
     for _ in range(draw(st.sampled_from([1, 1, 1, 1, 2]))):
         answers.append({"role": "assistant", "content": draw(content), "reasoning_content": draw(thoughts)})
-    return iter(answers)
+    return answers
 
 
 @st.composite
@@ -86,13 +86,15 @@ def conversations(draw: st.DrawFn, *, weighted: bool = False) -> Conversation:
     """Everything that people's files hold; values that are None stand for keys that are not there."""
     parts = st.lists(contents, min_size=1, max_size=2).map(lambda texts: [{"type": "text", "text": x} for x in texts])
     content = draw(st.sampled_from([st.sampled_from(PLAIN), contents, contents, st.one_of(contents, parts)]))
+    thoughts = draw(st.sampled_from([st.none(), st.none(), st.sampled_from([None, "I think: 12.", "\nhm\n", ""])]))
+    calling = draw(st.sampled_from([False, False, True]))
     messages: list[dict[str, Any]] = []
-    if draw(st.integers(0, 2)) == 0:
+    if draw(st.integers(0, 3)) == 0:
         messages.append({"role": "system", "content": draw(content)})
     for _ in range(draw(st.integers(1, 4))):
         users = draw(st.sampled_from([1, 1, 1, 1, 1, 2]))
         messages += [{"role": "user", "content": draw(content)} for _ in range(users)]
-        messages += draw(_answers(content))
+        messages += draw(_answers(content, thoughts, calling=calling))
     if draw(st.integers(0, 7)) == 0:
         messages.append({"role": "user", "content": draw(content)})
     for message in messages:
@@ -168,7 +170,7 @@ def expected(family: Family, tokenizer: PreTrainedTokenizerFast, row: Conversati
     tokens = tokenizer(answered, add_special_tokens=False).input_ids
     closed = tokenizer(asked + answer, add_special_tokens=False).input_ids
     if len(closed) <= len(prompt):
-        raise CannotBeLearnedError("the template writes no answer")
+        raise CannotBeLearnedError(NOTHING)
     if tokens[: len(prompt)] != prompt:
         return Expected(prompt, answer, tokens, "a token spans prompt and answer")
     return Expected(
@@ -196,7 +198,8 @@ def may_be_refused(family: Family, tokenizer: PreTrainedTokenizerFast, row: Conv
         return "the answer holds a special token"
     if family.answer is None:
         try:
-            whole = rendered(tokenizer, row, index + 1)
+            asked = rendered(tokenizer, row, index, prompt=True)
+            whole = rendered(tokenizer, row, index + 1)[len(asked) :]
         except Exception:  # noqa: BLE001 - a template may raise anything
             return "the template raises"
     names = [call["function"]["name"] for call in message.get("tool_calls") or []]

@@ -38,7 +38,7 @@ def trl_families() -> list[Family]:
         if name == file.name or name.endswith("_training"):
             continue
         ends = next((end for start, end in _ENDS.items() if name.startswith(start)), "<|im_end|>").split()
-        eos = ends[0] if ends else "<|endoftext|>"
+        eos = "<|endoftext|>" if not ends or name.startswith("phi") else ends[0]
         content = "parts" if name in _PARTS else "string" if name.startswith(_STRINGS) else "either"
         refuses = name.startswith(("deepseek", "nemotron", "qwen3_5_think", "qwen3_6", "qwen3_8"))
         families.append(
