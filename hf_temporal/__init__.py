@@ -1,8 +1,6 @@
 """Drop-in replacements for the Hugging Face `Trainer` that give each target token the weight t^p."""
+
 # ruff: noqa: F401
-
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -46,11 +46,7 @@ def described(model: nn.Module) -> str:
 
 
 def check_merged_head(model: nn.Module) -> None:
-    """Look for an adapter that was added into an LM head which is the embedding, too.
-
-    Raises:
-        ValueError: there is one; the embedding has changed with the head.
-    """
+    """Raise a `ValueError` where an adapter was merged into an LM head that is the embedding as well."""
     base = base_model(model)
     if base is model or not hasattr(base, "get_output_embeddings"):
         return

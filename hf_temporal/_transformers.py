@@ -4,38 +4,37 @@ They are private because transformers offers nothing else for it, and they diffe
 is the oldest that is known here. `tests/test_private_interfaces.py` has a test for each that names it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, trainer_utils
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.trainer import safe_globals as safe_globals
 from transformers.utils import PushInProgress
 
 _KNOWS_SCALED_LOSSES = hasattr(Trainer, "loss_is_scaled_for_ga")
+
+if TYPE_CHECKING:
+    TrainerBase = Trainer
+else:
+    TrainerBase = object  # of mixins that stand in front of any trainer
 
 
 def shifts_by_class(base: Any, *, default: bool = False) -> bool:
     """Whether a model shifts its labels, as the loss function that it names in `LOSS_MAPPING` tells.
 
-    Args:
-        base: a transformers model, or any other, which is taken not to shift.
-        default: the answer for a model whose loss is not in `LOSS_MAPPING`.
+    `default` is the answer for a transformers model whose loss is not there; any other model is taken not to shift.
     """
     if not isinstance(base, PreTrainedModel) or getattr(base.config, "is_encoder_decoder", False):
         return False
-    return (
-        LOSS_MAPPING.get(str(getattr(base, "loss_type", None)), ForCausalLMLoss if default else None)
-        is ForCausalLMLoss
-    )
+    name = str(getattr(base, "loss_type", None))
+    return LOSS_MAPPING.get(name, ForCausalLMLoss if default else None) is ForCausalLMLoss
 
 
 def keep_columns(trainer: Trainer, columns: Iterable[str]) -> None:
@@ -48,14 +47,10 @@ def keep_columns(trainer: Trainer, columns: Iterable[str]) -> None:
 
 
 def split_between_ranks(context: Callable[[], Any], buffer: Tensor) -> Callable[[], Any]:
-    """Adds a tensor of shape [batch, time] to those that context parallelism splits.
+    """Adds a tensor of shape [batch, time] to those that context parallelism splits, in place, like the labels.
 
-    Args:
-        context: what `_prepare_context_parallel_inputs` returns, a partial of accelerate's `maybe_context_parallel`.
-        buffer: split in place, like the labels.
-
-    Raises:
-        TypeError: the context is not such a partial, so that the tensor would silently stay whole.
+    `context` is what `_prepare_context_parallel_inputs` returns, a partial of accelerate's `maybe_context_parallel`;
+    anything else, under which the tensor would silently stay whole, is a `TypeError`.
     """
     if not isinstance(context, functools.partial) or not {"buffers", "buffer_seq_dims"} <= context.keywords.keys():
         raise TypeError(
@@ -64,14 +59,10 @@ def split_between_ranks(context: Callable[[], Any], buffer: Tensor) -> Callable[
         )
     split = context.keywords
     return functools.partial(
-        context.func,
-        *context.args,
-        **{
-            **split,
-            "buffers": [*split["buffers"], buffer],
-            "buffer_seq_dims": [*split["buffer_seq_dims"], 1],
-            "no_restore_buffers": {*split.get("no_restore_buffers", ()), buffer},
-        },
+        context,
+        buffers=[*split["buffers"], buffer],
+        buffer_seq_dims=[*split["buffer_seq_dims"], 1],
+        no_restore_buffers={*split.get("no_restore_buffers", ()), buffer},
     )
 
 
@@ -114,6 +105,18 @@ def set_pushes_in_progress(trainer: Trainer, pushes: list[Future[CommitInfo]]) -
 def wait_for_pushes(trainer: Trainer) -> None:
     """Waits until the uploads of checkpoints are done; one that failed raises nothing here."""
     trainer._finish_current_push()
+
+
+def align_special_tokens(model: Any, tokenizer: Any) -> None:
+    """What `Trainer.train` does before it begins: the model's configurations get the tokenizer's special tokens.
+
+    A function of `transformers.trainer_utils`, and a method of the trainer in 5.0.
+    """
+    if hasattr(trainer_utils, "align_special_tokens"):
+        trainer_utils.align_special_tokens(model, tokenizer)
+    else:
+        old: Any = Trainer
+        old._align_special_tokens(SimpleNamespace(model=model, processing_class=tokenizer))
 
 
 def forget_eval_dataloaders(trainer: Trainer) -> None:

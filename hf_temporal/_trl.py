@@ -5,8 +5,6 @@ Its `compute_loss` calls the model with `fused_lm_head=True`, upon which TRL's o
 test for what is relied on here.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -34,11 +32,7 @@ def has_other_loss(trainer: Trainer) -> bool:
 
 
 def check_loss_type(trainer: Trainer) -> None:
-    """Look for a loss that is not the model's own.
-
-    Raises:
-        ValueError: `loss_type="dft"`.
-    """
+    """Raise a `ValueError` under `loss_type="dft"`, a loss that is not the model's own."""
     if has_other_loss(trainer):
         raise ValueError(
             f"loss_type={getattr(trainer.args, 'loss_type', None)!r} of {type(trainer).__name__} weights each token "
@@ -47,11 +41,9 @@ def check_loss_type(trainer: Trainer) -> None:
 
 
 def check_sft_arguments(kind: type, given: dict[str, Any], column: str) -> None:
-    """Look at the arguments that an `SFTTrainer` is made with, and at a data set's own weights in `column`.
+    """Raise a `TypeError` where an `SFTTrainer` is made with arguments without SFTConfig's fields.
 
-    Raises:
-        TypeError: arguments without SFTConfig's fields.
-        ValueError: weights that packing, flattening or tokenizing would lose.
+    Weights in `column` that packing, flattening or tokenizing would lose are a `ValueError`.
     """
     if not is_sft(kind):
         return

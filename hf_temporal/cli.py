@@ -1,7 +1,5 @@
 """The command `hf-temporal`: the recipes, launched through accelerate, without a clone of the repository."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

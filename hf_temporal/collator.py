@@ -1,7 +1,5 @@
 """Gives each batch its times, in a wrapper around any data collator."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -67,11 +65,9 @@ class Timeline:
     lists_targets: bool = False
 
     def add(self, batch: Mapping[str, Any], *, pads_left: bool = False) -> Batch:
-        """Add its times to a batch, unless it has them, or has no labels over time.
+        """Add its times to a batch of a data collator, unless it has them, or has no labels over time.
 
-        Args:
-            batch: what a data collator returned.
-            pads_left: whether the collator is known to pad rows on the left.
+        `pads_left` tells whether the collator is known to pad rows on the left.
 
         Raises:
             ValueError: packed rows with a 2-D `attention_mask` (attention would cross documents), one of another shape
@@ -181,10 +177,8 @@ class TimelineCollator:
 
     The columns `loss_weights` and `document_ids` are carried around transformers' own collators, which would raise on
     them or drop them: padded as the `PADDING_COLLATORS` pad, concatenated for `DataCollatorWithFlattening`. Any other
-    collator has to return `loss_weights`. A `document_ids` column without a list for each row is left out.
-
-    Raises:
-        ValueError: a collator that drops `loss_weights`; rows of them that are not as long as the row's labels.
+    collator has to return `loss_weights`: one that drops them, or rows of them of another length than the labels', are
+    a `ValueError`. A `document_ids` column without a list for each row is left out.
     """
 
     collator: Callable[[list[Any]], Any]
@@ -198,8 +192,8 @@ class TimelineCollator:
         columns = {key: [row[key] for row in features] for key in KEPT_COLUMNS if key in first}
         if not all(isinstance(row, (list, tuple, Tensor)) for row in columns.get("document_ids", ())):
             del columns["document_ids"]
-            features = _without(features, ("document_ids",))
-        batch = self.collator(_without(features, columns) if known else features)
+            features = [without(row, ["document_ids"]) for row in features]
+        batch = self.collator([without(row, columns) for row in features] if known else features)
         if not isinstance(batch, Mapping):
             return batch
         batch = dict(batch)
@@ -250,8 +244,11 @@ class TimelineCollator:
         return torch.stack(padded)
 
 
-def _without(features: list[Any], keys: Collection[str]) -> list[Any]:
-    return [{key: value for key, value in row.items() if key not in keys} for row in features] if keys else features
+def without(batch: Any, keys: Collection[str]) -> Any:
+    """A batch or row, if it is a mapping, without these keys."""
+    if not isinstance(batch, Mapping) or not any(key in batch for key in keys):
+        return batch
+    return {key: value for key, value in batch.items() if key not in keys}
 
 
 def has_time(labels: Any) -> bool:

@@ -1,7 +1,5 @@
 """Errors that a user can mend, and how a command tells them: in one line, where a bug shows its traceback."""
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

@@ -1,10 +1,7 @@
 """Loss by position: what an evaluation adds to the trainer's own metrics, and the file that keeps it."""
 
-from __future__ import annotations
-
 import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +12,8 @@ from torch import Tensor
 
 from .losses import check_vocabulary, token_regression_loss
 from .positions import IGNORE_INDEX, shift_left, target_positions
-from .weighting import TemporalWeighting, document_max, wide_dtype
+from .tables import write_json
+from .weighting import TemporalWeighting, document_max
 
 PROFILE_NAME = "loss_by_position.json"
 BINS = 10
@@ -30,63 +28,25 @@ class TokenBatch(NamedTuple):
 
     losses: Tensor
     correct: Tensor | None  # whether the model ranks the token first; None for float labels
-    positions: Tensor
-    document_ids: Tensor | None
-    loss_weights: Tensor | None
+    positions: Tensor  # t of each label, 0 off the targets
+    document_ids: Tensor | None  # for packed rows
+    loss_weights: Tensor | None  # a data set's own
 
 
-class TokenLosses(ABC):
-    """Turns an evaluation's batches into their target tokens' losses; `regression_loss` as in `TemporalWeighting`."""
+def token_losses(
+    logits: Tensor, labels: Tensor, target: Tensor, *, shifts_labels: bool, regression_loss: str
+) -> tuple[Tensor, Tensor | None]:
+    """`losses` and `correct` of a `TokenBatch`, with its own logits `[batch, time, V]` or predictions.
 
-    def __init__(self, regression_loss: str) -> None:
-        self._regression_loss = regression_loss
-
-    def add(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        positions: Tensor,
-        *,
-        shifts_labels: bool,
-        document_ids: Tensor | None = None,
-        loss_weights: Tensor | None = None,
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            logits: `[batch, time, V]`, or predictions of the shape of float labels.
-            labels: as the model is given them.
-            positions: t of each label, `[batch, time]`, 0 off the targets.
-            shifts_labels: whether the logits at i answer the label at i + 1.
-            document_ids: `[batch, time]`, for packed rows.
-            loss_weights: `[batch, time]`, a data set's own weights.
-        """
-        target = positions > 0
-        correct = None
-        if labels.is_floating_point():
-            losses = token_regression_loss(logits, labels, kind=self._regression_loss)
-        else:
-            answered = shift_left(target, False) if shifts_labels else target
-            of_targets, correct_targets = losses_and_hits(logits, answered, labels[target])
-            losses, correct = of_targets.new_zeros(labels.shape), torch.zeros_like(target)
-            losses[target], correct[target] = of_targets, correct_targets
-        self.add_losses(losses, correct, positions, document_ids=document_ids, loss_weights=loss_weights)
-
-    def add_losses(
-        self,
-        losses: Tensor,
-        correct: Tensor | None,
-        positions: Tensor,
-        *,
-        document_ids: Tensor | None = None,
-        loss_weights: Tensor | None = None,
-    ) -> None:
-        """Add a batch whose losses are known: `losses` and `correct` of each label, `[batch, time]`; see `add`."""
-        losses = losses.to(wide_dtype(losses.device)).where(positions > 0, 0)
-        self._add(TokenBatch(losses, correct, positions, document_ids, loss_weights))
-
-    @abstractmethod
-    def _add(self, batch: TokenBatch) -> None: ...
+    `target` tells which labels are targets, and `shifts_labels` whether the logits at i answer the label at i + 1.
+    """
+    if labels.is_floating_point():
+        return token_regression_loss(logits, labels, kind=regression_loss), None
+    answered = shift_left(target, False) if shifts_labels else target
+    of_targets, correct_targets = losses_and_hits(logits, answered, labels[target])
+    losses, correct = of_targets.new_zeros(labels.shape), torch.zeros_like(target)
+    losses[target], correct[target] = of_targets, correct_targets
+    return losses, correct
 
 
 @torch.no_grad()
@@ -94,18 +54,13 @@ def losses_and_hits(logits: Tensor, answered: Tensor, labels: Tensor) -> tuple[T
     """−log softmax(logits_i)[labels_i], and whether argmax(logits_i) = labels_i, at each of the positions answered.
 
     Computed in float32 (float64 for float64 logits), a few positions at a time, so that their logits stay in a CPU's
-    cache from one pass over them to the next. No gradients are kept.
+    cache from one pass over them to the next. No gradients are kept. On the CPU, a label out of the vocabulary is a
+    `ValueError`.
 
     Args:
         logits: `[batch, time, V]`.
         answered: `[batch, time]` booleans, n of them true.
-        labels: `[n]`, in the order of rows.
-
-    Returns:
-        `[n]` floats and `[n]` booleans.
-
-    Raises:
-        ValueError: on the CPU, a label out of the vocabulary.
+        labels: `[n]`, in the order of rows, as the two results are.
     """
     logits = logits.flatten(0, 1)
     vocabulary = logits.shape[-1]
@@ -130,7 +85,7 @@ def losses_and_hits(logits: Tensor, answered: Tensor, labels: Tensor) -> tuple[T
     return torch.cat(losses), torch.cat(hits)
 
 
-class PositionProfile(TokenLosses):
+class PositionProfile:
     """The weighted loss over a data set's target tokens; loss and accuracy by decile of t/T, and loss at both ends.
 
     Sums are gathered by example, so that `gather` (`Accelerator.gather_for_metrics`) can drop the examples that only
@@ -143,15 +98,12 @@ class PositionProfile(TokenLosses):
     """
 
     def __init__(self, weighting: TemporalWeighting, gather: Callable[[Tensor], Tensor], *, batch_size: int) -> None:
-        super().__init__(weighting.regression_loss)
-        self.weighting = weighting
-        self._batch_size = batch_size
-        self._gather = gather
+        self.weighting, self._gather, self._batch_size = weighting, gather, batch_size
         self._sums: Tensor | None = None
         self._weighted: list[Tensor] = []
         self._has_accuracy = True
 
-    def _add(self, batch: TokenBatch) -> None:
+    def add(self, batch: TokenBatch) -> None:
         losses, correct, positions, document_ids, _ = batch
         self._has_accuracy = correct is not None
         correct = torch.zeros_like(losses) if correct is None else correct
@@ -233,19 +185,12 @@ def save_profile(path: str | os.PathLike[str], *, split: str, step: int, bins: l
     path = Path(path)
     known = load_profiles(path) if path.exists() else []
     kept = [profile for profile in known if profile["split"] != split or profile["step"] < step]
-    content = {"version": 1, "profiles": [*kept, {"split": split, "step": step, "bins": bins}]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, {"version": 1, "profiles": [*kept, {"split": split, "step": step, "bins": bins}]})
 
 
 def load_profiles(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the profiles in a file that `save_profile` wrote, oldest first.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """Read the profiles in a file that `save_profile` wrote, oldest first; any other content is a `ValueError`."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content["version"] != 1:

@@ -1,7 +1,5 @@
 """What is installed: packages of an extra, and the recipes with their configurations."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Weighted losses on aligned tensors: they return (Σ wℓ, Σ w), and the caller divides."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 Figures are made without pyplot, so no global state of matplotlib is touched.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -37,12 +35,8 @@ def plot_loss_by_position(
 ) -> Figure:
     """Draw mean loss over t/T, and accuracy below it where there is one, at the first and the last evaluation.
 
-    Args:
-        profiles: as `hf_temporal.evaluation.load_profiles` returns them, oldest first; those of another split than the
-            first are left out.
-
-    Raises:
-        ValueError: `profiles` is empty.
+    `profiles` are as `hf_temporal.evaluation.load_profiles` returns them, oldest first, at least one; those of another
+    split than the first are left out.
     """
     if not profiles:
         raise ValueError("profiles=[] holds no evaluation; accepted: one profile or more, as load_profiles returns.")
@@ -99,8 +93,7 @@ def plot_weights(path: str | os.PathLike[str]) -> Figure:
         else:
             weights = TemporalWeighting(power=power).weights(positions)[0].tolist()
             axes.plot(time, weights, color=color, linestyle=style, lw=2, label=f"p = {power_label(power)}")
-    axes.set_xlim(0, 1.02)
-    axes.set_ylim(0, top)
+    axes.set(xlim=(0, 1.02), ylim=(0, top))
     axes.legend(frameon=False, loc="upper center", ncols=2)
     return saved(figure, path)
 
@@ -112,9 +105,7 @@ def power_label(power: float) -> str:
 
 def position_axis(axes: Axes) -> None:
     """Label the x axis as t/T, from 0 to 1."""
-    axes.set_xlabel(POSITION_LABEL)
-    axes.set_xlim(0, 1)
-    axes.set_xticks([index / 10 for index in range(11)])
+    axes.set(xlabel=POSITION_LABEL, xlim=(0, 1), xticks=[index / 10 for index in range(11)])
 
 
 def values_of(profile: Mapping[str, Any], name: str) -> list[float]:
@@ -147,10 +138,15 @@ def single_axes(x: str, y: str) -> tuple[Figure, Axes]:
     """A figure with one pair of axes and their labels."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     grid(axes)
     return figure, axes
+
+
+def stacked_axes(count: int) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with pairs of axes one below the other."""
+    figure = Figure(figsize=(7.6, 0.8 + 3.0 * count), layout="constrained")
+    return figure, list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
 
 
 def grid(axes: Axes) -> None:

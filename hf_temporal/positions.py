@@ -1,7 +1,5 @@
 """The time t of each target token, from the labels (−100, padding, prompts, turns, packed documents)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +12,7 @@ ORIGINS = ("target", "sequence", "turn")
 
 
 def is_target(labels: Tensor) -> Tensor:
-    """Whether each label is a target: an integer other than −100, or floats of which none is NaN.
-
-    Returns booleans of `time_shape(labels)`.
-    """
+    """Whether each label is a target: an integer other than −100, or floats of which none is NaN; of `time_shape`."""
     if labels.is_floating_point():
         mask = ~labels.isnan()
         return mask.flatten(2).all(-1) if mask.dim() > 2 else mask
@@ -119,11 +114,9 @@ def shift_left(tensor: Tensor, fill: float) -> Tensor:
 def document_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
     """The index of each token's document, 0, 1, … from the left of its row; None if rows are not packed.
 
-    It is read from the first of these that the batch has: `document_ids`, `seq_idx`, `cu_seq_lens_q`, `position_ids`
-    (a document starts where `position_ids[i] ≠ position_ids[i−1] + 1` among unmasked tokens).
-
-    Args:
-        batch: what a data collator returns; `labels` or `input_ids` give the shape `[batch, time]`.
+    It is read from the first of these that a data collator's batch has: `document_ids`, `seq_idx`, `cu_seq_lens_q`,
+    `position_ids` (a document starts where `position_ids[i] ≠ position_ids[i−1] + 1` among unmasked tokens). `labels`
+    or `input_ids` give the shape `[batch, time]`.
 
     Raises:
         ValueError, TypeError: a 4-D `attention_mask` without any of the four keys, since it may hide documents; a key

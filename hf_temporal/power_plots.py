@@ -1,7 +1,5 @@
 """Pictures of what several p do, side by side, drawn as those of `hf_temporal.plots` are."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .plots import Curve, grid, middles_of, position_axis, power_label, saved, single_axes, values_of
+from .plots import Curve, grid, middles_of, position_axis, power_label, saved, single_axes, stacked_axes, values_of
 
 # Of several p, in their order: even steps in lightness, which colour blindness leaves in place; p = 0 is black.
 POWER_COLORS = "plasma"
@@ -57,10 +55,8 @@ def plot_metrics_by_power(panels: Sequence[PowerPanel | None], path: Path, *, ti
             _log_axis(axes)
     grid[0, 0].set_xticks(range(len(colors)), [power_label(power) for power in colors])
     grid[0, 0].set_xlim(-0.5, len(colors) - 0.5)
-    figure.supxlabel(
-        "p of the weight $t^p$ (0: the usual loss)\ndots: one seed each, diamonds: mean and 95 % interval",
-        fontsize="medium",
-    )
+    explained = "p of the weight $t^p$ (0: the usual loss)\ndots: one seed each, diamonds: mean and 95 % interval"
+    figure.supxlabel(explained, fontsize="medium")
     figure.suptitle(title)
     return saved(figure, path)
 
@@ -75,13 +71,11 @@ def plot_loss_by_position_and_power(profiles: Mapping[float, Mapping[str, Any]],
     shown = [losses]
     if 0.0 in losses and len(losses) > 1:
         shown.append({power: list(map(operator.sub, values, losses[0.0])) for power, values in losses.items()})
-    figure = Figure(figsize=(7.6, 0.8 + 3.0 * len(shown)), layout="constrained")
-    every_axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    figure, every_axes = stacked_axes(len(shown))
     for axes, values in zip(every_axes, shown, strict=True):
         curves = {power: [(middles_of(profiles[power]), values[power])] for power in profiles}
         _draw_powers(axes, curves, colors, marker="o", markersize=4, lw=2)
-    every_axes[0].set_ylabel("mean loss per token (nats)")
-    every_axes[0].set_ylim(bottom=0)
+    every_axes[0].set(ylabel="mean loss per token (nats)", ylim=(0, None))
     if len(shown) == 2:
         every_axes[1].set_ylabel("difference from p = 0 (nats)")
     position_axis(every_axes[-1])
@@ -103,8 +97,7 @@ def plot_curves_by_power(
     The curves are given by the label of the axis, then by p: values by step, of one seed each.
     """
     colors = _power_colors({power for by_power in curves.values() for power in by_power})
-    figure = Figure(figsize=(7.6, 0.8 + 3.0 * len(curves)), layout="constrained")
-    every_axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    figure, every_axes = stacked_axes(len(curves))
     for axes, (label, by_power) in zip(every_axes, curves.items(), strict=True):
         seeds = {power: [(list(run), list(run.values())) for run in runs] for power, runs in by_power.items()}
         _draw_powers(axes, seeds, colors, lw=0.8, alpha=0.4)
@@ -125,8 +118,7 @@ def plot_power_report(
     colors = _power_colors(weights)
     percent = {power: [(middles, [100 * share for share in shares])] for power, shares in weights.items()}
     _draw_powers(axes, percent, colors, marker="o", markersize=4, lw=2)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("share of the whole (%)\nbars: loss, curves: weight under p")
+    axes.set(ylabel="share of the whole (%)\nbars: loss, curves: weight under p", ylim=(0, None))
     position_axis(axes)
     return _saved_with_legend(figure, colors, title, path)
 
@@ -136,8 +128,7 @@ def plot_memory_by_power(
 ) -> Figure:
     """Draw the memory functions at each p, of each seed and their mean, and below their distance from the target's."""
     colors = _power_colors(memories)
-    figure = Figure(figsize=(7.6, 6.8), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
+    figure, (above, below) = stacked_axes(2)
     lags, wanted = range(len(target)), torch.tensor(target)
     runs = {power: torch.tensor(each) for power, each in memories.items()}
     seeds = {power: [(lags, run.tolist()) for run in each] for power, each in runs.items()}
@@ -148,9 +139,7 @@ def plot_memory_by_power(
     errors = {power: [(lags, (each - wanted).abs().mean(0).tolist())] for power, each in runs.items()}
     _draw_powers(below, errors, colors, lw=2)
     above.set_ylabel("memory function\n(green, dotted: the target's)")
-    below.set_ylabel("mean distance from the target's")
-    below.set_yscale("log")
-    below.set_xlabel("lag")
+    below.set(xlabel="lag", ylabel="mean distance from the target's", yscale="log")
     return _saved_with_legend(figure, colors, title, path)
 
 

@@ -1,7 +1,5 @@
 """The power p as a function of training progress."""
 
-from __future__ import annotations
-
 import math
 
 from .positions import check_choice
@@ -19,11 +17,9 @@ def power_at(
     `"cosine"`: p = start + (end − start)·(1 − cos πx)/2.
 
     Args:
-        global_step: optimizer steps done.
-        max_steps: optimizer steps of the whole run.
-        schedule: one of `"constant"`, `"linear"`, `"cosine"`.
-        start: the first p, finite.
-        end: the last p; finite unless the schedule is constant.
+        global_step, max_steps: optimizer steps done, and of the whole run.
+        schedule: one of the three above.
+        start, end: the first and the last p; finite, but for the end of a constant schedule.
         warmup_ratio: share of `max_steps` after which `end` is reached, in [0, 1].
 
     Raises:

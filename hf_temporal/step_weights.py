@@ -1,7 +1,5 @@
 """The weights of one optimizer step: its micro-batches with their times become weights of their labels, and D."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,23 +14,14 @@ LARGEST_POWER_WITHOUT_ZEROS = 16.0
 
 @dataclass
 class WeightedLabels:
-    """The labels of a micro-batch and their weights, by which a forward call with these labels is recognised.
+    """The labels of a micro-batch and their weights, by which a forward call with these labels is recognised."""
 
-    Attributes:
-        labels: as they stand in the batch.
-        weights: of the shape of their first two dimensions, float32 (float64 for float64 weights of one's own).
-        denominator: D of this micro-batch alone; 1 where there is no target. 0-dim float32.
-        targets: where in the flattened labels the targets are, where that is known.
-        version: how often the labels had been changed in place when they were weighted.
-        is_split: whether ranks have split both in place, and the weights belong to `shift_labels`, if any.
-    """
-
-    labels: Tensor
-    weights: Tensor
-    denominator: Tensor
-    targets: Tensor | None
-    version: int
-    is_split: bool = False
+    labels: Tensor  # as they stand in the batch
+    weights: Tensor  # of the shape of their first two dimensions, float32 (float64 for float64 weights of one's own)
+    denominator: Tensor  # D of this micro-batch alone; 1 where there is no target. 0-dim float32
+    targets: Tensor | None  # where in the flattened labels the targets are, where that is known
+    version: int  # how often the labels had been changed in place when they were weighted
+    is_split: bool = False  # whether ranks have split both in place, and the weights belong to `shift_labels`, if any
 
     def is_unchanged(self) -> bool:
         return self.is_split or self.labels._version == self.version
@@ -46,27 +35,18 @@ class WeightedLabels:
 
 @dataclass(frozen=True)
 class WeightedStep:
-    """What belongs to one optimizer step.
+    """What belongs to one optimizer step."""
 
-    Attributes:
-        batches: its micro-batches, without their times.
-        weighted: the weights of their labels.
-        denominator: D of the loss Σ wℓ / D, over all of them and all ranks; 1 where there is no target. 0-dim float32.
-        power: p in force.
-        effective_sample_size: (Σw)²/Σw² as a share of the target tokens; 0-dim float32.
-    """
-
-    batches: list[Batch]
-    weighted: list[WeightedLabels]
-    denominator: Tensor
-    power: float
-    effective_sample_size: Tensor
+    batches: list[Batch]  # its micro-batches, without their times
+    weighted: list[WeightedLabels]  # the weights of their labels
+    denominator: Tensor  # D of the loss Σ wℓ / D, over all of them and all ranks; 1 without a target. 0-dim float32
+    power: float  # p in force
+    effective_sample_size: Tensor  # (Σw)²/Σw² as a share of the target tokens; 0-dim float32
 
     def find(self, labels: Tensor) -> WeightedLabels | None:
         """The weights of these labels: those of the very tensor if it is among them, else of one that is equal.
 
-        Raises:
-            ValueError: a copy of labels that are weighted in two ways.
+        A copy of labels that are weighted in two ways is a `ValueError`.
         """
         for each in self.weighted:
             if each.labels is labels:
@@ -87,13 +67,10 @@ def weigh_batches(
     gather: Callable[[Tensor], Tensor] | None,
     device: torch.device,
 ) -> WeightedStep:
-    """Make weights of the times of the micro-batches of one optimizer step.
+    """Make weights of the times of an optimizer step's micro-batches, which are as `Timeline.add` returns them.
 
-    Args:
-        batches: as `Timeline.add` returns them; they are changed.
-        weighting: at the power in force.
-        gather: concatenates a tensor of each rank, where D is that of all ranks; None where it is this rank's.
-        device: where the weights are wanted.
+    The batches are changed. `weighting` is that at the power in force. `gather` concatenates a tensor of each rank,
+    where D is that of all ranks; None where it is this rank's.
     """
     reference = None
     if weighting.normalization == "batch":

@@ -1,7 +1,5 @@
 """A report, before training, on what each p would do to a model and its data."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +13,10 @@ from torch import Tensor
 
 from hf_temporal.model.model_loss import undisturbed
 
-from .evaluation import BINS, TokenBatch, TokenLosses
+from .evaluation import BINS, TokenBatch
 from .installed import require
 from .positions import document_starts, target_positions
+from .tables import markdown
 from .trainer import TemporalWeightMixin
 from .weighting import TemporalWeighting, document_max, wide_dtype
 
@@ -70,10 +69,7 @@ class PowerReport:
             shares = [f"{share:.1%}" for share in (effect.first_token, *effect.quarters, effect.last_token)]
             size = f"{effect.effective_sample_size:.0%}"
             rows += [(f"weight at p = {effect.power:g}", *shares, size, f"{effect.loss:.3f}")]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        lines.insert(1, " | ".join("-" * width for width in widths))
-        return "\n".join(f"| {line} |" for line in lines)
+        return markdown(rows)
 
     def words(self) -> list[str]:
         """A sentence or two on the data, and on each p but 0."""
@@ -145,23 +141,22 @@ def suggest_power(
     if data is None:
         raise ValueError("dataset=None, and the trainer has no train_dataset; accepted: one of them.")
     weightings = [trainer.weighting.at(power) for power in sorted({0.0, *powers})]
-    tokens = _Tokens(trainer.weighting.regression_loss)
+    tokens = _Tokens()
     loader = owner.get_test_dataloader(list(islice(data, max_examples)))
-    with undisturbed(owner.model), owner._observing(tokens):
+    with undisturbed(owner.model), owner._observing(tokens.add):
         for batch in tqdm(loader, "Looking at the data", leave=False):
             owner.prediction_step(owner.model, batch, True)
     return tokens.report(weightings)
 
 
-class _Tokens(TokenLosses):
+class _Tokens:
     """The target tokens of all batches, one after the other."""
 
-    def __init__(self, regression_loss: str) -> None:
-        super().__init__(regression_loss)
+    def __init__(self) -> None:
         self._columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._documents = 0
 
-    def _add(self, batch: TokenBatch) -> None:
+    def add(self, batch: TokenBatch) -> None:
         losses, _, positions, document_ids, loss_weights = batch
         target = positions > 0
         starts = document_starts(target, document_ids)

@@ -1,11 +1,9 @@
 """The hooks of a `Trainer` by which its batches get their times, which need to know how its model makes its loss."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -13,30 +11,20 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
-from hf_temporal.model.model_loss import (
-    ModelLoss,
-    read_model_loss,
-    read_on_batch,
-    regression_problem,
-)
+from hf_temporal.model.model_loss import ModelLoss, read_model_loss, read_on_batch, regression_problem
 
 from . import _trl
 from ._peft import base_model, check_merged_head, described, is_prompt_learner
-from ._transformers import forget_eval_dataloaders, keep_columns
-from .collator import KEPT_COLUMNS, LOSS_WEIGHTS, OWN_KEYS, Timeline, TimelineCollator, has_time
+from ._transformers import TrainerBase, attribute, forget_eval_dataloaders, keep_columns
+from .collator import KEPT_COLUMNS, LOSS_WEIGHTS, OWN_KEYS, Timeline, TimelineCollator, has_time, without
 from .schedules import power_at
 from .training_args import TemporalFields
 from .weighting import TemporalWeighting
 
 logger = logging.get_logger(__name__)
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
 
-
-class TimelineHooks(_Trainer):
+class TimelineHooks(TrainerBase):
     """Put in front of a `Trainer`, gives the batches of its data loaders their times, as its model needs them."""
 
     _temporal_given_weighting: TemporalWeighting | None = None
@@ -61,14 +49,7 @@ class TimelineHooks(_Trainer):
         power = self.weighting.power
         if not isinstance(self.args, TemporalFields):
             return power
-        return power_at(
-            self.state.global_step,
-            self.state.max_steps,
-            schedule=self.args.temporal_power_schedule,
-            start=self.args.temporal_power_start,
-            end=power,
-            warmup_ratio=self.args.temporal_power_warmup_ratio,
-        )
+        return power_at(self.state.global_step, self.state.max_steps, **self.args.power_schedule(power))
 
     # ---- t, made by the data loaders
 
@@ -93,15 +74,10 @@ class TimelineHooks(_Trainer):
         with self._making_timelines():
             return super().get_test_dataloader(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def _making_timelines(self, *, lists_targets: bool = False) -> Iterator[None]:
-        collator = self.data_collator
+    def _making_timelines(self, *, lists_targets: bool = False) -> Any:
+        """While it is open, data loaders get a collator that adds t."""
         timeline = dataclasses.replace(self._new_timeline(), lists_targets=lists_targets)
-        self.data_collator = TimelineCollator(collator, timeline)
-        try:
-            yield
-        finally:
-            self.data_collator = collator
+        return attribute(self, "data_collator", TimelineCollator(self.data_collator, timeline))
 
     def _new_timeline(self) -> Timeline:
         """How times are made for the model as it is now."""
@@ -177,7 +153,7 @@ class TimelineHooks(_Trainer):
         if loss.is_read and not labels.is_floating_point():
             return loss.unsupported
         if self._temporal_problem is None:
-            inputs = self._prepare_inputs({key: value for key, value in batch.items() if key not in OWN_KEYS})
+            inputs = self._prepare_inputs(without(batch, OWN_KEYS))
             if labels.is_floating_point():
                 self._temporal_problem = regression_problem(self._root, inputs) if self._can_run else ""
             else:
@@ -188,11 +164,9 @@ class TimelineHooks(_Trainer):
     # ---- what is left alone
 
     def _has_own(self, *names: str, behind: bool = False) -> bool:
-        """Whether one of these methods is defined by a class that is neither transformers' trainer nor ours.
+        """Whether a class that is neither transformers' trainer nor ours defines one of these methods.
 
-        Args:
-            names: of methods.
-            behind: leaves out classes in front of the mixin.
+        `behind` leaves out the classes in front of the mixin.
         """
         kinds = type(self).__mro__
         return any(
@@ -216,8 +190,6 @@ class TimelineHooks(_Trainer):
 def _embedding_rows(root: nn.Module) -> int:
     """How many tokens the model embeds, which `resize_token_embeddings` changes; 0 where it embeds none."""
     base = base_model(root)
-    try:
-        embeddings = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
-    except NotImplementedError:  # a model of sound or images
-        return 0
-    return getattr(embeddings, "num_embeddings", 0)
+    with contextlib.suppress(NotImplementedError):  # of a model of sound or images
+        return getattr(base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None, "num_embeddings", 0)
+    return 0

@@ -1,11 +1,9 @@
 """Position-weighted losses for `Trainer`, `Seq2SeqTrainer` and any subclass of theirs."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,22 +11,12 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_temporal.hub.push import HubMixin
-from hf_temporal.model.weighted_loss import Share, WeightedForward, chosen_fused_head, missing_decoder_inputs
+from hf_temporal.model.model_loss import missing_decoder_inputs
+from hf_temporal.model.weighted_loss import Share, WeightedForward, chosen_fused_head
 
 from . import _trl
-from ._transformers import (
-    attribute,
-    divides_by_accumulation_steps,
-    split_between_ranks,
-)
-from .collator import (
-    LOSS_WEIGHTS,
-    OWN_KEYS,
-    POSITIONS,
-    TIMES,
-    Batch,
-    has_time,
-)
+from ._transformers import attribute, divides_by_accumulation_steps, split_between_ranks
+from .collator import LOSS_WEIGHTS, OWN_KEYS, POSITIONS, TIMES, Batch, has_time, without
 from .evaluation_hooks import EvaluationByPosition
 from .positions import IGNORE_INDEX, shift_left
 from .step_weights import WeightedStep, weigh_batches
@@ -55,8 +43,7 @@ class TemporalWeightMixin(EvaluationByPosition):
     `eval_head_loss`, `eval_tail_loss`, `eval_last_token_loss` and the file `loss_by_position.json` in `output_dir`.
 
     Raises:
-        TypeError: the mixin stands behind its trainer, or in front of what is none; a method of the trainer's has the
-            name of one of the mixin's own.
+        TypeError: the mixin stands behind its trainer or in front of none, or a method has the name of one of its own.
         ValueError: `nn.DataParallel`, a fused Liger cross-entropy, DeepSpeed's sequence parallelism; with p ≠ 0,
             `compute_loss_func`, labels without a time dimension, a model whose own loss is not the cross-entropy of
             its logits or, at the first step, a trainer whose loss does not come from the model's own.
@@ -105,8 +92,6 @@ class TemporalWeightMixin(EvaluationByPosition):
         check_loss_func(self)
         _trl.check_loss_type(self)
 
-    # ---- training
-
     def get_train_dataloader(self) -> Any:
         self._temporal_sample_sizes.clear()  # of a run that was cut short, as by a batch size that did not fit
         return super().get_train_dataloader()
@@ -124,12 +109,12 @@ class TemporalWeightMixin(EvaluationByPosition):
         finally:
             self._temporal_is_collecting = False
         if not batches or self._is_left_alone(batches[0]):
-            return [_without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
+            return [without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
         if problem := self._problem_with(batches[0]):
             self._check_power_is_0(batches[0], problem)
-            return [_without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
+            return [without(batch, OWN_KEYS) for batch in batches], num_items_in_batch
         self._check_own_loss()
-        batches = [batch if _is_unchanged(batch, collected) else _without(batch, TIMES) for batch in batches]
+        batches = [batch if _is_unchanged(batch, collected) else without(batch, TIMES) for batch in batches]
         step = self._temporal_step = self._weigh(batches, device)
         self._temporal_sample_sizes.append(step.effective_sample_size)
         if not self._has_own("_get_num_items_in_batch"):
@@ -223,15 +208,12 @@ class TemporalWeightMixin(EvaluationByPosition):
         )
         with forward.around(model), attribute(self, "label_smoother", None):
             return super().compute_loss(
-                model,
-                _without(inputs, OWN_KEYS),
-                return_outputs=return_outputs,
-                num_items_in_batch=num_items_in_batch,
+                model, without(inputs, OWN_KEYS), return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
 
     def _unweighted_loss(self, model: nn.Module, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
         """The trainer's own loss, in evaluation of encoder–decoders put right."""
-        inputs = _without(inputs, OWN_KEYS)
+        inputs = without(inputs, OWN_KEYS)
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         if self.label_smoother is not None and labels is not None and has_time(labels):
             # the trainer's label smoother takes the labels out, without which the decoder would have no inputs
@@ -243,18 +225,15 @@ class TemporalWeightMixin(EvaluationByPosition):
         )
 
     def _share_of(self, steps: list[WeightedStep], num_items_in_batch: Any, call: Batch) -> Share:
-        """What a forward call of the model adds to the loss, so that it is right after the trainer has scaled it.
+        """What a call of the model adds to the loss, so that it is right after the trainer has scaled it.
 
-        Args:
-            steps: those whose labels are known, the optimizer step in progress first.
-            num_items_in_batch: what `compute_loss` was given.
-            call: the keyword arguments of the call.
+        `steps` are those whose labels are known, the optimizer step in progress first.
         """
         by_trainer = num_items_in_batch if call.get(_trl.FUSED_HEAD) else None
         items = call.get("num_items_in_batch", by_trainer)
         known = [(step, found) for step in steps if (found := step.find(call["labels"])) is not None]
         if not known:
-            alone = self._weigh([_without(call, ("num_items_in_batch", _trl.FUSED_HEAD))], self.args.device)
+            alone = self._weigh([without(call, ("num_items_in_batch", _trl.FUSED_HEAD))], self.args.device)
             known = [(alone, alone.weighted[0])]
         step, found = known[0]
         coefficient = self._read_model_loss().auxiliary_coefficient
@@ -275,11 +254,7 @@ class TemporalWeightMixin(EvaluationByPosition):
         self._temporal_is_weighted = True
 
     def _check_weighted(self) -> None:
-        """Look, after the backward passes of a step, whether what was minimised is the weighted loss.
-
-        Raises:
-            ValueError: it is not, and p ≠ 0.
-        """
+        """Raise a `ValueError` where the backward passes of a step did not minimise the weighted loss."""
         step, is_weighted, self._temporal_is_weighted = self._temporal_step, self._temporal_is_weighted, False
         if step is None or is_weighted:
             return
@@ -300,8 +275,6 @@ class TemporalWeightMixin(EvaluationByPosition):
             logs["effective_sample_size"] = torch.stack(self._temporal_sample_sizes).mean().item()
             self._temporal_sample_sizes.clear()
         super().log(logs, *args, **kwargs)
-
-    # ---- what is saved
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
@@ -329,9 +302,3 @@ def _recorded(batches: Iterator[Any], collected: list[tuple[Tensor, int]]) -> It
 def _is_unchanged(batch: Any, collected: list[tuple[Tensor, int]]) -> bool:
     """Whether a batch has the labels that it was collected with, to which its times belong."""
     return any(batch["labels"] is labels and labels._version == version for labels, version in collected)
-
-
-def _without(batch: Any, keys: Collection[str]) -> Any:
-    if not isinstance(batch, Mapping) or not any(key in batch for key in keys):
-        return batch
-    return {key: value for key, value in batch.items() if key not in keys}

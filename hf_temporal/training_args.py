@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from .data import argument
 from .positions import ORIGINS, check_choice
 from .schedules import SCHEDULES, validate_schedule
 from .weighting import NORMALIZATIONS, TemporalWeighting
@@ -18,34 +18,30 @@ from .weighting import NORMALIZATIONS, TemporalWeighting
 FUSED_HEAD_MODES = ("auto", "on", "off")
 
 
-def _field(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": text} | ({"choices": list(choices)} if choices else {}))
-
-
 @dataclass(repr=False)
 class TemporalFields:
     """The `temporal_*` fields, to stand in front of a configuration, see `TemporalTrainingArguments`."""
 
-    temporal_power: float = _field(1.0, "p of the weight t^p: 0 is the usual loss, inf the last target token alone.")
-    temporal_origin: str = _field("target", "Where t starts: target, sequence or turn.", ORIGINS)
-    temporal_normalization: str = _field(
+    temporal_power: float = argument(1.0, "p of the weight t^p: 0 is the usual loss, inf the last target token alone.")
+    temporal_origin: str = argument("target", "Where t starts: target, sequence or turn.", ORIGINS)
+    temporal_normalization: str = argument(
         "sequence",
         "sequence: mean weight 1 in each document; batch: divided by the sum of the weights; tokens: t^p divided by "
         "the number of target tokens.",
         NORMALIZATIONS,
     )
-    temporal_mixture: float = _field(
-        1.0, "Share of the weighted loss; the rest is the usual loss. Below 1 under sequence alone."
+    temporal_mixture: float = argument(
+        1.0, "Share of the weighted loss beside the usual one; below 1 under sequence alone."
     )
-    temporal_power_schedule: str = _field(
+    temporal_power_schedule: str = argument(
         "constant",
         "How p goes from temporal_power_start to temporal_power: constant (temporal_power throughout), linear or "
         "cosine.",
         SCHEDULES,
     )
-    temporal_power_start: float = _field(0.0, "p at the first step of a linear or cosine schedule.")
-    temporal_power_warmup_ratio: float = _field(1.0, "Share of max_steps after which temporal_power is reached.")
-    temporal_fused_head: str = _field(
+    temporal_power_start: float = argument(0.0, "p at the first step of a linear or cosine schedule.")
+    temporal_power_warmup_ratio: float = argument(1.0, "Share of max_steps after which temporal_power is reached.")
+    temporal_fused_head: str = argument(
         "auto",
         "Compute LM head and loss together, without the logits: auto (where it is exact for the model and pays), on "
         "(an error where it is not exact) or off.",
@@ -98,12 +94,12 @@ class TemporalFields:
 
     def validate_schedule(self, power: float) -> None:
         """Raise a `ValueError` where the schedule is unknown or cannot reach this power."""
-        validate_schedule(
-            schedule=self.temporal_power_schedule,
-            start=self.temporal_power_start,
-            end=power,
-            warmup_ratio=self.temporal_power_warmup_ratio,
-        )
+        validate_schedule(**self.power_schedule(power))
+
+    def power_schedule(self, end: float) -> dict[str, Any]:
+        """The arguments of `power_at` for a schedule that ends at this power."""
+        start, ratio = self.temporal_power_start, self.temporal_power_warmup_ratio
+        return {"schedule": self.temporal_power_schedule, "start": start, "end": end, "warmup_ratio": ratio}
 
     def temporal_weighting(self) -> TemporalWeighting:
         """The weighting that the fields describe, at the final power; a `ValueError` names a field that is wrong."""
@@ -122,9 +118,7 @@ class TemporalFields:
 class TemporalTrainingArguments(TemporalFields, TrainingArguments):
     """`TrainingArguments` plus the `temporal_*` fields of `TemporalWeightTrainer`, whose `help` says what they mean.
 
-    `temporal_power` (p of the weight t^p), `temporal_normalization` and `temporal_mixture` are those of
-    `TemporalWeighting`, `temporal_origin` that of `target_positions`; schedule, start and warmup ratio of the power
-    are those of `power_at`; `temporal_fused_head` is `"auto"`, `"on"` or `"off"`.
+    They are those of `TemporalWeighting`, `target_positions` (origin) and `power_at` (schedule, start, warmup ratio).
 
     Raises:
         ValueError: a field whose value is not accepted.

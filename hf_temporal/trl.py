@@ -1,7 +1,5 @@
 """TRL's `SFTTrainer` with position-weighted losses (`pip install 'hf-temporal[trl]'`)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from hf_temporal.installed import require
@@ -26,6 +24,5 @@ class TemporalWeightSFTTrainer(TemporalWeightMixin, SFTTrainer):
 
     Raises:
         TypeError: `TemporalTrainingArguments` in place of `TemporalSFTConfig`.
-        ValueError: with p ≠ 0, `loss_type="dft"`; a `loss_weights` column beside packing, padding-free batches or
-            text that is still to be tokenized.
+        ValueError: with p ≠ 0, `loss_type="dft"`; `loss_weights` beside packing, padding-free batches or plain text.
     """

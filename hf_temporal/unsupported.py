@@ -1,7 +1,5 @@
 """What a position-weighted loss cannot be combined with, told before training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,11 +7,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
-    """Look at the arguments that a trainer is made with.
-
-    Raises:
-        ValueError: a cross-entropy of Liger's.
-    """
+    """Raise a `ValueError` where a trainer's arguments ask for a cross-entropy of Liger's."""
     args = given.get("args")
     if not getattr(args, "use_liger_kernel", False):
         return
@@ -27,11 +21,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def check_loss_func(trainer: Trainer) -> None:
-    """Look for a `compute_loss_func`, which may be set at any time.
-
-    Raises:
-        ValueError: there is one.
-    """
+    """Raise a `ValueError` where there is a `compute_loss_func`, which may be set at any time."""
     if trainer.compute_loss_func is not None:
         raise ValueError(
             "compute_loss_func cannot be combined with a position-weighted loss: it never sees the positions. "
@@ -41,11 +31,9 @@ def check_loss_func(trainer: Trainer) -> None:
 
 
 def check_order(kind: type, mixin: type) -> None:
-    """Look at the bases of a trainer that the mixin is one of.
+    """Raise a `TypeError` where the mixin stands behind transformers' trainer, whose methods then hide its own.
 
-    Raises:
-        TypeError: the mixin stands behind transformers' trainer, whose methods then hide its own; a method of another
-            base has the name of one of the mixin's own.
+    So does a method of another base that has the name of one of the mixin's own.
     """
     order = kind.__mro__
     if Trainer in order and order.index(Trainer) < order.index(mixin):
@@ -66,11 +54,7 @@ def check_order(kind: type, mixin: type) -> None:
 
 
 def check_is_trainer(trainer: Any, mixin: type) -> None:
-    """Look at what the mixin is in front of, before it is initialised.
-
-    Raises:
-        TypeError: no trainer of transformers'.
-    """
+    """Raise a `TypeError` where what the mixin is in front of is no trainer of transformers'."""
     if not isinstance(trainer, Trainer):
         names = ", ".join(f"{base.__module__}.{base.__name__}" for base in type(trainer).__bases__)
         raise TypeError(
@@ -91,16 +75,11 @@ class LossCheck(TrainerCallback):
         self._check = check
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Before the model changes."""
         self._check()
 
 
 def check_engine(trainer: Trainer) -> None:
-    """Look at how a trainer shares its batches among devices.
-
-    Raises:
-        ValueError: `nn.DataParallel`, or DeepSpeed's sequence parallelism.
-    """
+    """Raise a `ValueError` under `nn.DataParallel`, or DeepSpeed's sequence parallelism."""
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"n_gpu={trainer.args.n_gpu}: nn.DataParallel splits the batch after its weights are summed. Accepted "

@@ -39,7 +39,6 @@ class TemporalWeighting:
         power: p, any float but NaN and −inf. 0 is the usual loss; `inf` puts all weight on the last target token of
             each document (under `"batch"` on the tokens of globally largest t).
         origin: where t starts, see `target_positions`.
-        normalization: one of the three above.
         weight_fn: `weight_fn(t, T) -> w`, a shape of one's own in place of t^p: called with float64 tensors of one
             value per target token, returns finite weights ≥ 0 of the same shape. `power` then has no effect.
         regression_loss: the error of float labels, `"squared"` or `"absolute"`.
@@ -69,12 +68,9 @@ class TemporalWeighting:
             raise ValueError(f"power={self.power!r} is out of range; accepted: any float but NaN and -inf.")
         if not 0 <= self.mixture <= 1:
             raise ValueError(f"mixture={self.mixture!r} is out of range; accepted: 0 to 1.")
-        for name, choices in (
-            ("origin", ORIGINS),
-            ("normalization", NORMALIZATIONS),
-            ("regression_loss", REGRESSION_LOSSES),
-        ):
-            check_choice(name, getattr(self, name), choices)
+        check_choice("origin", self.origin, ORIGINS)
+        check_choice("normalization", self.normalization, NORMALIZATIONS)
+        check_choice("regression_loss", self.regression_loss, REGRESSION_LOSSES)
         if self.mixture < 1 and self.normalization != "sequence":
             raise ValueError(
                 f"mixture={self.mixture!r} with normalization={self.normalization!r}: weights whose mean is not 1 "
@@ -121,19 +117,15 @@ class TemporalWeighting:
         return raw.float()
 
     def denominator_terms(self, weights: Tensor, positions: Tensor, *, has_loss_weights: bool) -> Tensor:
-        """What each token adds to the D of the loss Σ wℓ / D, in the weights' shape.
+        """What each token adds to the D of the loss Σ wℓ / D, in the weights' shape: 1 for each target.
 
-        It is its weight under `"batch"`, and under `"sequence"` with a data set's own weights, whose mean is not 1;
-        otherwise 1 for each target.
+        Its weight under `"batch"`, and under `"sequence"` with a data set's own weights, whose mean is not 1.
         """
         by_weight = self.normalization == "batch" or (has_loss_weights and self.normalization == "sequence")
         return (weights if by_weight else positions > 0).to(wide_dtype(weights.device))
 
     def reference_time_of(self, positions: Tensor, *, by_row: bool = False) -> Tensor:
-        """The largest t, or the smallest where p < 0, at which t^p is largest; 0 if there is no target.
-
-        An integer over all positions, 0-dim, or with `by_row` one for each row, `[batch, 1]`.
-        """
+        """The largest t, or the smallest where p < 0: 0-dim, or `[batch, 1]` by row; 0 if there is no target."""
         if positions.numel() == 0:
             return positions.new_zeros((len(positions), 1) if by_row else ())
         dims = (-1,) if by_row else tuple(range(positions.dim()))

@@ -21,8 +21,6 @@ With `--task language_modeling` the data hold chat `messages`, `prompt` and `com
 continues a run that was interrupted.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,6 @@
 r"""Train an encoder–decoder, each target token's loss weighted by t^p.
 
-A small T5 from scratch learns to summarize docstrings, minutes on two CPU cores, no model hub needed. It learns; it is
-not good:
+A small T5 from scratch learns to summarize docstrings, minutes on two CPU cores, no model hub needed; it is not good:
 
     accelerate launch recipes/finetune_seq2seq.py --config recipes/configs/summarization/t5_small_docstrings.yaml
 
@@ -19,8 +18,6 @@ Any model and data set of the Hub, or files of your own, on the GPUs of one mach
 
 The same command continues a run that was interrupted.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Sequence

@@ -16,8 +16,6 @@ Other pairs of text and summary, and other models, by the flags of finetune_caus
 SFTConfig's.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,12 +1,8 @@
-"""Write the cards in `model_cards/` again, for the configurations that need no model hub.
-
-    make cards
+"""Write the cards in `model_cards/` again (`make cards`), for the configurations that need no model hub.
 
 The command at the top of each configuration is run: a finished run is only reported, any other is trained or goes on.
 Then its card and the pictures of the card are copied.
 """
-
-from __future__ import annotations
 
 import re
 import shlex
@@ -30,11 +26,7 @@ COMMAND = re.compile(r"#\s+accelerate (launch (?:\\\n#|.)*)")
 
 
 def command_of(config: Path) -> list[str]:
-    """What follows `accelerate launch` in the comment at the top of a configuration.
-
-    Raises:
-        ValueError: there is no such command.
-    """
+    """What follows `accelerate launch` in the comment at the top of a configuration, or a `ValueError`."""
     found = COMMAND.search(config.read_text(encoding="utf-8"))
     if found is None:
         raise ValueError(f"{config.name} opens without its command; accepted: # accelerate launch …")
@@ -42,11 +34,7 @@ def command_of(config: Path) -> list[str]:
 
 
 def make_card(name: str) -> Path:
-    """Run a configuration to its end, and copy its card and the card's pictures.
-
-    Returns:
-        The folder of the card.
-    """
+    """Run a configuration to its end, copy its card and the card's pictures, and return the folder of the copy."""
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command_of(config)], cwd=ROOT, check=True)
     output_dir = ROOT / yaml.safe_load(config.read_text(encoding="utf-8"))["output_dir"]

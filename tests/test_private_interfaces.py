@@ -181,11 +181,6 @@ def test_a_search_sets_the_arguments_in_hp_search_setup() -> None:
     assert list(inspect.signature(Trainer._hp_search_setup).parameters) == ["self", "trial"]
 
 
-def test_safe_globals_is_a_context() -> None:
-    with _transformers.safe_globals():
-        pass
-
-
 def test_an_untied_head_stays_untied_where_tie_weights_recomputes_nothing() -> None:
     model = tiny_model("llama")
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone() + 1)

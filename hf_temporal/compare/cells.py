@@ -1,7 +1,5 @@
 """One run of a comparison: where it writes, whether it is finished, and what it measured."""
 
-from __future__ import annotations
-
 import fcntl
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import IO, Any
 from hf_temporal.evaluation import evaluation_profiles
 from hf_temporal.finetuning.report import EVALUATIONS_NAME, RESULTS_NAME, load_evaluations
 
-LOG_NAME = "log.txt"  # Locked for as long as a process of the cell lives.
+LOG_NAME = "log.txt"  # All that the run printed; locked for as long as a process of the cell lives.
 
 Evaluations = dict[int, dict[str, float]]
 
@@ -33,7 +31,6 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """The file that holds all that the run printed."""
         return self.folder / LOG_NAME
 
     @property
@@ -41,11 +38,7 @@ class Cell:
         return (self.folder / RESULTS_NAME).is_file()
 
     def evaluations(self, metric: str) -> Evaluations:
-        """All metrics by step, their names without the prefix `eval_`.
-
-        Raises:
-            ValueError: there is no evaluation, or the last one lacks this metric.
-        """
+        """All metrics by step, without the prefix `eval_`, or a `ValueError` where the last step lacks this one."""
         found = load_evaluations(self.folder)
         if not found:
             raise ValueError(f"{self.folder} holds no {EVALUATIONS_NAME}; accepted: a configuration with do_eval")

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from hf_temporal.finetuning.report import write_json
+from hf_temporal.data import argument
+from hf_temporal.tables import write_json
 from hf_temporal.weighting import TemporalWeighting
 
 from .cells import Cell, is_bound, power_name
@@ -43,13 +44,11 @@ class CompareArguments:
             "help": "NAME=VALUE,VALUE,...: flags of the recipe; each combination is compared in a folder of its own.",
         },
     )
-    config: Path | None = field(default=None, metadata={"help": "YAML file of the recipe."})
-    accelerate_config: Path | None = field(default=None, metadata={"help": "YAML file of `accelerate launch`."})
-    reach: float | None = field(default=None, metadata={"help": "Count the steps until the metric is this good, too."})
-    max_parallel: int = field(
-        default=1, metadata={"help": "Cells that run side by side on shared cores; 0: only sum up."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the command of each unfinished cell, run none."})
+    config: Path | None = argument(None, "YAML file of the recipe.")
+    accelerate_config: Path | None = argument(None, "YAML file of `accelerate launch`.")
+    reach: float | None = argument(None, "Count the steps until the metric is this good, too.")
+    max_parallel: int = argument(1, "Cells that run side by side on shared cores; 0: only sum up.")
+    dry_run: bool = argument(False, "Print the command of each unfinished cell, run none.")
 
     def __post_init__(self) -> None:
         self.powers = [power + 0.0 for power in self.powers]  # −0 becomes 0.
@@ -138,7 +137,6 @@ class Comparison:
         }
 
     def flags(self, cell: Cell) -> list[str]:
-        """The flags that the recipe gets."""
         return [
             *(["--config", str(self.arguments.config)] if self.arguments.config else []),
             *self.overrides,
@@ -154,7 +152,6 @@ class Comparison:
         return [*engine, str(self.recipe), *self.flags(cell)]
 
     def shown(self, cell: Cell) -> str:
-        """The cell's command, to be typed into a shell."""
         return shlex.join(["accelerate", "launch", *self.command(cell)])
 
     def settings(self) -> dict[str, Any]:
@@ -169,16 +166,11 @@ class Comparison:
             "overrides": self.overrides,
             **({"vary": list(self.arguments.varied)} if self.arguments.vary else {}),
         }
-        plain: dict[str, Any] = json.loads(json.dumps(settings))
-        return plain
+        return dict(json.loads(json.dumps(settings)))
 
 
 def keep_settings(comparison: Comparison) -> None:
-    """Write the settings into `output_dir` and into the folder of each combination.
-
-    Raises:
-        ValueError: a cell there was finished, or is being run, with other settings.
-    """
+    """Write the settings into all folders, or raise a `ValueError` where a cell there has, or is run with, others."""
     kept = {each.output_dir: each for each in (comparison, *comparison.combinations())}
     for each in kept.values():
         _check_settings(each)
@@ -204,21 +196,13 @@ def _check_settings(comparison: Comparison) -> None:
 
 
 def check_file(name: str, path: Path, accepted: str = "a YAML file") -> None:
-    """Check that the file exists that a flag names.
-
-    Raises:
-        ValueError: it does not exist.
-    """
+    """Raise a `ValueError` where the file that a flag names does not exist."""
     if not path.is_file():
         raise ValueError(f"{name}={str(path)!r} is no file: there is no {path.resolve()}; accepted: {accepted}")
 
 
 def read_yaml(name: str, path: Path | None) -> Any:
-    """Read the YAML file that a flag names; None where the flag is not given.
-
-    Raises:
-        ValueError: the file does not exist or is not YAML.
-    """
+    """The content of the YAML file that a flag names, or a `ValueError`; None where the flag is not given."""
     if path is None:
         return None
     check_file(name, path)

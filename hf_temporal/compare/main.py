@@ -1,22 +1,23 @@
 """The command that compares powers p of the weight t^p."""
 
-from __future__ import annotations
-
 import argparse
+import io
 import os
+import re
+import runpy
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_temporal.finetuning.report import write_json
 from hf_temporal.installed import nearest
+from hf_temporal.tables import write_json
 
-from .checks import check_cells
 from .grid import OWN, CompareArguments, Comparison, check_file, flag_name, keep_settings, read_yaml
 from .report import PICTURES, REPORT_NAME, write_report
 from .runs import Runs
@@ -29,8 +30,7 @@ USAGE = "%(prog)s [recipe.py | --grid FILE.yaml] [--config FILE.yaml] [--name va
 def main(argv: Sequence[str] | None = None, *, program: str = "python recipes/compare_powers.py") -> int:
     """Run the cells that are not finished, write the report, and return the exit status: 0 if every cell is finished.
 
-    Raises:
-        ValueError: a flag, a file or the metric is not accepted.
+    A flag, a file or a metric that is not accepted is a `ValueError`.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--redraw" for word in argv):
@@ -63,11 +63,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "python recipes/co
 
 
 def redraw(argv: Sequence[str], program: str) -> int:
-    """Write the report and the pictures of a summary again, and name the pictures that it lacks the data for.
-
-    Raises:
-        ValueError: the file is not a summary.
-    """
+    """Write the report and the pictures of a summary again, and name the pictures that it lacks the data for."""
     parser = argparse.ArgumentParser(prog=program, description="Write the report and pictures of a comparison again.")
     parser.add_argument("--redraw", type=Path, required=True, help="Its summary.json.")
     parser.add_argument("--output_dir", type=Path, required=True, help="The folder to write into.")
@@ -80,9 +76,6 @@ def redraw(argv: Sequence[str], program: str) -> int:
     return 0
 
 
-# ---- flags
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
@@ -91,19 +84,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def read_arguments(argv: Sequence[str], program: str | None = None) -> Comparison:
-    """Read the flags of a comparison; those it does not know are passed on to every cell.
-
-    Raises:
-        ValueError: a flag is not accepted, or is set by the grid.
-    """
-    parser = HfArgumentParser(
-        CompareArguments,  # type: ignore[arg-type]
-        prog=program,
-        description=DESCRIPTION,
-        usage=USAGE,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    """Read the flags of a comparison; those it does not know are passed on to every cell."""
+    named: dict[str, Any] = {"prog": program, "description": DESCRIPTION, "usage": USAGE, "allow_abbrev": False}
+    parser = HfArgumentParser(CompareArguments, formatter_class=HelpFormatter, **named)  # type: ignore[arg-type]
     parser.add_argument("recipe", type=Path, help="The script that every cell runs.")
     parser.add_argument("--grid", help="YAML file of these flags, with the recipe's under `flags`; flags win.")
     parser.add_argument("--redraw", help="Write the report and pictures of this summary.json again, in output_dir.")
@@ -165,3 +148,68 @@ def _read_grid_file(path: Path) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check_cells(comparison: Comparison) -> None:
+    """Read the flags of every combination as the recipe will read them, and look for the metric in what it measures.
+
+    What is not accepted is a `ValueError`. A script that does not keep its dataclasses in a name that ends with
+    ARGUMENTS is not checked.
+    """
+    if not (kinds := _arguments_of(comparison.recipe)):
+        return
+    for combination in comparison.combinations():
+        cell = next(iter(combination.cells()))
+        _check_metric(combination.arguments.metric, _parsed(kinds, combination.flags(cell)))
+
+
+def _arguments_of(recipe: Path) -> tuple[Any, ...]:
+    """The dataclasses of a script's flags; none of a script that would do something when it is imported."""
+    text = recipe.read_text(encoding="utf-8")
+    if not re.search(r"ARGUMENTS\b", text) or '__name__ == "__main__"' not in text:
+        return ()
+    found = {name: value for name, value in runpy.run_path(str(recipe)).items() if name.endswith("ARGUMENTS")}
+    return found[min(found, key=len)]  # ARGUMENTS itself rather than those that it is made of
+
+
+def _parsed(kinds: tuple[Any, ...], flags: list[str]) -> dict[str, Any]:
+    """The arguments by name.
+
+    Of the training arguments only the temporal fields are checked: the rest asks for the device of the cells, which
+    may be on another machine.
+    """
+    from hf_temporal.finetuning.configuration import parse
+
+    *others, training = kinds
+    unchecked = type(training.__name__, (training,), {"__post_init__": training.validate_temporal_fields})
+    message = io.StringIO()
+    try:
+        with redirect_stderr(message):
+            parsed = parse((*others, unchecked), flags)
+    except SystemExit:  # argparse has written its usage and, in the last line, the error
+        raise ValueError(message.getvalue().strip().rpartition("error: ")[2]) from None
+    return {name: value for each in parsed for name, value in vars(each).items()}
+
+
+def _check_metric(metric: str, arguments: dict[str, Any]) -> None:
+    from hf_temporal.finetuning.functional import LearnedFunctional
+    from hf_temporal.finetuning.tasks import LOSSES, Copying, LanguageModeling, Summarization, Task
+
+    tasks: dict[str, type[Task]] = {
+        "summarization": Summarization,
+        "copying": Copying,
+        "language_modeling": LanguageModeling,
+    }
+    task = tasks[arguments["task"]] if "task" in arguments else LearnedFunctional
+    scores = {*task.metrics, *(["rougeLsum"] if task is Summarization else [])} - LOSSES.keys()
+    known = {*scores, *LOSSES, "grad_norm", "grad_norm_spread"} - {"temporal_loss"}
+    plain = re.sub("_(low|high)$", "", metric)
+    if plain not in known:
+        raise ValueError(
+            f"metric={metric!r} is not measured; accepted: {', '.join(sorted(known))}; "
+            f"the nearest is {nearest(metric, known)!r}"
+        )
+    if plain in scores and arguments.get("predict_with_generate") is False:
+        raise ValueError(f"metric={metric!r} is read off generated texts; accepted: with --predict_with_generate")
+    if not arguments["do_eval"] and arguments["eval_strategy"] == "no":
+        raise ValueError(f"metric={metric!r}, but do_eval=False measures nothing; accepted: with --do_eval")

@@ -120,9 +120,6 @@ def title_of(metric: str) -> str:
     return BESIDE.get(metric, metric)
 
 
-# ---- statistics
-
-
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % t interval x̄ ± t_{0.975, n−1} · s/√n; None for a single value or where one is not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
@@ -179,12 +176,8 @@ def compare(quantity: Quantity) -> dict[float, Difference]:
 
 def _verdict(found: Difference, direction: int) -> str:
     rises = (found.mean or 0.0) > (found.usual or 0.0)
-    if direction == 0:
-        return "higher" if rises else "lower"
-    return "better" if rises == (direction > 0) else "worse"
-
-
-# ---- what is compared
+    better, worse = ("better", "worse") if direction else ("higher", "lower")
+    return better if rises == (direction >= 0) else worse
 
 
 def quantities(runs: Mapping[Cell, Evaluations], metric: str, reach: float | None) -> list[Quantity]:
@@ -233,9 +226,6 @@ def _by_power(values: Mapping[Cell, float]) -> Values:
     return {power: {cell.seed: value for cell, value in values.items() if cell.power == power} for power in powers}
 
 
-# ---- words
-
-
 def _words(quantity: Quantity, power: float, found: Difference) -> str:
     start, runs = f"p = {power_name(power)}:", len(found.seeds)
     if not runs:
@@ -264,17 +254,12 @@ def _words(quantity: Quantity, power: float, found: Difference) -> str:
 
 def number(value: float) -> str:
     """Round by size: 0.0004, 0.983, 27.3, 1,234; a whole number gets no decimals."""
-    value = float(f"{value:.9g}")
-    size = abs(value)
     if not math.isfinite(value):
-        text = "not finite"
-    elif size >= 100 or value == round(value):
-        text = f"{value:,.0f}"
-    elif size >= 10:
-        text = f"{value:.1f}"
-    else:
-        text = f"{value:.3f}" if size >= 0.01 else f"{value:.1g}" if size < 0.001 else f"{value:.4f}"
-    return text.replace("-", "−")
+        return "not finite"
+    value = float(f"{value:.9g}")
+    styles = ((100, ",.0f"), (10, ".1f"), (0.01, ".3f"), (0.001, ".4f"), (0, ".1g"))
+    style = ",.0f" if value == round(value) else next(style for least, style in styles if abs(value) >= least)
+    return format(value, style).replace("-", "−")
 
 
 def _signed(value: float) -> str:

@@ -1,7 +1,5 @@
 """The report of a comparison over p, from its summary: words, tables and pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +7,9 @@ from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
-from hf_temporal.finetuning.tables import table
-from hf_temporal.power_plots import (
-    PowerPanel,
-    plot_curves_by_power,
-    plot_loss_by_position_and_power,
-    plot_memory_by_power,
-    plot_metrics_by_power,
-)
+from hf_temporal import power_plots
+from hf_temporal.power_plots import PowerPanel
+from hf_temporal.tables import table
 
 from .cells import power_name
 from .quantities import Difference, Quantity, compare, number, number_of, title_of
@@ -113,9 +106,6 @@ def _write(
     (output_dir / REPORT_NAME).write_text("\n\n".join(sections), encoding="utf-8")
 
 
-# ---- words
-
-
 def _conclusions(found: Sequence[Compared]) -> str:
     """For each quantity a line that sorts the p by verdict, then a sentence for each p."""
     paragraphs = []
@@ -149,9 +139,6 @@ def _missing(cells: Sequence[Mapping[str, Any]]) -> str:
         if cell["state"] != "finished"
     ]
     return f"Not finished, {len(names)} of {len(cells)} cells: {'; '.join(names)}." if names else ""
-
-
-# ---- tables
 
 
 def _table(part: Part) -> str:
@@ -192,9 +179,6 @@ def _table_cell(quantity: Quantity, power: float, difference: Difference | None)
     return text if difference is None or difference.verdict in UNTOLD else f"{text} **{difference.verdict}**"
 
 
-# ---- pictures
-
-
 def _draw_side_by_side(title: str, parts: Sequence[Part], path: Path) -> None:
     """Draw each deciding quantity as a block of small panels, the values of the last varied flag along a row."""
     titles = ["\n".join(part.values.values()) for part in parts]
@@ -208,7 +192,7 @@ def _draw_side_by_side(title: str, parts: Sequence[Part], path: Path) -> None:
         ]
         label = max((panel.label for panel in block), key=len)  # The longest explains hollow dots.
         blocks += [*(replace(panel, label=label) for panel in block), *([None] * (-len(block) % columns))]
-    plot_metrics_by_power(blocks, path, title=f"{title}: {' / '.join(parts[0].values)}", columns=columns)
+    power_plots.plot_metrics_by_power(blocks, path, title=f"{title}: {' / '.join(parts[0].values)}", columns=columns)
 
 
 def _panel(quantity: Quantity, title: str | None = None) -> PowerPanel:
@@ -225,11 +209,13 @@ def _panel(quantity: Quantity, title: str | None = None) -> PowerPanel:
 def _draw(part: Part, output_dir: Path) -> list[str]:
     """Draw the pictures that all finished cells hold the data for, and return their names."""
     _, by_position, by_lag, on_the_way = PICTURES
-    plot_metrics_by_power([_panel(each) for each, _ in part.decisive], output_dir / BY_POWER, title=part.title)
+    power_plots.plot_metrics_by_power(
+        [_panel(each) for each, _ in part.decisive], output_dir / BY_POWER, title=part.title
+    )
     drawn = {BY_POWER}
     if curves := _by_power(part.cells, "curves"):
         all_runs = [run for runs in curves.values() for run in runs]
-        panels = {
+        shown = {
             title_of(name): {
                 power: [{int(step): number_of(value) for step, value in run[name].items()} for run in runs]
                 for power, runs in curves.items()
@@ -237,15 +223,15 @@ def _draw(part: Part, output_dir: Path) -> list[str]:
             for name in all_runs[0]
             if all(name in run for run in all_runs)
         }
-        plot_curves_by_power(panels, output_dir / on_the_way, title=part.title)
+        power_plots.plot_curves_by_power(shown, output_dir / on_the_way, title=part.title)
         drawn.add(on_the_way)
     if profiles := _by_power(part.cells, "bins"):
         means = {power: _mean_profile(each) for power, each in profiles.items()}
-        plot_loss_by_position_and_power(means, output_dir / by_position, title=part.title)
+        power_plots.plot_loss_by_position_and_power(means, output_dir / by_position, title=part.title)
         drawn.add(by_position)
     if memories := _by_power(part.cells, "memory"):
         ((target, *_), *_) = _by_power(part.cells, "target_memory").values()
-        plot_memory_by_power(memories, target, output_dir / by_lag, title=part.title)
+        power_plots.plot_memory_by_power(memories, target, output_dir / by_lag, title=part.title)
         drawn.add(by_lag)
     return [name for name in PICTURES if name in drawn]
 

@@ -1,7 +1,5 @@
 """The cells of a comparison as processes: they are started, watched and ended."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -115,11 +113,7 @@ class Runs:
             self._server = Server(comparison.recipe, cell_environment(arguments.max_parallel))
 
     def run(self) -> None:
-        """Run until each cell is finished or has failed.
-
-        Raises:
-            ValueError: a finished cell has no evaluation with the metric.
-        """
+        """Run until each cell is finished or has failed; a `ValueError` tells a cell that lacks the metric."""
         for cell in self._done:
             cell.evaluations(self._arguments.metric)
         with tqdm(total=len(self._cells), initial=len(self._done), unit="cell") as bar, ending(self._running):

@@ -1,10 +1,7 @@
 """Cells that share their imports: the standard library's fork server makes them once and is forked for every cell."""
 
-from __future__ import annotations
-
 import ast
 import atexit
-import multiprocessing
 import os
 import runpy
 import subprocess
@@ -13,37 +10,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
 
-class Forked:
+class Forked(ForkServerProcess):
     """A process of a `Server`, with the methods of `Popen`."""
 
-    def __init__(self, process: BaseProcess, pid: int) -> None:
-        self.pid = pid
-        self._process = process
+    pid: int  # once it is started
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
-        return self._process.exitcode
+        return self.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the exit status.
-
-        Raises:
-            subprocess.TimeoutExpired: the process still runs after so many seconds.
-        """
-        self._process.join(timeout)
-        if (status := self.poll()) is None:
+        self.join(timeout)
+        if self.exitcode is None:
             raise subprocess.TimeoutExpired(f"cell {self.pid}", timeout or 0)
-        return status
+        return self.exitcode
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
+        if self.exitcode is None:
             os.kill(self.pid, number)
 
 
@@ -53,8 +42,7 @@ class Server:
     def __init__(self, recipe: Path, environment: Mapping[str, str]) -> None:
         # This variable tells a recipe that it was launched and is to take its share of the cores.
         self._environment = {"ACCELERATE_MIXED_PRECISION": "no", **environment}
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__, *imports_of(recipe)])
+        forkserver.set_forkserver_preload([__name__, *imports_of(recipe)])
         before = dict(os.environ)
         os.environ.update(environment)  # The server's libraries read it when they are imported.
         try:
@@ -66,9 +54,9 @@ class Server:
     def start(self, argv: Sequence[str], log: int) -> Forked | None:
         """Start a cell that writes into the file `log`; None where the imports have ended the server."""
         with Connection(os.dup(log)) as file, suppress(EOFError, OSError):
-            process = self._context.Process(target=_be_cell, args=(list(argv), self._environment, file))
+            process = Forked(target=_be_cell, args=(list(argv), self._environment, file))
             process.start()
-            return Forked(process, process.pid or 0)
+            return process
         return None
 
 

@@ -1,7 +1,5 @@
 """`summary.json`: all that a comparison found, from which its report and its pictures are made."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_temporal.finetuning.tables import environment
 from hf_temporal.hub.privacy import without_tokens
+from hf_temporal.tables import environment
 
 from .cells import Cell, Evaluations, curve
 from .grid import Comparison
@@ -39,8 +37,7 @@ def summary_of(comparison: Comparison, command: str, failed: Mapping[Cell, int])
     Where flags are varied, `combinations` takes the place of these two. Each has `values` (the varied values by name),
     `folder`, `cells`, `quantities` and `command` (of its first cell).
 
-    Raises:
-        ValueError: a finished cell has no evaluation with the metric.
+    A finished cell that has no evaluation with the metric is a `ValueError`.
     """
     arguments, cells = comparison.arguments, comparison.cells()
     first, of_first = next(iter(cells.items()))
@@ -57,23 +54,17 @@ def summary_of(comparison: Comparison, command: str, failed: Mapping[Cell, int])
         "settings": comparison.settings(),
         "environment": environment(),
     }
-    plain: dict[str, Any] = _plain(summary)
-    return plain
+    return dict(_plain(summary))
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """Read a `summary.json`.
-
-    Raises:
-        ValueError: the file is not a summary, or one of another version.
-    """
+    """Read a `summary.json`, or raise a `ValueError` where it is none, or one of another version."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = found["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no summary of a comparison ({error!r}); accepted: a summary.json"
-        ) from None
+        given = f"{str(path)!r} is no summary of a comparison ({error!r})"
+        raise ValueError(f"{given}; accepted: a summary.json") from None
     if version != VERSION:
         raise ValueError(f"{str(path)!r} is a summary of version {version}; accepted: version {VERSION}")
     return found

@@ -19,6 +19,7 @@ from .tokenizing import continued, tokenize
 from .weights import Pattern, spread
 
 Message = dict[str, Any]
+PROBE = "a text to be found again"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys that transformers gives a template as one
 OF_EVERY_TEMPLATE = ("messages", "add_generation_prompt", "raise_exception", "strftime_now")
 
@@ -59,9 +60,9 @@ def encode_conversations(
 
     A conversation is rendered as a whole and tokenized once. An answer begins where the tokens end that
     `apply_chat_template(messages_before, add_generation_prompt=True)` gives at inference, which is checked token by
-    token, and ends with the token that ends its turn. Where a template renders earlier turns anew, so that no text
-    holds all answers in the context that the model is given, there is a row for each context. A conversation without
-    an answer to learn makes one empty row.
+    token, and ends with the token that ends its turn. Where a template renders earlier turns anew, or the tokenizer
+    joins an answer with the end of its prompt, so that no row holds all answers in the context that the model is
+    given, there is a row for each context. A conversation without an answer to learn makes one empty row.
 
     Args:
         conversations: what `formats.conversations_of` makes of a batch.
@@ -81,6 +82,7 @@ def encode_conversations(
     grouped: list[list[list[Answer]]] = []
     for conversation in conversations:
         _check_settings(conversation, tokenizer)
+        _give_as_it_is_read(conversation.messages, tokenizer)
         grouped.append(_in_one_context(_answers(conversation, tokenizer, special)))
     every = [group for groups in grouped for group in groups]
     encoded = iter(tokenize(tokenizer, [group[-1].prompt + group[-1].text for group in every]))
@@ -92,10 +94,11 @@ def encode_conversations(
         for group in groups:
             whole = next(encoded)
             starts = [_start(whole, answer, lead_ids[answer.prompt[answer.lead :]]) for answer in group]
-            if None not in starts:
-                made.append(_row(whole, group, starts, conversation, patterns))
-            else:
-                made += [_row_of_one(answer, conversation, patterns, tokenizer) for answer in group]
+            within = [(answer, start) for answer, start in zip(group, starts, strict=True) if start is not None]
+            if within:
+                made.append(_row(whole, within, conversation, patterns))
+            alone = [answer for answer, start in zip(group, starts, strict=True) if start is None]
+            made += [_row_of_one(answer, conversation, patterns, tokenizer) for answer in alone]
         rows.append(made)
     return rows
 
@@ -113,13 +116,13 @@ def _start(whole: Any, answer: Answer, lead: list[int]) -> int | None:
 
 
 def _row(
-    whole: Any, group: list[Answer], places: Sequence[Any], conversation: Conversation, patterns: Sequence[Pattern]
+    whole: Any, answers: list[tuple[Answer, int]], conversation: Conversation, patterns: Sequence[Pattern]
 ) -> Row:
-    """A row of several answers, each of which begins at its place among the tokens."""
+    """A row of several answers, each with the place where it begins among the tokens."""
     tokens, offsets = whole.ids, whole.offsets
     labels, weights = [IGNORE_INDEX] * len(tokens), [0.0] * len(tokens)
     starts = [start for start, _ in offsets]
-    for answer, start in zip(group, places, strict=True):
+    for answer, start in answers:
         first = len(answer.prompt)
         end = bisect_left(starts, first + answer.end, lo=start)
         spans = [(begin - first, stop - first) for begin, stop in offsets[start:end]]
@@ -166,6 +169,32 @@ def _check_settings(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
                 f"reads; it reads: {accepted}. Accepted: another template (--chat_template FILE), or data without "
                 f"{name}."
             )
+
+
+def _give_as_it_is_read(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the contents texts, or lists of parts, whichever the template writes; both are the same at inference."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and not _writes(tokenizer, as_parts=True):
+            message["content"] = "".join(_texts(content))
+        elif isinstance(content, str) and not _writes(tokenizer, as_parts=False) and _writes(tokenizer, as_parts=True):
+            message["content"] = [{"type": "text", "text": content}]
+
+
+_written: dict[tuple[str, bool], bool] = {}
+
+
+def _writes(tokenizer: PreTrainedTokenizerBase, *, as_parts: bool) -> bool:
+    """Whether the template writes a content that is a list of parts, or that is a text, as what it says."""
+    key = str(tokenizer.chat_template), as_parts
+    if key not in _written:
+        content: Any = [{"type": "text", "text": PROBE}] if as_parts else PROBE
+        try:
+            made = str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+        except Exception:  # noqa: BLE001 - a template may raise anything
+            made = ""
+        _written[key] = PROBE in made and "'type'" not in made and '"type"' not in made
+    return _written[key]
 
 
 _known_variables: dict[str, frozenset[str]] = {}
@@ -254,7 +283,7 @@ def _check_written(message: Message, text: str, name: str) -> None:
     if reasoning is not None:
         said[reasoning] = message[reasoning]
     for key, values in said.items():
-        for value in [values] if isinstance(values, str) else _texts(values):
+        for value in _texts(values):
             if value in text or _squeezed(value) in _squeezed(text):
                 continue
             if json.dumps(value)[1:-1] in text or json.dumps(value, ensure_ascii=False)[1:-1] in text:
@@ -265,8 +294,9 @@ def _check_written(message: Message, text: str, name: str) -> None:
             )
 
 
-def _texts(parts: Any) -> list[str]:
-    return [part if isinstance(part, str) else part["text"] for part in parts or []]
+def _texts(content: Any) -> list[str]:
+    parts = [content] if isinstance(content, str) else content or []
+    return [part if isinstance(part, str) else part["text"] for part in parts]
 
 
 def _squeezed(text: str) -> str:
@@ -285,20 +315,19 @@ def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _end_of_turn(message: Message, text: str, special: Sequence[str]) -> int:
-    """Where an answer's turn ends: behind the last special token that the template puts behind it.
+    """Where an answer's turn ends: behind the first special tokens that follow all of its other text.
 
-    Where it puts none, in front of the white space at the end, unless that is the message's own.
+    Some templates write the end of the whole conversation behind that of its last turn. Where no special token
+    follows, the white space at the end is none of the turn, unless it is the message's own.
     """
-    content = message.get("content")
-    said = next(reversed(_texts([content] if isinstance(content, str) else content)), "").strip()
-    calls = message.get("tool_calls")
-    found = text.rfind(said) if said and not calls else -1
-    behind = found + len(said) if found >= 0 else 0
-    stripped = len(text.rstrip())
-    last, size = max(((text.rfind(token), len(token)) for token in special), default=(-1, 0))
-    if last >= 0 and (last >= behind or last + size == stripped):
-        return last + size
-    return stripped if stripped > behind else len(text)
+    end = len(text.rstrip())
+    while closing := next((token for token in special if text.endswith(token, 0, end)), None):
+        end = len(text[: end - len(closing)].rstrip())
+    closed = re.match(rf"\s*(?:{'|'.join(map(re.escape, special))})+", text[end:]) if special else None
+    if closed:
+        return end + closed.end()
+    said = _texts(message.get("content"))
+    return len(text) if said and said[-1].strip() and text.rstrip().endswith(said[-1].strip()) else end
 
 
 def _in_one_context(answers: list[Answer]) -> list[list[Answer]]:

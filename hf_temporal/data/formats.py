@@ -127,13 +127,13 @@ def _messages(value: Any, column: str, row: str) -> list[Message]:
         elif role not in OWN_ROLES:
             raise ValueError(f"{where} is of role {role!r}; accepted: {', '.join((*OWN_ROLES, *ROLES, CALL))}.")
         if "content" in message:
-            message["content"] = _text(message["content"], column, f"message {index} of {row}")
+            message["content"] = _content(message["content"], column, f"message {index} of {row}")
         messages.append(message)
     return messages
 
 
-def _text(content: Any, column: str, where: str) -> str:
-    """A content as text; parts are put behind one another."""
+def _content(content: Any, column: str, where: str) -> str | list[dict[str, str]]:
+    """A content that is a text, or a list of parts that are texts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
@@ -141,7 +141,7 @@ def _text(content: Any, column: str, where: str) -> str:
             f"{column} hold the content {content!r} ({where}), of which a chat template makes nothing; accepted: a "
             "text, null, or a list of text parts."
         )
-    texts = []
+    parts = []
     for part in content:
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
@@ -150,8 +150,8 @@ def _text(content: Any, column: str, where: str) -> str:
                 f"{column} hold a part of type {kind!r} ({where}: {str(part)[:80]}); accepted: parts of type 'text'. "
                 "To train on images, put the mixin in front of TRL's SFTTrainer."
             )
-        texts.append(text)
-    return "".join(texts)
+        parts.append({"type": "text", "text": text})
+    return parts
 
 
 def _list(value: Any, column: str, row: str) -> list[dict[str, Any]]:

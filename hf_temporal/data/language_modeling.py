@@ -100,7 +100,7 @@ def encode_for_causal_lm(
     *,
     rows: Sequence[int] = (),
     split: str = "the data",
-    weighted: bool | None = None,
+    weighted: bool = False,
     counted: bool = False,
 ) -> dict[str, list[Any]]:
     """Rows of at most `arguments.block_size` tokens, with labels and, where the data bring weights, `loss_weights`.
@@ -116,7 +116,7 @@ def encode_for_causal_lm(
         arguments: what is learned of them.
         rows: the numbers of the rows for errors; none: counted from 0.
         split: what an error calls the data.
-        weighted: whether there is a column `loss_weights` in any case; None: where this batch brings weights.
+        weighted: whether there is a column `loss_weights` even where this batch brings no weights.
         counted: whether there is a column `rows.CUT` of the rows that were cut.
 
     Raises:
@@ -128,7 +128,7 @@ def encode_for_causal_lm(
         per_example = [[_given(batch, place, name)] for place, name in enumerate(names)]
     elif "text" in batch:
         per_example = [[row] for row in rows_of_texts(batch["text"], tokenizer, arguments.patterns)]
-    elif _are_conversations(batch, names):
+    elif are_conversations(batch, names):
         settings = arguments.chat_template_kwargs
         assert not isinstance(settings, str)
         conversations = conversations_of(batch, names, settings or {}, train_on=arguments.train_on)
@@ -146,8 +146,7 @@ def encode_for_causal_lm(
     made = [row for several in per_example for row in several]
     if "text" in batch:
         made = [block for row in made for block in row.blocks(arguments.block_size)]
-    if weighted is None:
-        weighted = any(row.weights is not None for row in made)
+    weighted = weighted or any(row.weights is not None for row in made)
     from_left = tokenizer.truncation_side == "left"
     short = [row.cut(arguments.block_size, from_left=from_left) for row in made]
     cut = [len(row.tokens) > arguments.block_size for row in made] if counted else None
@@ -162,13 +161,14 @@ def brings_weights(examples: Dataset, arguments: LanguageModelingArguments) -> b
     return any('"weight"' in json.dumps(value) for name in columns for value in examples[name])
 
 
-def _are_conversations(batch: Mapping[str, Sequence[Any]], names: Sequence[str]) -> bool:
+def are_conversations(batch: Mapping[str, Sequence[Any]], names: Sequence[str] = ()) -> bool:
+    """Whether a batch holds messages, and not texts; `names` are what an error calls its rows, where it is checked."""
     if "messages" in batch or "conversations" in batch:
         return True
     if "prompt" not in batch:
         return False
     are_texts = isinstance(batch["prompt"][0], str)
-    for name, *pair in zip(names, batch["prompt"], batch["completion"], strict=True):
+    for name, *pair in zip(names, batch["prompt"], batch["completion"], strict=bool(names)):
         if any(isinstance(each, str) != are_texts for each in pair):
             accepted = "two texts, or two lists of messages, the same in all rows"
             raise ValueError(f"prompt and completion of {name} are of two kinds; accepted: {accepted}.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
@@ -23,6 +23,7 @@ READING: dict[str, dict[str, Any]] = {
     ".csv": {"keep_default_na": False, "na_values": [""]}
 }  # "None" and "NA" are words
 ROW = "temporal_row"  # the number of an example in its file
+HEAD = 200  # examples of a stream that are looked at beforehand
 EMBEDDED_DATA = "docstrings of the installed Python packages"
 
 
@@ -35,6 +36,7 @@ class DataArguments:
     train_file: str | None = argument(None, "CSV, JSON (Lines), Parquet or Arrow file.")
     validation_file: str | None = argument(None, "The same for evaluation.")
     test_file: str | None = argument(None, "The same for prediction.")
+    streaming: bool = argument(False, "Read the train examples while training, in their order; needs max_steps.")
     max_train_samples: int | None = argument(None, "Keep only the first so many examples.")
     max_eval_samples: int | None = argument(None, "The same for evaluation.")
     max_predict_samples: int | None = argument(None, "The same for prediction.")
@@ -43,6 +45,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         names = ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
         check_counts(**{name: getattr(self, name) for name in names})
+        if self.streaming and not (self.dataset_name or self.train_file):
+            raise ValueError(
+                "streaming=True without dataset_name or train_file; accepted: one of them, or no streaming."
+            )
         for split, path in self.files.items():
             given = f"{split}_file={str(path)!r}"
             if self.dataset_name:
@@ -88,21 +94,35 @@ def load_columns(
     `optional` ones are left out, and told.
     """
     splits, name, provenance = _load_splits(arguments)
-    chosen: dict[str, Dataset] = {}
+    seen = {split: head_of(examples) for split, examples in splits.items()}
+    chosen: dict[str, Any] = {}
     rows: dict[str, list[int]] = {}
     digest = hashlib.sha256()
     for split, examples in splits.items():
-        columns = choose(splits, split, provenance is not None)
+        columns = choose(seen, split, provenance is not None)
         needed = [column for column, name in columns.items() if name not in optional]
-        chosen[split], left = _named_columns(examples, split, columns, needed, arguments.limits[split])
-        rows |= {split: left} if left else {}
-        for batch in chosen[split].iter(batch_size=1000):  # faster than row by row
+        if isinstance(examples, IterableDataset):
+            chosen[split] = _stream_of_columns(examples, columns, needed, arguments.limits[split])
+        else:
+            chosen[split], left = _named_columns(examples, split, columns, needed, arguments.limits[split])
+            rows |= {split: left} if left else {}
+        for batch in head_of(chosen[split]).iter(batch_size=1000):  # faster than row by row
             for values in zip(*batch.values(), strict=True):
                 digest.update(json.dumps([split, *values]).encode())
     return TaskData(chosen, name, digest.hexdigest(), provenance, rows)
 
 
-def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dict[str, Any] | None]:
+def head_of(examples: Any) -> Dataset:
+    """The first examples of a stream, from which its columns are told; any other data set as it is."""
+    if not isinstance(examples, IterableDataset):
+        return examples
+    first = [*examples.take(HEAD)]
+    if not first:
+        raise ValueError("the stream of the train data has no example; accepted: at least one.")
+    return Dataset.from_list(first)
+
+
+def _load_splits(arguments: DataArguments) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
     """The train, validation and test split that there are, the data's name, and the provenance of embedded ones."""
     name, provenance, files = arguments.dataset_name, None, arguments.files
     loaded: DatasetDict = DatasetDict()
@@ -110,7 +130,7 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dic
         config = arguments.dataset_config_name
         try:
             saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
-            loaded = load_from_disk(name) if saved else load_dataset(name, config)
+            loaded = load_from_disk(name) if saved else load_dataset(name, config, streaming=arguments.streaming)
             loaded = DatasetDict(train=loaded) if isinstance(loaded, Dataset) else loaded
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -123,13 +143,21 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Dataset], str, dic
         name = EMBEDDED_DATA
     for split, path in files.items():
         try:
-            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), **READING.get(path.suffix, {}))["train"]
-            read.data.validate(full=True)  # pyarrow takes JSON in any encoding, and a text fails only when it is read
+            how = {"streaming": arguments.streaming and split == "train", **READING.get(path.suffix, {})}
+            read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), **how)["train"]
+            if isinstance(read, Dataset):
+                read.data.validate(full=True)  # pyarrow takes JSON in any encoding, and a text fails when it is read
         except (ValueError, DatasetGenerationError) as error:
             given = f"{split}_file={str(path)!r} gives no examples ({error.__cause__ or error})"
             raise ValueError(f"{given}; accepted: {path.suffix} in UTF-8 with at least one example.") from error
         loaded[split] = read
-    splits = {split: loaded[split] for split in SPLITS if split in loaded}
+    splits: dict[str, Any] = {split: loaded[split] for split in SPLITS if split in loaded}
+    for split, examples in splits.items():
+        if split != "train" and isinstance(examples, IterableDataset):
+            limit = arguments.limits[split]
+            splits[split] = Dataset.from_list([*(examples if limit is None else examples.take(limit))])
+        elif arguments.streaming and split == "train" and isinstance(examples, Dataset):
+            splits[split] = examples.to_iterable_dataset()
     return splits, name or ", ".join(path.name for path in files.values()), provenance
 
 
@@ -165,6 +193,23 @@ def _named_columns(
     return named if limit is None else named.select(range(min(limit, len(named)))), rows
 
 
-def _is_complete(example: Mapping[str, Any], columns: Sequence[str]) -> bool:
+def _stream_of_columns(
+    examples: IterableDataset, columns: Mapping[str, str], needed: Sequence[str], limit: int | None
+) -> IterableDataset:
+    """The stream of the same, with the number of each row in the column `ROW`."""
+    numbered = examples.select_columns([*columns]).map(_numbered, with_indices=True)
+    kept = numbered.filter(_is_complete, fn_kwargs={"columns": needed, "told": True})
+    named = kept.rename_columns({column: name for column, name in columns.items() if column != name})
+    return named if limit is None else named.take(limit)
+
+
+def _numbered(example: dict[str, Any], row: int) -> dict[str, Any]:
+    return {**example, ROW: row}
+
+
+def _is_complete(example: Mapping[str, Any], columns: Sequence[str], told: bool = False) -> bool:
     values = [example[column] for column in columns]
-    return all(value.strip() if isinstance(value, str) else value for value in values)
+    complete = all(value.strip() if isinstance(value, str) else value for value in values)
+    if told and not complete:
+        logger.warning_once(f"Examples of the stream without {' or without '.join(columns)} are left out.")
+    return complete

@@ -43,11 +43,12 @@ class Row(NamedTuple):
             return self
         if not from_left:
             return self._part(0, size)
-        labels = self.labels[over:]
+        tokens, labels, weights = self._part(over, len(self.tokens))
         if self.labels[over - 1] != IGNORE_INDEX:
-            kept = next((place for place, label in enumerate(labels) if label == IGNORE_INDEX), size)
-            labels = [IGNORE_INDEX] * kept + labels[kept:]
-        return self._part(over, len(self.tokens))._replace(labels=labels)
+            lost = next((place for place, label in enumerate(labels) if label == IGNORE_INDEX), size)
+            labels = [IGNORE_INDEX] * lost + labels[lost:]
+            weights = weights and [0.0] * lost + weights[lost:]
+        return Row(tokens, labels, weights)
 
 
 def learned_after(prompt: list[int], completion: list[int]) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,18 +11,15 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from hf_temporal.positions import IGNORE_INDEX
 
 from . import argument, check_counts
 from .chat import Conversation, encode_conversations, ends_a_turn
 from .loading import DataArguments, TaskData, check_column, load_columns
-from .rouge import ROUGE_TOKENIZERS, needs_characters
+from .rouge import ROUGE_TOKENIZERS, one_sentence_per_line
 from .rows import CUT, Row, as_batch, length_metrics, texts_of, tokens_without
 from .tokenizing import rows_of_pairs
-
-logger = logging.get_logger(__name__)
 
 Batch = Mapping[str, list[str]]
 
@@ -40,8 +36,8 @@ class SummarizationArguments:
     num_beams: int = argument(1, "Beams when texts are generated; 1 is greedy.")
     rouge_tokenizer: str = argument(
         "default",
-        "default: words of Latin letters and digits; char: for Chinese and Japanese, where the default "
-        "finds no words.",
+        "default: words, or characters where no spaces stand between words (Chinese, Japanese, Thai and the like); "
+        "char: characters everywhere, but whole words of a-z and 0-9, without their stems.",
         ROUGE_TOKENIZERS,
     )
 
@@ -159,8 +155,7 @@ class SummaryScores:
     """ROUGE-1/2/L/Lsum of generated summaries in percent, with 95 % intervals.
 
     Beside them `gen_len`, the mean number of tokens of a summary, and `empty`, the summaries without any in percent.
-    Texts with hardly any Latin letters are scored by the character in any case. `record` keeps the texts that were
-    scored last.
+    `record` keeps the texts that were scored last.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rouge_tokenizer: str = "default") -> None:
@@ -184,13 +179,6 @@ class SummaryScores:
         predictions = texts_of(self.tokenizer, tokens)
         references = texts_of(self.tokenizer, tokens_without(special, labels))
         self.record = {"generated": predictions, "references": references}
-        if self.rouge_tokenizer == "default" and needs_characters(references):
-            logger.warning("The references have hardly any Latin letters: ROUGE compares characters.")
-            self.rouge_tokenizer = "char"
-        answered, wanted = ([*map(_one_sentence_per_line, texts)] for texts in (predictions, references))
+        answered, wanted = ([*map(one_sentence_per_line, texts)] for texts in (predictions, references))
         rouge = self.rouge.compute(predictions=answered, references=wanted, tokenizer=self.rouge_tokenizer)
         return {name: 100 * value for name, value in rouge.items()} | length_metrics(tokens)
-
-
-def _one_sentence_per_line(text: str) -> str:
-    return re.sub(r"(?<=[.!?])\s+|(?<=[。！？])(?!$)", "\n", text)

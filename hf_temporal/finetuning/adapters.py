@@ -1,7 +1,5 @@
 """LoRA adapters: put on a model, and merged into it after training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

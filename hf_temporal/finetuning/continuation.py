@@ -1,7 +1,5 @@
 """Resuming a run that was interrupted: which checkpoints are there, whether they are whole, and of the same run."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import zipfile
@@ -16,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .report import write_json
+from hf_temporal.tables import write_json
 
 logger = logging.get_logger(__name__)
 
@@ -114,8 +112,7 @@ def _check(checkpoint: Path, training_args: TrainingArguments) -> None:
 def _without_damaged(newest_first: list[Path], training_args: TrainingArguments) -> list[Path]:
     """Rename the damaged checkpoints that are newer than the last whole one, and return the others.
 
-    A damaged folder that kept its name would be written into again, and a run that dies there would leave a mixture of
-    new and old files.
+    A run that dies while it writes into a damaged folder again would leave a mixture of new and old files.
     """
     damages: dict[Path, str] = {}
     for checkpoint in newest_first:
@@ -158,9 +155,8 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    return state
+def _read_state(checkpoint: Path) -> Any:
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
 
 
 def _check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
@@ -174,9 +170,6 @@ def _check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
                 f"{name}={value!r}, but output_dir={str(output_dir)!r} holds a run with {name}={found[name]!r}; "
                 "accepted: the same settings, which continue that run, or another output_dir"
             )
-
-
-# ---- whole or damaged
 
 
 def check_checkpoint(checkpoint: Path, *, with_optimizer: bool) -> None:
@@ -235,10 +228,7 @@ def checksum_of(path: Path) -> int:
 
 
 class Checksums(TrainerCallback):
-    """Puts `checksums.json` into every checkpoint: each file's CRC-32, null for archives, which have their own.
-
-    The file is written last, so a checkpoint that has it is complete.
-    """
+    """Puts `checksums.json` last into each checkpoint: every file's CRC-32, null for archives, which have theirs."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         del control

@@ -5,8 +5,6 @@ matters; the same weights in random order ask whether the position does; a cap, 
 whether the few large weights do.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The task of the laboratory: a functional with a known memory, and how much of that memory a model has found."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Loading the model that a recipe trains: from the Hub or a folder, a new one, or an encoder–decoder made of two."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,11 +37,11 @@ class ModelArguments:
     model_revision: str = argument("main", "Branch, tag or commit of the model on the Hub.")
     tokenizer_name: str | None = argument(None, "Tokenizer on the Hub, or folder; unset: the model's.")
     tokenizer_type: str | None = argument(
-        None, "Kind of the tokenizer where its files do not say: bert reads the vocab.txt of T5-PEGASUS."
+        None, "Its kind where its files do not say: bert for T5-PEGASUS's vocab.txt."
     )
     model_type: str | None = argument(None, "Train a model of this kind (llama, t5, ...) from random weights.")
     config_overrides: str | None = argument(
-        None, "Its configuration where it is not the default: hidden_size=64,vocab_size=16."
+        None, "Its configuration, if not the default: hidden_size=64,vocab_size=16."
     )
     dtype: str = argument("float32", "Of the weights when loaded.", ["auto", "bfloat16", "float16", "float32"])
     use_peft: bool = argument(False, "Train a LoRA adapter instead of all weights.")
@@ -79,13 +77,14 @@ class ModelArguments:
             if self.config_overrides:
                 raise ValueError(f"config_overrides={self.config_overrides!r} is for a model_type; accepted: with one")
             return
-        for name in ("model_name_or_path", "use_peft"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"model_type={self.model_type!r} trains all of a new model, and {name}={getattr(self, name)!r}; "
-                    "accepted: one of them"
-                )
+        self.check_unset(f"model_type={self.model_type!r} trains all of a new model", "model_name_or_path", "use_peft")
         self.config_values()
+
+    def check_unset(self, why: str, *names: str) -> None:
+        """Raise a `ValueError` where one of these arguments is given."""
+        for name in names:
+            if getattr(self, name):
+                raise ValueError(f"{why}, and {name}={getattr(self, name)!r}; accepted: one of them")
 
     def config_values(self) -> dict[str, Any]:
         """The values in `config_overrides`, each of the type that the configuration of `model_type` has there."""
@@ -111,12 +110,8 @@ class ModelArguments:
 class Seq2SeqModelArguments(ModelArguments):
     """`ModelArguments`, and the two models of a warm-started encoder–decoder."""
 
-    encoder_model_name_or_path: str | None = argument(
-        None, "Model on the Hub, or folder, that becomes the encoder of a new pair."
-    )
-    decoder_model_name_or_path: str | None = argument(
-        None, "The same for the decoder; its attention to the encoder starts from nothing."
-    )
+    encoder_model_name_or_path: str | None = argument(None, "Model on the Hub, or folder: the encoder of a new pair.")
+    decoder_model_name_or_path: str | None = argument(None, "Its decoder, whose attention to the encoder is new.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,12 +123,8 @@ class Seq2SeqModelArguments(ModelArguments):
                 f"encoder_model_name_or_path={pair[0]!r} and decoder_model_name_or_path={pair[1]!r}; "
                 "accepted: both or neither"
             )
-        for name in ("model_name_or_path", "model_type", "load_in_4bit"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"encoder_model_name_or_path={pair[0]!r} makes a new model of two, and "
-                    f"{name}={getattr(self, name)!r}; accepted: one of them"
-                )
+        made = f"encoder_model_name_or_path={pair[0]!r} makes a new model of two"
+        self.check_unset(made, "model_name_or_path", "model_type", "load_in_4bit")
         if self.use_peft and not self.merge_adapter:
             raise ValueError(
                 "use_peft=True with encoder_model_name_or_path: an adapter for a pair that is saved nowhere could not "
@@ -197,10 +188,8 @@ def load_seq2seq_lm(
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no {role} token; accepted: one with {accepted}"
             )
-    if arguments.encoder_model_name_or_path:
-        model = _load_pair(arguments, tokenizer)
-    else:
-        model = _load(AutoModelForSeq2SeqLM, arguments, tokenizer)
+    is_pair = bool(arguments.encoder_model_name_or_path)
+    model = _load_pair(arguments, tokenizer) if is_pair else _load(AutoModelForSeq2SeqLM, arguments, tokenizer)
     _fit_embedding(model, tokenizer, arguments)
     if tokenizer.eos_token_id is None and model.config.eos_token_id != tokenizer.sep_token_id:
         if arguments.use_peft and not arguments.merge_adapter:
@@ -229,11 +218,9 @@ def _source(arguments: ModelArguments) -> tuple[str, str, str]:
 
 
 def _load(kind: Any, arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    model: PreTrainedModel
     if arguments.model_type:
         dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-        model = kind.from_config(new_config(arguments, tokenizer), dtype=dtype)
-        return model
+        return kind.from_config(new_config(arguments, tokenizer), dtype=dtype)
     argument, name, revision = _source(arguments)
     settings: dict[str, Any] = {"revision": revision, "dtype": arguments.dtype}
     if arguments.load_in_4bit:
@@ -274,11 +261,9 @@ def new_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
 
 def require_4bit(arguments: ModelArguments) -> None:
     """Check, where `load_in_4bit` is asked for, that bitsandbytes and a CUDA GPU are there."""
-    if not arguments.load_in_4bit:
-        return
-    if not is_bitsandbytes_available():
+    if arguments.load_in_4bit and not is_bitsandbytes_available():
         raise ModuleNotFoundError("load_in_4bit=True needs the package bitsandbytes: pip install -U bitsandbytes")
-    if not torch.cuda.is_available():
+    if arguments.load_in_4bit and not torch.cuda.is_available():
         raise ValueError("load_in_4bit=True needs a CUDA GPU, and torch finds none; accepted here: load_in_4bit=False")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -27,10 +28,12 @@ from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, Temporal
 
 from .adapters import add_adapter, check_mergeable
 from .continuation import Continuation
+from .end_tokens import agree_on_the_end
 from .models import ModelArguments, Seq2SeqModelArguments, load_causal_lm, load_seq2seq_lm, require_4bit
 from .run import begin, carry_out, publish, settings_of, share_cores, tell_powers
-from .tasks import TASK_KINDS, Scores, Summarization, Task, load_task
+from .tasks import TASK_KINDS, LanguageModeling, Scores, Summarization, Task, load_task
 from .trainers import Answers
+from .weight_shares import tell_shares
 
 CAUSAL_ARGUMENTS = (ModelArguments, *TASK_KINDS, TemporalTrainingArguments)
 SEQ2SEQ_ARGUMENTS = (Seq2SeqModelArguments, *TASK_KINDS, TemporalSeq2SeqTrainingArguments)
@@ -84,6 +87,8 @@ class FineTuning:
         else:
             if model_args.merge_adapter:
                 check_mergeable(trainer)
+            if self.training_args.do_train and isinstance(self.task, LanguageModeling):
+                tell_shares(trainer, self.splits["train"])
             carry_out(trainer, self.continuation, self.task, self.scores, self.splits)
             if self.training_args.do_train:
                 publish(trainer, self.task, model_args, command=command, num_beams=self.num_beams, **self.origin)
@@ -145,12 +150,15 @@ def _prepare(parsed: Sequence[Any], load_model: Callable[[Task], tuple[Any, Any]
 
     def load() -> Loaded:
         model, tokenizer = load_model(task)
+        if template := arguments[5].chat_template:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
         return add_adapter(model, model_args, kind) if model_args.use_peft else model, tokenizer
 
     with training_args.main_process_first():
         model, tokenizer = load()
         splits = task.encode(tokenizer, model.config)
+    agree_on_the_end(model, tokenizer, task.ends)
     collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORE_INDEX)
     scores, num_beams = task.scores(tokenizer, model.config), summarization_args.num_beams
     prepared = (model, tokenizer, splits, collator, scores, num_beams, origin)

@@ -1,7 +1,5 @@
 """The results of a run: evaluations in a file, a table and samples before and after, pictures, and the card."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
@@ -11,8 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_temporal.hub.model_card import CARD_NAME, TrainingRun, add_temporal_section
-
-from .tables import markdown
+from hf_temporal.tables import markdown, write_json
 
 EVALUATIONS_NAME = "evaluations.json"
 RESULTS_NAME = "all_results.json"
@@ -22,13 +19,6 @@ SAMPLES = 5
 
 Metrics = dict[str, tuple[str, int]]  # name in the logs: title, decimals
 Evaluation = dict[str, Any]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that appears whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def save_evaluation(output_dir: Path, evaluation: Evaluation) -> None:

@@ -238,7 +238,7 @@ def publish(
     if model_args.merge_adapter:
         merge_adapter(trainer)
     weights = f"a LoRA adapter of rank {model_args.lora_r}" if model_args.use_peft else "all its weights"
-    sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in data.splits.items())
+    sizes = ", ".join(f"{_count(examples)} {split}" for split, examples in data.splits.items())
     if args.should_save:
         draw_records(output_dir)
     # what the model is loaded by
@@ -271,6 +271,10 @@ def publish(
         trainer.create_model_card()
     if args.should_save:
         save_results(output_dir, trainer.state.log_history)
+
+
+def _count(examples: Any) -> str:
+    return f"{len(examples):,}" if hasattr(examples, "__len__") else "a stream of"
 
 
 def command_line(script: str, argv: Sequence[str], training_args: TrainingArguments) -> str:

@@ -1,7 +1,5 @@
 """A search for p with `Trainer.hyperparameter_search` and Optuna: one run a trial, kept in the run's folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -15,8 +13,8 @@ from transformers import IntervalStrategy
 from transformers.trainer_utils import SaveStrategy
 
 from hf_temporal.compare.quantities import direction_of, number, title_of
-from hf_temporal.finetuning.tables import table
 from hf_temporal.power_plots import plot_trials
+from hf_temporal.tables import table
 
 FOLDER_NAME = "search"
 STUDY_NAME = "study.db"

@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from hf_temporal.data import argument, check_counts, copying, language_modeling, summarization
 from hf_temporal.data.copying import CopyingArguments
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
-from hf_temporal.data.loading import DataArguments, TaskData
+from hf_temporal.data.loading import ROW, DataArguments, TaskData, head_of
 from hf_temporal.data.rows import CUT
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
 from hf_temporal.installed import require
 from hf_temporal.positions import IGNORE_INDEX
+
+from .end_tokens import ends_of_answers
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +87,7 @@ class Task(ABC):
     cut: ClassVar[str] = ""  # what cuts rows, and what that takes
     answer_length: int  # the largest number of tokens to generate
     generates: bool = True  # a decoder-only model's answers; else they are read off at each position
+    ends: Mapping[int, int] = MappingProxyType({})  # how often each token ends an answer in a chat template
     unused: Collection[str] = ()  # splits that the run does not need, so that they are not tokenized
 
     def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:  # noqa: ARG002
@@ -101,30 +105,37 @@ class Task(ABC):
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores | None:  # noqa: ARG002
         return None
 
-    def _mapped(
-        self, split: str, function: Callable[..., Any], *, with_indices: bool = False, **settings: Any
-    ) -> Dataset:
+    def _mapped(self, split: str, function: Callable[..., Any], *, with_indices: bool = False, **settings: Any) -> Any:
         """`function(batch, **settings)` over a split; the next time it comes from the cache of `datasets`."""
-        examples: Dataset = self.data.splits[split]
-        return examples.map(
-            function,
-            batched=True,
-            with_indices=with_indices,
-            fn_kwargs=settings,
-            remove_columns=examples.column_names,
-            num_proc=self.data_args.preprocessing_num_workers,
-            desc=f"Tokenizing {split}",
-        )
+        examples = self.data.splits[split]
+        how: dict[str, Any] = {"batched": True, "with_indices": with_indices, "fn_kwargs": settings}
+        if isinstance(examples, IterableDataset):
+            return examples.map(function, remove_columns=head_of(examples).column_names, **how)
+        workers = self.data_args.preprocessing_num_workers
+        how |= {"remove_columns": examples.column_names, "num_proc": workers, "desc": f"Tokenizing {split}"}
+        return examples.map(function, **how)
 
-    def _tokenized(self, config: PreTrainedConfig, function: Callable[..., Any], **settings: Any) -> dict[str, Any]:
-        """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from."""
+    def _tokenized(
+        self, config: PreTrainedConfig, function: Callable[..., Any], *, with_ends: bool = False, **settings: Any
+    ) -> dict[str, Any]:
+        """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from.
+
+        If `with_ends`, the tokens that end the answers are counted in `ends`.
+        """
         encoded = {}
         for split in self.used():
             rows = self._mapped(split, function, **settings)
+            limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
+            if isinstance(rows, IterableDataset):
+                self.ends = ends_of_answers(head_of(rows)) if with_ends else self.ends
+                how: dict[str, Any] = {"limits": limits, "cut": self.cut}
+                encoded[split] = rows.filter(_can_be_learned, fn_kwargs=how).remove_columns(CUT)
+                continue
             if cut := sum(rows[CUT]):
                 logger.warning(f"{split}: {cut} of {len(rows)} rows are cut: {self.cut}.")
+            if with_ends and not self.ends:
+                self.ends = ends_of_answers(rows)
             rows = rows.remove_columns(CUT)
-            limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
             kept = rows.filter(_can_be_learned, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
             if left_out := len(rows) - len(kept):
                 what = (
@@ -165,7 +176,7 @@ class Summarization(Task):
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         settings: dict[str, Any] = {"tokenizer": tokenizer, "arguments": self.arguments, "counted": True}
         if not config.is_encoder_decoder:
-            settings["chat_template_kwargs"] = self.chat_template_kwargs
+            settings |= {"chat_template_kwargs": self.chat_template_kwargs, "with_ends": bool(tokenizer.chat_template)}
             return self._tokenized(config, summarization.encode_pairs_for_causal_lm, **settings)
         for side, name in (("encoder", "max_source_length"), ("decoder", "max_target_length")):
             limit, length = positions(config, side), getattr(self.arguments, name)
@@ -196,6 +207,8 @@ class Copying(Task):
     ) -> None:
         self.data_args, self.arguments, self.seed = data_args, arguments, seed
         self.generates = arguments.copying_form == "text"
+        if data_args.streaming:
+            raise ValueError("streaming=True for task='copying', which draws its examples; accepted: no streaming.")
         self.answer_length = arguments.answer_length + (1 if self.generates else 0)
         self.sizes = {split: limit or MADE_ON_THE_FLY[split] for split, limit in data_args.limits.items()}
         settings = f"{arguments.copy_length} tokens after {arguments.blank_length}"
@@ -260,22 +273,27 @@ class LanguageModeling(Task):
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         if config.is_encoder_decoder:
             raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
-        return self._tokenized(config, _encode_numbered, tokenizer=tokenizer, arguments=self.arguments)
+        examples = head_of(next(iter(self.data.splits.values())))
+        settings = {"tokenizer": tokenizer, "arguments": self.arguments}
+        with_ends = language_modeling.are_conversations(examples[:1])
+        return self._tokenized(config, _encode_numbered, with_ends=with_ends, **settings)
 
     def _mapped(self, split: str, function: Callable[..., Any], **settings: Any) -> Dataset:
-        examples: Dataset = self.data.splits[split]
+        examples = self.data.splits[split]
         own = {
             "where": split,
             "numbers": self.data.rows.get(split),
-            "weighted": language_modeling.brings_weights(examples, self.arguments),
+            "weighted": isinstance(examples, IterableDataset)  # whose later rows may bring weights
+            or language_modeling.brings_weights(examples, self.arguments),
         }
         rows = super()._mapped(split, function, with_indices=True, **settings, **own)
-        if len(rows) > len(examples) and "text" not in examples.column_names:
+        if isinstance(rows, Dataset) and len(rows) > len(examples) and "text" not in examples.column_names:
             times = f"{len(rows) / len(examples):.2f} times as many"
             logger.warning(
-                f"{split}: {len(examples)} conversations make {len(rows)} rows, {times}: the chat template renders "
-                "earlier turns anew, so that answers get rows of their own, each with the context that the model is "
-                "given. --train_on last keeps one of each conversation."
+                f"{split}: {len(examples)} conversations make {len(rows)} rows, {times}: where the chat template "
+                "renders earlier turns anew, or the tokenizer joins an answer with its prompt, answers get rows of "
+                "their own, each with the context that the model is given. --train_on last keeps one of each "
+                "conversation."
             )
         return rows
 
@@ -303,13 +321,19 @@ def _encode_numbered(
     batch: dict[str, list[Any]], indices: list[int], where: str, numbers: list[int] | None, **settings: Any
 ) -> dict[str, list[Any]]:
     """The rows of a batch, in which errors count the rows of the file."""
-    rows = indices if numbers is None else [numbers[index] for index in indices]
+    rows = batch.get(ROW) or (indices if numbers is None else [numbers[index] for index in indices])
     return language_modeling.encode_for_causal_lm(batch, rows=rows, split=where, counted=True, **settings)
 
 
-def _can_be_learned(example: dict[str, list[int]], limits: dict[str, int | None]) -> bool:
+def _can_be_learned(example: dict[str, Any], limits: dict[str, int | None], cut: str | None = None) -> bool:
+    """Whether a row has a target token and fits; of a stream, which names `cut`, what does not is told at once."""
     fits = all(limit is None or len(example[name]) <= limit for name, limit in limits.items())
-    return fits and any(label != IGNORE_INDEX for label in example["labels"])
+    learned = fits and any(label != IGNORE_INDEX for label in example["labels"])
+    if cut and example[CUT]:
+        logger.warning_once(f"Rows of the stream are cut: {cut}.")
+    if cut and not learned:
+        logger.warning_once("Rows of the stream without a target token, or longer than the model, are left out.")
+    return learned
 
 
 def positions(config: PreTrainedConfig, side: str) -> int | None:

@@ -1,7 +1,5 @@
 """Python code for a model card, which loads the trained model and applies it to a text."""
 
-from __future__ import annotations
-
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .functional import LearnedFunctional

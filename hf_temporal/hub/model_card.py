@@ -83,7 +83,6 @@ class TrainingRun:
 
         The fields in `known` replace these, unless they are None.
         """
-        args = trainer.args
         logged = {name: value for logs in trainer.state.log_history for name, value in logs.items()}
         own = {
             "weighting": trainer.weighting,
@@ -92,12 +91,12 @@ class TrainingRun:
                 for name, value in logged.items()
                 if name.startswith("eval_") and isinstance(value, int | float) and not _SPEED.search(name)
             },
-            "seed": args.seed,
+            "seed": trainer.args.seed,
             "base_model": getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None,
             "effective_sample_size": logged.get("effective_sample_size"),
-            "schedule": getattr(args, "temporal_power_schedule", cls.schedule),
-            "power_start": getattr(args, "temporal_power_start", cls.power_start),
-            "power_warmup_ratio": getattr(args, "temporal_power_warmup_ratio", cls.power_warmup_ratio),
+            "schedule": getattr(trainer.args, "temporal_power_schedule", cls.schedule),
+            "power_start": getattr(trainer.args, "temporal_power_start", cls.power_start),
+            "power_warmup_ratio": getattr(trainer.args, "temporal_power_warmup_ratio", cls.power_warmup_ratio),
         }
         return cls(**own | {name: value for name, value in known.items() if value is not None})
 

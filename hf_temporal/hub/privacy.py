@@ -1,7 +1,5 @@
 """What leaves this machine: texts, and copies of files, without tokens and without its paths."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -103,11 +101,6 @@ class PublicCopies:
             if path.is_file() and path.name != KEPT_AT_HOME and any(fnmatch(path.name, each) for each in patterns):
                 target.mkdir(parents=True, exist_ok=True)
                 self._copy(path, target / path.name)
-
-    def make_all(self, source: Path, target: Path) -> None:
-        """Copy all files of a folder and of the folders in it."""
-        for folder in [source, *(path for path in source.rglob("*") if path.is_dir())]:
-            self.make(folder, target / folder.relative_to(source), ["*"])
 
     def _copy(self, source: Path, target: Path) -> None:
         if source.name == CARD_NAME:

@@ -1,7 +1,5 @@
 """Pushes to the Hub: uploaded is a copy of what belongs there, without tokens and paths of this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
@@ -9,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo, run_as_future, upload_folder
 from huggingface_hub.constants import REPOCARD_NAME as CARD_NAME
@@ -17,8 +15,8 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
+from hf_temporal import _transformers
 from hf_temporal._peft import adapter_names
-from hf_temporal._transformers import init_hub_repository, pushes_in_progress, set_pushes_in_progress, wait_for_pushes
 from hf_temporal.evaluation import PROFILE_NAME
 from hf_temporal.weighting import WEIGHTING_NAME
 
@@ -39,13 +37,8 @@ MODEL_FILES = (
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.*"]
 OUTPUT_FILES = (CARD_NAME, PROFILE_NAME, "*.png", "*.svg")
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
 
-
-class HubMixin(_Trainer):
+class HubMixin(_transformers.TrainerBase):
     """Put in front of a `Trainer`, makes its pushes to the Hub carry the model's card, and no path of this machine.
 
     It uploads the model or adapter, tokenizer, card, `temporal_weighting.json`, `loss_by_position.json`, the pictures
@@ -92,15 +85,11 @@ class HubMixin(_Trainer):
 
         A trainer behind this mixin with a `push_to_hub` of its own uploads the copy itself: while that runs,
         `args.output_dir` is the folder of the copy. `Trainer.push_to_hub` is replaced, since it can neither delete an
-        adapter that a whole model takes the place of, nor say what to do after an upload that failed.
-
-        Among the arguments of `create_model_card`, `finetuned_from` names a base model that was loaded from a folder.
+        adapter that a whole model takes the place of, nor say what to run again after an upload that failed, as the
+        `RuntimeError` here does. `finetuned_from` names a base model that was loaded from a folder.
 
         Returns:
             The commit, or its `Future` where `blocking` is False; None on all processes but the first.
-
-        Raises:
-            RuntimeError: the upload failed; the message says what to run again.
         """
         own = super().push_to_hub
         is_own = getattr(own, "__func__", None) is not Trainer.push_to_hub
@@ -121,9 +110,15 @@ class HubMixin(_Trainer):
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
             with _what_to_run_again(self._repository_name, str(commit_message), str(self.args.output_dir)):
-                init_hub_repository(self, token=token, private=private)
-        wait_for_pushes(self)
-        self._warn_of_failed_pushes()
+                _transformers.init_hub_repository(self, token=token, private=private)
+        _transformers.wait_for_pushes(self)
+        pushes = _transformers.pushes_in_progress(self)
+        if failed := [push for push in pushes if push.exception() is not None]:
+            logger.warning(
+                f"{len(failed)} of {len(pushes)} pushes during training failed; what they would have sent of "
+                f"checkpoints is not on the Hub. The last error: {failed[-1].exception()}"
+            )
+        _transformers.set_pushes_in_progress(self, [])
         return self._upload(
             Path(str(self.args.output_dir)),
             base_model=kwargs.get("finetuned_from"),
@@ -155,7 +150,7 @@ class HubMixin(_Trainer):
         """Upload a checkpoint in the background, as `hub_strategy` says; where that fails, training goes on."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        pushes = pushes_in_progress(self)
+        pushes = _transformers.pushes_in_progress(self)
         if not (self.args.hub_always_push or all(push.done() for push in pushes)):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -171,17 +166,7 @@ class HubMixin(_Trainer):
             revision=self.args.hub_revision,
         )
         push.add_done_callback(_warn_of_failure)
-        set_pushes_in_progress(self, [*pushes, push])
-
-    def _warn_of_failed_pushes(self) -> None:
-        pushes = pushes_in_progress(self)
-        failed = [push for push in pushes if push.exception() is not None]
-        if failed:
-            logger.warning(
-                f"{len(failed)} of {len(pushes)} pushes during training failed; what they would have sent of "
-                f"checkpoints is not on the Hub. The last error: {failed[-1].exception()}"
-            )
-        set_pushes_in_progress(self, [])
+        _transformers.set_pushes_in_progress(self, [*pushes, push])
 
     @property
     def _repository_name(self) -> str:
@@ -231,7 +216,8 @@ class HubMixin(_Trainer):
             copies.make(source, folder, [] if (folder / CARD_NAME).exists() else [CARD_NAME])
             add_temporal_section(folder, run)
         if checkpoint_name is not None:
-            copies.make_all(source, folder / checkpoint_name)
+            for each in [source, *(path for path in source.rglob("*") if path.is_dir())]:
+                copies.make(each, folder / checkpoint_name / each.relative_to(source), ["*"])
         return staging
 
 

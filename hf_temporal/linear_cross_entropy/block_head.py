@@ -82,7 +82,7 @@ class BlockHead(Head):
         self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         targets = _Targets(y)
-        swept = None if self.is_shifted else self._first_sweep(xs, targets)
+        swept = self._first_sweep(xs, targets)
         if swept is None:
             self.is_shifted = True
             swept = self._first_sweep(xs, targets)
@@ -132,9 +132,8 @@ class BlockHead(Head):
 
     def converted(self, product: Tensor) -> Tensor:
         """The product in the exact dtype; a converted copy lasts until the next call."""
-        if product.dtype == self.exact:
-            return product
-        return self.scratch("total", product.shape, self.exact).copy_(product)
+        exact = product.dtype == self.exact
+        return product if exact else self.scratch("total", product.shape, self.exact).copy_(product)
 
     def _first_sweep(self, xs: Sequence[Tensor], targets: _Targets) -> _Swept | None:
         """Make the logits, and exp(l − m) of them.
@@ -252,9 +251,8 @@ class BlockHead(Head):
         return part if z is part else part.copy_(z)
 
     def _blocks(self) -> list[slice]:
-        return [
-            slice(start, min(start + self.block, self.vocabulary)) for start in range(0, self.vocabulary, self.block)
-        ]
+        size, end = self.block, self.vocabulary
+        return [slice(start, min(start + size, end)) for start in range(0, end, size)]
 
     def _exp_(self, exponents: Tensor) -> Tensor:
         """exp, in place; for logits of 16 bits by the faster exp2, whose error of |l| 2⁻²³ is none beside theirs."""
@@ -291,11 +289,8 @@ def block_chunk_size(
     their other buffers are larger. Small vocabularies get what fits into 16 MiB, other devices eight times as much.
     Half of all positions make a chunk where this takes no more memory than the float32 sums [V, summed] that it saves.
     """
-    usual = LOGIT_BYTES
-    if itemsize == 2:
-        usual = LOGIT_BYTES_WIDE_16_BITS if width >= WIDE else LOGIT_BYTES_16_BITS
-    if device_type != "cpu":
-        usual *= 8
+    of_16_bits = LOGIT_BYTES_WIDE_16_BITS if width >= WIDE else LOGIT_BYTES_16_BITS
+    usual = (of_16_bits if itemsize == 2 else LOGIT_BYTES) * (1 if device_type == "cpu" else 8)
     size = max(usual, SMALL_LOGITS // vocabulary) // itemsize
     half = -(-positions // 2)
     beyond = (half - size) * (itemsize * vocabulary + STATE_BYTES * width)
@@ -346,9 +341,7 @@ def _bound(logits: Tensor, stored: torch.dtype) -> Tensor:
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two bounds are known to be equal; looked at on the CPU alone, to avoid a device sync."""
-    if a.device.type != "cpu":
-        return False
-    return torch.equal(a, b)
+    return a.device.type == "cpu" and torch.equal(a, b)
 
 
 def _may_leave_range(total: Tensor) -> bool:
@@ -358,6 +351,4 @@ def _may_leave_range(total: Tensor) -> bool:
 
 def _may_exceed(values: Tensor, largest: float) -> bool:
     """Whether a value may exceed `largest`; looked at on the CPU alone, to avoid a device sync."""
-    if values.device.type != "cpu":
-        return True
-    return not bool((values <= largest).all())
+    return values.device.type != "cpu" or not bool((values <= largest).all())

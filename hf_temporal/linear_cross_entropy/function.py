@@ -1,7 +1,5 @@
 """The LM head and its weighted loss without the N×V logits: gradients are made in the forward pass, chunk by chunk."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
@@ -90,12 +88,10 @@ def weighted_linear_cross_entropy_terms(
     chunk_size: int | None = None,
     statistics: TokenStatistics | None = None,
 ) -> Tensor:
-    """`weighted_linear_cross_entropy` of z_n = c tanh(s (Σ_i W_i x_i,n + b) / c).
+    """`weighted_linear_cross_entropy`, with its result and errors, of z_n = c tanh(s (Σ_i W_i x_i,n + b) / c).
 
     A low-rank adapter on the head is a second term, x_1 = A h and W_1 = B times the adapter's scale: with W_0 frozen,
     no V×H gradient is made.
-
-    Result, errors and the other arguments are those of `weighted_linear_cross_entropy`.
 
     Args:
         terms: the pairs (x_i [N, H_i], W_i [V, H_i]); the first names `hidden` and `head_weight` in the errors.
@@ -103,20 +99,19 @@ def weighted_linear_cross_entropy_terms(
             may be among them. With None they are searched for, which synchronises with the device.
         statistics: is filled at these positions.
     """
-    _check_options(softcap, label_smoothing, chunk_size)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap!r} is out of range; accepted: 0 < softcap < ∞, or None for no cap.")
+    check_label_smoothing(label_smoothing)
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise ValueError(f"chunk_size={chunk_size!r} is out of range; accepted: an integer ≥ 1, or None.")
     bias = None if bias is None else _gathered(bias)
     flat = [tensor for x, weight in terms for tensor in (x, _gathered(weight))]
     _check_tensors(flat, targets, weights, bias)
     if not torch.is_grad_enabled():
         flat, weights = [tensor.detach() for tensor in flat], weights.detach()
         bias = None if bias is None else bias.detach()
-    make_head = partial(
-        _head,
-        dtypes=_product_dtypes(flat, flat[0].device.type),
-        logit_scale=logit_scale,
-        softcap=softcap,
-        label_smoothing=label_smoothing,
-    )
+    options = {"logit_scale": logit_scale, "softcap": softcap, "label_smoothing": label_smoothing}
+    make_head = partial(_head, dtypes=_product_dtypes(flat, flat[0].device.type), options=options)
     with torch.autocast(flat[0].device.type, enabled=False):  # the dtypes of the products are settled
         return _WeightedLinearCrossEntropy.apply(
             make_head, chunk_size, statistics, targets, weights, positions, bias, *flat
@@ -217,9 +212,7 @@ def _head(
     needs_bias: bool,
     *,
     dtypes: Sequence[torch.dtype],
-    logit_scale: float,
-    softcap: float | None,
-    label_smoothing: float,
+    options: dict[str, Any],
 ) -> Head:
     from . import triton_kernel  # only here: it imports Triton
     from .row_head import RowHead
@@ -236,11 +229,9 @@ def _head(
         terms,
         bias=bias,
         grad_bias=torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        label_smoothing=label_smoothing,
         exact=exact,
         stored=stored,
+        **options,
     )
 
 
@@ -258,14 +249,6 @@ def _product_dtypes(flat: Sequence[Tensor], device_type: str) -> list[torch.dtyp
         cast = torch.get_autocast_dtype(device_type)
         dtypes = [dtype if dtype == torch.float64 else cast for dtype in dtypes]
     return [product_dtype(dtype, device_type) for dtype in dtypes]
-
-
-def _check_options(softcap: float | None, label_smoothing: float, chunk_size: int | None) -> None:
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap!r} is out of range; accepted: 0 < softcap < ∞, or None for no cap.")
-    check_label_smoothing(label_smoothing)
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
-        raise ValueError(f"chunk_size={chunk_size!r} is out of range; accepted: an integer ≥ 1, or None.")
 
 
 def _check_tensors(flat: Sequence[Tensor], targets: Tensor, weights: Tensor, bias: Tensor | None) -> None:

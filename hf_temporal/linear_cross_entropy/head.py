@@ -1,7 +1,5 @@
 """What the backends share: the matrices of the LM head, and the gradients to which each chunk adds."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,17 +83,14 @@ class Head(ABC):
     def losses(
         self, xs: Sequence[Tensor], y: Tensor, w: Tensor, *, is_first: bool, is_last: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Compute the losses and gradients of a chunk of n positions, at most as many as were reserved.
+        """The unweighted losses ℓ [n] of a chunk, and ∂ Σ w ℓ / ∂x of each term, [n, H], None where it is not wanted.
 
         Args:
-            xs: x of each term, [n, H] in the dtype of its products.
+            xs: x of each term, [n, H] in the dtype of its products; n is at most what was reserved.
             y: targets, int64 [n].
             w: weights, [n].
             is_first: whether the gradients so far are to be taken for zeros.
             is_last: whether `grad_matrix` has to hold the gradient of W afterwards.
-
-        Returns:
-            The losses ℓ [n], unweighted, and ∂ Σ w ℓ / ∂x of each term, [n, H], None where it is not wanted.
         """
 
 

@@ -1,7 +1,5 @@
 """The LM head and its loss with the Triton kernel, one row of the logits after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

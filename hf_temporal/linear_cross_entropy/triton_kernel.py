@@ -44,9 +44,8 @@ def is_available(device: torch.device) -> bool:
     The first call for a device runs the kernel on one row; where it cannot be built, perhaps for want of a C compiler,
     a warning says so. CPU tensors, which the kernel takes in Triton's interpreter (TRITON_INTERPRET=1), get False.
     """
-    if triton is None or device.type != "cuda" or torch.version.hip:
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    if triton is None or not is_nvidia or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     z, weights = torch.zeros(1, 8, device=device), torch.ones(1, device=device)
     try:
@@ -78,17 +77,11 @@ def losses_and_gradient_(
         z: [n, V] in float32, bfloat16 or float16; its rows may lie further apart than V.
         targets: y, int64 [n], each in [0, V).
         weights: w, [n], of any sign.
-        bias: b, [V].
-        logit_scale: s.
-        softcap: c > 0; None leaves out the tanh.
-        label_smoothing: ε in [0, 1).
+        bias, logit_scale, softcap, label_smoothing: b, s, c and ε, see `weighted_linear_cross_entropy`.
         with_gradient: False leaves z as it is.
 
     Returns:
-        ℓ, float32 [n].
-
-    Raises:
-        ValueError: a tensor of the wrong shape, layout or dtype.
+        ℓ, float32 [n]; a `ValueError` tells a tensor of the wrong shape, layout or dtype.
     """
     _check(z, targets, weights, bias)
     losses = z.new_empty(len(z), dtype=torch.float32)
@@ -118,11 +111,8 @@ def add_product_(accumulator: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0
     With `out` the very same tensor as the first argument, PyTorch lets cuBLAS read and write the accumulator, without
     a copy of its size (`addmm_out_cuda_impl` in ATen/native/cuda/Blas.cpp).
 
-    Args:
-        accumulator: [V, H], in float32 or the dtype of a and b; in any other, a b takes memory of its own.
-        a: [V, n]; the transpose of a matrix with contiguous rows is as good.
-        b: [n, H].
-        beta: 0 overwrites the accumulator without reading it.
+    The accumulator [V, H] is in float32 or the dtype of a [V, n] and b [n, H]; in any other, a b takes memory of its
+    own. a may be the transpose of a matrix with contiguous rows. With beta = 0 the accumulator is not read.
     """
     if a.dtype == accumulator.dtype:
         torch.addmm(accumulator, a, b, beta=beta, out=accumulator)
@@ -140,20 +130,14 @@ def row_chunk_size(vocabulary: int, itemsize: int, device: torch.device, *, widt
 
     Fewer than 2048 take time. Each chunk adds a product a [V, n] b [n, H] to a float32 [V, H]: 2 n V H operations,
     8 V H bytes read and written. An H100 does some 790 Tflop/s and 3.35 TB/s, so that the bytes take 943 / n times as
-    long as the operations: at n = 2048 under a half of one of three products, at n = 4096 under a quarter. The
-    gradient of the hidden states, n × H, has 128 tiles of 128 × 256 at n = H = 2048, for 132 processors.
+    long as the operations: at n = 2048 under a half of one of three products, at n = 4096 under a quarter.
 
     More than H take memory. A float32 gradient of the head and its copy in 16 bits, once the logits are gone, take
     6 V H bytes, as in Liger with `accum_dtype=torch.float32`; logits of n ≤ H positions do not add to that peak.
 
     They get at most a quarter of what is free on the device or in PyTorch's cache, since what is allocated later is
     not known here. Only then do the size, and so the rounding of the sums, depend on what else is in memory.
-
-    Args:
-        vocabulary: V.
-        itemsize: bytes of a logit.
-        device: of type CUDA.
-        width: H, if known.
+    A logit takes `itemsize` bytes, and H is `width`.
     """
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + cached

@@ -1,7 +1,5 @@
 """Memory bias: how much a weighted squared error charges a mistake in the memory function at each lag."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -19,12 +17,10 @@ def memory_bias(weighting: TemporalWeighting, length: int) -> Tensor:
     derivative along ρ̂(s) where x_t² = 1; where inputs of different times are uncorrelated and of variance 1, the mean
     gradient along ρ̂(s) is 2 b(s) (ρ̂(s) − ρ(s)).
 
-    Args:
-        weighting: any, `weight_fn` included; w(1), …, w(T) are its float32 `weights` of one document of T targets.
-        length: T, the number of output times.
+    w(1), …, w(T) are the float32 `weights` of one document of T = `length` targets.
 
     Raises:
-        ValueError: `length` below 1; a weighting without any weight at 1..T; else what `weighting.weights` raises.
+        ValueError: `length` below 1; a weighting without any weight at 1..T; what `weighting.weights` raises.
 
     Source: memory bias, Wang & Yan, arXiv 2307.11462, ∫_s^T w(r) dr there; here the sum for 1-based times.
     """

@@ -1,7 +1,5 @@
 """Configurations of the model families: width, depth, normalization, skip connections, and what each family adds."""
 
-from __future__ import annotations
-
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -43,28 +41,17 @@ class MemoryModelConfig(_Config):
     """What the families have in common: a linear map or embedding, `num_hidden_layers` blocks, and a head.
 
     A block maps x to mix(norm(x)), plus x under `skip_connections`; everything between input and head has the width
-    `hidden_size`.
-
-    Args:
-        vocab_size: number of tokens; needed by the models for tokens alone.
-        input_size: numbers per time in `input_values`, for the models for regression.
-        output_size: numbers per time in the output of the models for regression.
-        normalization: "none", or "layer" for a layer norm in front of each mixer and of the head.
-        skip_connections: whether a block's input is added to its output.
-        use_bias: whether the linear maps have biases.
-
-    Raises:
-        ValueError: a value that is not accepted; the message names it.
+    `hidden_size`. A value that is not accepted is a `ValueError` that names it.
     """
 
-    vocab_size: int | None = None
-    input_size: int = 1
-    output_size: int = 1
+    vocab_size: int | None = None  # number of tokens; needed by the models for tokens alone
+    input_size: int = 1  # numbers per time in `input_values`, for the models for regression
+    output_size: int = 1  # numbers per time in the output of these
     hidden_size: int = 32
     num_hidden_layers: int = 1
-    normalization: str = "none"
-    skip_connections: bool = False
-    use_bias: bool = True
+    normalization: str = "none"  # or "layer": a layer norm in front of each mixer and of the head
+    skip_connections: bool = False  # whether a block's input is added to its output
+    use_bias: bool = True  # of the linear maps
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -83,39 +70,27 @@ class LinearRnnConfig(MemoryModelConfig):
     """A linear RNN, h_t = W h_{t−1} + U x_t, as in the paper's theory.
 
     With its defaults the model is linear and time-invariant: y_t = Σ_s C W^s U x_{t−s}.
-
-    Args:
-        hidden_act: "linear", "relu" or "gelu", applied to the states of each layer but not within the recurrence.
-        recurrent_scale: W starts as an orthogonal matrix times this number, the modulus of all its eigenvalues.
     """
 
     model_type = "memory_linear_rnn"
 
     use_bias: bool = False
-    hidden_act: str = "linear"
-    recurrent_scale: float = 0.95
+    hidden_act: str = "linear"  # or "relu", "gelu": of the states of each layer, but not within the recurrence
+    recurrent_scale: float = 0.95  # W starts as an orthogonal matrix times this, the modulus of all its eigenvalues
 
 
 class TanhRnnConfig(MemoryModelConfig):
-    """A tanh RNN, h_t = tanh(W h_{t−1} + U x_t + b).
-
-    Args:
-        recurrent_scale: W starts as an orthogonal matrix times this number.
-    """
+    """A tanh RNN, h_t = tanh(W h_{t−1} + U x_t + b)."""
 
     model_type = "memory_tanh_rnn"
 
-    recurrent_scale: float = 0.95
+    recurrent_scale: float = 0.95  # W starts as an orthogonal matrix times this number
 
 
 class TcnConfig(MemoryModelConfig):
     """A temporal convolutional network: in layer i, two causal, weight-normalized convolutions of dilation 2^i.
 
     An output sees 1 + 2 (kernel_size − 1) (2^num_hidden_layers − 1) inputs: its own and those before it.
-
-    Args:
-        hidden_act: "linear", "relu" or "gelu", after each of the two convolutions.
-        kernel_size: number of taps of a convolution.
 
     Source: Bai, Kolter & Koltun, arXiv 1803.01271.
     """
@@ -124,19 +99,14 @@ class TcnConfig(MemoryModelConfig):
 
     num_hidden_layers: int = 6
     skip_connections: bool = True
-    hidden_act: str = "relu"
-    kernel_size: int = 4
+    hidden_act: str = "relu"  # or "linear", "gelu": after each of the two convolutions
+    kernel_size: int = 4  # taps of a convolution
 
 
 class StateSpaceConfig(MemoryModelConfig):
     """A diagonal state-space model with `state_size` complex states for each of the `hidden_size` channels.
 
-    Args:
-        hidden_act: "linear", "relu" or "gelu", between the state-space model and the linear map of its channels.
-        state_size: complex states per channel, each standing for itself and its conjugate.
-        smallest_step: lower end of the range in which the time steps Δ start, log-uniformly; a channel begins with a
-            memory of about 2/Δ times.
-        largest_step: its upper end.
+    The time steps Δ start log-uniformly between the two given ones; a channel begins with a memory of about 2/Δ times.
 
     Source: Gu, Gupta, Goel & Ré, arXiv 2206.11893 (S4D-Lin).
     """
@@ -146,8 +116,8 @@ class StateSpaceConfig(MemoryModelConfig):
     num_hidden_layers: int = 2
     normalization: str = "layer"
     skip_connections: bool = True
-    hidden_act: str = "gelu"
-    state_size: int = 16
+    hidden_act: str = "gelu"  # or "linear", "relu": between the state-space model and the linear map of its channels
+    state_size: int = 16  # complex states per channel, each standing for itself and its conjugate
     smallest_step: float = 0.001
     largest_step: float = 0.1
 
@@ -163,11 +133,6 @@ class AttentionConfig(MemoryModelConfig):
     """Causal self-attention, each layer followed by a feed-forward layer in a block of its own.
 
     Sinusoidal positions are added to the input, so that inputs of any length are accepted.
-
-    Args:
-        hidden_act: "linear", "relu" or "gelu", inside the feed-forward layer.
-        num_attention_heads: has to divide `hidden_size`.
-        intermediate_size: width of the feed-forward layer.
     """
 
     model_type = "memory_attention"
@@ -175,9 +140,9 @@ class AttentionConfig(MemoryModelConfig):
     num_hidden_layers: int = 2
     normalization: str = "layer"
     skip_connections: bool = True
-    hidden_act: str = "gelu"
-    num_attention_heads: int = 2
-    intermediate_size: int = 128
+    hidden_act: str = "gelu"  # or "linear", "relu": inside the feed-forward layer
+    num_attention_heads: int = 2  # has to divide `hidden_size`
+    intermediate_size: int = 128  # width of the feed-forward layer
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -1,10 +1,7 @@
 """Functionals with a known memory, y_t = Σ_s ρ(s) x_{t−s} and nonlinear ones around it, and data sets of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -28,30 +25,23 @@ def _airy(lag: Tensor) -> Tensor:
     return torch.from_numpy(special.airy(lag.numpy() - 6)[0])  # torch.special.airy_ai errs by 5e-9
 
 
-MEMORY_FUNCTIONS: Mapping[str, MemoryFunction] = MappingProxyType(
-    {
-        "exponential": lambda lag: torch.exp(-lag),
-        "polynomial": lambda lag: (1 + 0.1 * lag) ** -1.1,
-        "shift": lambda lag: ((lag > 9) & (lag < 11)).to(lag),
-        "two_part": lambda lag: torch.exp(-lag) + torch.exp(-((lag - 9) ** 2)),
-        "airy": _airy,
-        "sine": torch.sin,
-    }
-)
+MEMORY_FUNCTIONS: Mapping[str, MemoryFunction] = {
+    "exponential": lambda lag: torch.exp(-lag),
+    "polynomial": lambda lag: (1 + 0.1 * lag) ** -1.1,
+    "shift": lambda lag: ((lag > 9) & (lag < 11)).to(lag),
+    "two_part": lambda lag: torch.exp(-lag) + torch.exp(-((lag - 9) ** 2)),
+    "airy": _airy,
+    "sine": torch.sin,
+}
 """ρ(t) by name: e^{−t}; 1/(1 + 0.1t)^{1.1}; 1 on 9 < t < 11; e^{−t} + e^{−(t−9)²}; Ai(t − 6); sin t."""
 
 
 def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
     """Values of a memory function, ρ(0), …, ρ(length − 1), float64 `[length]`.
 
-    Args:
-        target: a name of `MEMORY_FUNCTIONS`, or ρ itself, called with the lags as a float64 tensor `[length]`.
-        length: number of lags.
+    `target` is a name of `MEMORY_FUNCTIONS`, or ρ itself, called with the lags as a float64 tensor `[length]`.
 
-    Raises:
-        ValueError: an unknown name; `length` below 1; a result that is not finite or not `[length]`.
-        TypeError: `target` is neither a name nor callable.
-        ImportError: `"airy"` without scipy.
+    Another target, a `length` below 1, a result that is not finite or not `[length]` are a ValueError or TypeError.
 
     Source: the targets of Wang & Yan, arXiv 2307.11462.
     """
@@ -67,17 +57,10 @@ def memory_function(target: str | MemoryFunction, length: int) -> Tensor:
 
 
 def causal_convolution(inputs: Tensor, memory: Tensor) -> Tensor:
-    """y_t = Σ_{s=0..t} ρ(s) x_{t−s}, computed by FFT.
+    """y_t = Σ_{s=0..t} ρ(s) x_{t−s} by FFT, of the shape and dtype of x, computed in float64.
 
-    Args:
-        inputs: `[..., time, dimension]`; every dimension is convolved by itself.
-        memory: `[time]`, ρ of the lags 0..time − 1.
-
-    Returns:
-        The shape and dtype of `inputs`, computed in float64. Gradients reach both arguments.
-
-    Raises:
-        ValueError: `inputs` that are not floats over time and dimension; `memory` of another length.
+    x are floats `[..., time, dimension]`; every dimension is convolved by itself. ρ is `[time]`, of the lags from 0.
+    Tensors of another kind or shape are a `ValueError`.
     """
     length = _duration(inputs)
     if memory.shape != (length,):
@@ -91,22 +74,14 @@ class Functional:
     """y = φ_after(ρ ∗ φ_before(x)), with (ρ ∗ x)_t = Σ_{s=0..t} ρ(s) x_{t−s} and φ_α(z) = (1 − α)·z + α·tanh(z).
 
     φ is applied at each time. φ_0 is the identity and φ_1 is tanh, so both α = 0 give the paper's linear functional.
-
-    Args:
-        target: ρ, see `memory_function`.
-        before: α of the nonlinearity before the convolution, in [0, 1].
-        after: α of the one after it.
-
-    Raises:
-        ValueError: `before` or `after` out of range; an unknown name of a target.
-        TypeError: `target` is neither a name nor callable.
+    A field whose value is not accepted is a ValueError or TypeError.
 
     Source: linear functionals, Wang & Yan, arXiv 2307.11462; nonlinear ones are the question it leaves open.
     """
 
-    target: str | MemoryFunction
-    before: float = 0.0
-    after: float = 0.0
+    target: str | MemoryFunction  # ρ, see `memory_function`
+    before: float = 0.0  # α of the nonlinearity before the convolution, in [0, 1]
+    after: float = 0.0  # α of the one after it
 
     def __post_init__(self) -> None:
         _function(self.target)
@@ -129,23 +104,16 @@ class FunctionalDataset(DrawnDataset[dict[str, Tensor]]):
     """Examples `{"input_values": x, "labels": y}` of x ~ N(0, 1) and a functional's y, float32 `[time, dimension]`.
 
     y is computed in float64 from the float32 x, and rounded; a data loader's batch is computed by one FFT. Batch
-    examples of several lengths by `pad_series`.
-
-    Args:
-        functional: what is to be learned.
-        split, size, seed: as for `DrawnDataset`.
-        length: time of an example, the longest where they differ.
-        min_length: with it, the time of each example is drawn evenly from min_length..length.
-        dimension: of x and of y, each of which is a series of its own.
-
-    Raises:
-        ValueError: a number below 1, `min_length` above `length`, an unknown split.
+    examples of several lengths by `pad_series`. A number below 1, `min_length` above `length` and an unknown split are
+    a `ValueError`.
     """
 
-    functional: Functional
-    length: int = field(default=100, kw_only=True)
-    min_length: int | None = field(default=None, kw_only=True)
-    dimension: int = field(default=1, kw_only=True)
+    functional: Functional  # what is to be learned
+    length: int = field(default=100, kw_only=True)  # time of an example, the longest where they differ
+    min_length: int | None = field(
+        default=None, kw_only=True
+    )  # with it, each time is drawn evenly from here to length
+    dimension: int = field(default=1, kw_only=True)  # of x and of y, each of which is a series of its own
 
     def __post_init__(self) -> None:
         super().__post_init__()

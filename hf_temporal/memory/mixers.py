@@ -1,9 +1,8 @@
 """The causal modules that mix the times of a sequence of any length, `[batch, time, width]` to the same."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +16,21 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"linear": lambda 
 
 
 class RnnMixer(nn.Module):
-    """A recurrence over u_t = U x_t + b; in the first layer u = x, the mapped or embedded input of the model."""
+    """act(h_t) with h_t = W h_{t−1} + u_t, or h_t = tanh(W h_{t−1} + u_t).
+
+    u_t = U x_t + b; in the first layer u = x, the mapped or embedded input of the model.
+    """
 
     def __init__(self, config: LinearRnnConfig | TanhRnnConfig, layer: int) -> None:
         super().__init__()
-        width = config.hidden_size
+        width, is_tanh = config.hidden_size, config.model_type == TanhRnnConfig.model_type
         self.input = nn.Linear(width, width, bias=config.use_bias) if layer else nn.Identity()
         self.recurrent = nn.Parameter(torch.empty(width, width))
-
-
-class LinearRnnMixer(RnnMixer):
-    """act(h_t) with h_t = W h_{t−1} + u_t."""
-
-    def __init__(self, config: LinearRnnConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+        self.recurrence = tanh_recurrence if is_tanh else linear_recurrence
+        self.activation = ACTIVATION_FUNCTIONS[getattr(config, "hidden_act", "linear")]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(linear_recurrence(self.input(x), self.recurrent))
-
-
-class TanhRnnMixer(RnnMixer):
-    """h_t = tanh(W h_{t−1} + u_t)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return tanh_recurrence(self.input(x), self.recurrent)
+        return self.activation(self.recurrence(self.input(x), self.recurrent))
 
 
 class CausalConvolution(nn.Module):
@@ -154,3 +143,12 @@ class FeedForwardMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.activation(self.input(x)))
+
+
+MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
+    LinearRnnConfig.model_type: lambda config, layer: [RnnMixer(config, layer)],
+    TanhRnnConfig.model_type: lambda config, layer: [RnnMixer(config, layer)],
+    TcnConfig.model_type: lambda config, layer: [TcnMixer(config, layer)],
+    StateSpaceConfig.model_type: lambda config, _: [StateSpaceMixer(config)],
+    AttentionConfig.model_type: lambda config, _: [SelfAttentionMixer(config), FeedForwardMixer(config)],
+}

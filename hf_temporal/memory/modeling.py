@@ -4,10 +4,8 @@ Saved models hold a copy of this file and of those that it imports, so they load
 `trust_remote_code=True`.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,24 +23,9 @@ from .configuration import (
     TanhRnnConfig,
     TcnConfig,
 )
-from .mixers import (
-    FeedForwardMixer,
-    LinearRnnMixer,
-    RnnMixer,
-    SelfAttentionMixer,
-    StateSpaceMixer,
-    TanhRnnMixer,
-    TcnMixer,
-)
+from .mixers import MIXERS, RnnMixer, StateSpaceMixer
 from .recurrences import linear_recurrence  # noqa: F401  older transformers copy what this file imports, but no deeper
 
-MIXERS: dict[str, Callable[[Any, int], list[nn.Module]]] = {
-    LinearRnnConfig.model_type: lambda config, layer: [LinearRnnMixer(config, layer)],
-    TanhRnnConfig.model_type: lambda config, layer: [TanhRnnMixer(config, layer)],
-    TcnConfig.model_type: lambda config, layer: [TcnMixer(config, layer)],
-    StateSpaceConfig.model_type: lambda config, _: [StateSpaceMixer(config)],
-    AttentionConfig.model_type: lambda config, _: [SelfAttentionMixer(config), FeedForwardMixer(config)],
-}
 PACKED_KEYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "document_ids")
 
 
@@ -56,7 +39,7 @@ class MemoryBlock(nn.Module):
         self.skips = config.skip_connections
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.mixer(self.norm(x))
+        mixed = self.mixer(self.norm(x))
         return x + mixed if self.skips else mixed
 
 
@@ -78,8 +61,7 @@ class MemoryBackbone(nn.Module):
             x = x + sinusoidal_positions(x.shape[1], x.shape[2], device=x.device).to(x.dtype)
         for block in self.blocks:
             x = block(x)
-        normed: Tensor = self.norm(x)
-        return normed
+        return self.norm(x)
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
@@ -138,15 +120,12 @@ class MemoryModelForRegression(MemoryPreTrainedModel):
         """The outputs, and their squared error: its mean over the outputs of a time, then over the target times.
 
         Args:
-            input_values: `[batch, time, input_size]`.
+            input_values: `[batch, time, input_size]`; other shapes are a `ValueError`.
             labels: `[batch, time, output_size]`, aligned with the inputs, or `[batch, time]` for one output. A time
                 with a NaN among its labels is no target; without any target the loss is 0.
 
         Returns:
             The outputs as `logits`, `[batch, time, output_size]`, and `loss`, in float32 at least.
-
-        Raises:
-            ValueError: shapes that do not fit.
         """
         size = self.config.input_size
         if input_values.dim() != 3 or input_values.shape[-1] != size:
@@ -173,33 +152,25 @@ class MemoryModelForCausalLM(MemoryPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> CausalLMOutput:
-        """The logits and, where labels are given, transformers' loss of a causal language model.
+        """`logits`, `[batch, time, vocab_size]`, and for labels transformers' causal `loss`, which takes the `kwargs`.
 
         Args:
-            input_ids: `[batch, time]`.
+            input_ids: `[batch, time]`, of one document each.
             attention_mask: `[batch, time]`, 0 on padding. Padding has to be on the right, where it changes no output
                 before it; the mask is not used further.
             labels: `[batch, time]`, −100 where there is no target; the logits at i are compared with labels[i + 1].
-            kwargs: of the loss, such as `num_items_in_batch`.
-
-        Returns:
-            `logits`, `[batch, time, vocab_size]`, and `loss`.
 
         Raises:
             ValueError: rows that are padded on the left or hold several documents, a mask of another shape.
         """
         _check_rows(attention_mask, kwargs)
         logits: Tensor = self.lm_head(self.backbone(self.embed_tokens(input_ids)))
-        if labels is None:
-            return CausalLMOutput(logits=logits)
-        loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        size = self.config.vocab_size
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=size, **kwargs)
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-Models = tuple[type[MemoryModelForRegression], type[MemoryModelForCausalLM]]
-
-
-def _models_of(config: type[MemoryModelConfig]) -> Models:
+def _models_of(config: type[MemoryModelConfig]) -> tuple[type[MemoryModelForRegression], type[MemoryModelForCausalLM]]:
     """The model classes of a family, `XForRegression` and `XForCausalLM` for its configuration `XConfig`."""
     name, content = config.__name__.removesuffix("Config"), {"config_class": config, "__module__": __name__}
     return (

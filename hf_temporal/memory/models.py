@@ -5,8 +5,6 @@ model = family.regression(family.config(input_size=1, output_size=1, hidden_size
 outputs = model(input_values=x, labels=y)  # x [batch, time, 1], y [batch, time]
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

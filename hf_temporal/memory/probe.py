@@ -1,7 +1,5 @@
 """The memory function of a model, and its distance to a target."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +18,7 @@ LINEARITY_TOLERANCE = 1e-3
 class MemoryDistance:
     """|ρ̂(s) − ρ(s)| for each lag s, `[length]`, and its root mean square over the short, middle and long lags.
 
-    These are the thirds of the lags; where their number is not divisible by three, the first and then the second third
-    are one longer.
+    These are the thirds of the lags, the first and then the second of which may be one longer.
     """
 
     by_lag: Tensor
@@ -36,16 +33,9 @@ def impulse_memory(model: nn.Module, length: int) -> Tensor:
     ρ̂(s) is the response at lag s to a unit impulse at time 0, less the response to zeros. A model is refused if it is
     not linear (up to a constant) and time-invariant: an impulse of −2 half-way must have −2 times the response.
 
-    Args:
-        model: a model for regression. It is called with `input_values`, `[batch, time, input_size]`, has a `config`
-            with `input_size`, and returns `logits`, `[batch, time, output_size]`.
-        length: number of lags, s = 0..length−1.
-
-    Returns:
-        `[length, output_size, input_size]`, in the dtype of the model.
-
-    Raises:
-        ValueError: `length` below 1; a model that is not linear or not time-invariant.
+    Called with `input_values`, `[batch, time, input_size]`, the model returns `logits`, `[batch, time, output_size]`;
+    its `config` has `input_size`. The result is `[length, output_size, input_size]` in the dtype of the model, for the
+    lags s = 0..length−1. A model that is refused, or a `length` below 1, is a `ValueError`.
     """
     size, like = _input_of(model, length)
     later = length // 2
@@ -69,16 +59,8 @@ def constant_input_memory(model: nn.Module, length: int, *, value: float = 1.0) 
     |y_s − y_{s−1}| under x_t = value for s = 1..length−1, and |y_0 − y_0 under input 0| at s = 0; |value · ρ(s)| for
     y_t = Σ_s ρ(s) x_{t−s}. It is 0 at every lag but the first for attention without positions.
 
-    Args:
-        model: as for `impulse_memory`, linear or not.
-        length: number of lags, s = 0..length−1.
-        value: of one input, each in turn, while the others are 0.
-
-    Returns:
-        `[length, output_size, input_size]`, in the dtype of the model.
-
-    Raises:
-        ValueError: `length` below 1.
+    Model and result are as for `impulse_memory`, linear or not; `value` is that of one input, each in turn, while the
+    others are 0.
 
     Source: the memory function of the paper's authors, |y_{t+1} − y_t|, here at lag s = t + 1 and begun at lag 0.
     """
@@ -95,13 +77,8 @@ def gradient_memory(model: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
     For y_t = Σ_s ρ(s) x_{t−s} that is ρ(s). For a nonlinear model the inputs should be like those it was trained on,
     which a constant input is not.
 
-    Args:
-        model: as for `impulse_memory`, linear or not, or a `Functional`. It is run in the mode it is in: a model with
-            dropout has to be in eval mode.
-        inputs: `[batch, time, input_size]`, where `time` is T.
-
-    Returns:
-        `[time, output_size, input_size]`, in the dtype of the inputs.
+    The model is as for `impulse_memory`, linear or not, or a `Functional`; one with dropout has to be in eval mode.
+    The inputs are `[batch, T, input_size]`, the result is `[T, output_size, input_size]`.
     """
     with torch.enable_grad():
         inputs = inputs.detach().requires_grad_()
@@ -115,13 +92,8 @@ def memory_distance(memory: Tensor, target: Tensor) -> MemoryDistance:
     """The distance of a memory function to its target, by lag and over the short, middle and long lags.
 
     For `constant_input_memory` the target is |ρ|, and for a nonlinear functional, what the same probe finds in it.
-
-    Args:
-        memory: `[length]`, or `[length, 1, 1]` as the functions above return it for one input and one output.
-        target: ρ, `[length]`.
-
-    Raises:
-        ValueError: other shapes, or fewer than three lags.
+    The memory is `[length]`, or `[length, 1, 1]` as the functions above return it for one input and one output, ρ
+    `[length]`. Other shapes, or fewer than three lags, are a `ValueError`.
     """
     if memory.shape[1:] == (1, 1):
         memory = memory[:, 0, 0]
@@ -142,5 +114,4 @@ def _input_of(model: Any, length: int) -> tuple[int, Tensor]:
 
 def _run(model: nn.Module, inputs: Tensor) -> Tensor:
     with undisturbed(model):
-        outputs: Tensor = model(input_values=inputs).logits
-    return outputs
+        return model(input_values=inputs).logits

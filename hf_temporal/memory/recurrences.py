@@ -1,7 +1,5 @@
 """The recurrences of RNNs: the linear one as a scan of logarithmic depth, and that with tanh."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -21,15 +19,8 @@ def linear_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
     g_t = Wᵀ g_{t+1} + ∂L/∂h_t, with ∂L/∂u = g and ∂L/∂W = Σ_t g_t h_{t−1}ᵀ, without powers of W; it can be
     differentiated again.
 
-    Args:
-        inputs: u, `[batch, time, D]`.
-        weight: W, `[D, D]`.
-
-    Returns:
-        h, `[batch, time, D]`, in the dtype of the inputs; computed in float32 at least.
-
-    Raises:
-        ValueError: shapes that do not fit.
+    The inputs u and the result h are `[batch, time, D]` and of one dtype, W is `[D, D]`; it is computed in float32 at
+    least. Shapes that do not fit are a `ValueError`.
 
     Source: Blelloch, *Prefix sums and their applications*, 1990.
     """
@@ -44,15 +35,7 @@ def tanh_recurrence(inputs: Tensor, weight: Tensor) -> Tensor:
     On accelerators this is the kernel of `torch.nn.RNN`. On a CPU, where that spends most of its time on autograd's
     bookkeeping, forward and backward are loops of two operations in place, and ∂L/∂W is one matrix product at the end.
 
-    Args:
-        inputs: u, `[batch, time, D]`.
-        weight: W, `[D, D]`.
-
-    Returns:
-        h, `[batch, time, D]`, in the dtype of the inputs; computed in float32 at least. It can be differentiated once.
-
-    Raises:
-        ValueError: shapes that do not fit.
+    Arguments, result and errors are those of `linear_recurrence`. It can be differentiated once.
     """
     dtype = _check(inputs, weight)
     with torch.autocast(inputs.device.type, enabled=False):

@@ -1,7 +1,5 @@
 """The LM head and its loss in place of the model's LM head, during one forward call: the logits are never made."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -19,28 +17,17 @@ FINAL_BIAS = "final_logits_bias"
 
 
 @dataclasses.dataclass
-class _Call:
-    """One call of the model: what the stand-in is given for it, and what it finds.
+class HeadCall:
+    """One call of the model: what the stand-in is given for it, and what it finds."""
 
-    Attributes:
-        root: the module whose output shall hold the loss.
-        labels: `[batch, time]`, aligned with the logits; None to keep the hidden states instead of computing a loss.
-        weights: `[batch, time]`.
-        targets: where in the flattened labels the targets are, where that is known.
-        label_smoothing: ε.
-        statistics: is filled at the targets, where it is wanted.
-        loss: Σ wℓ, once the head was called.
-        hidden: what the head was given, where there are no labels.
-    """
-
-    root: nn.Module
-    labels: Tensor | None = None
-    weights: Tensor | None = None
-    targets: Tensor | None = None
-    label_smoothing: float = 0.0
-    statistics: TokenStatistics | None = None
-    loss: Tensor | None = None
-    hidden: Tensor | None = None
+    root: nn.Module  # whose output shall hold the loss: the model inside any DDP or FSDP wrapper
+    labels: Tensor | None = None  # [batch, time], −100 off the targets, aligned with the logits; None: find `hidden`
+    weights: Tensor | None = None  # [batch, time]
+    targets: Tensor | None = None  # where in the flattened labels the targets are, where that is known
+    label_smoothing: float = 0.0  # ε
+    statistics: TokenStatistics | None = None  # of the flattened labels, filled at the targets
+    loss: Tensor | None = None  # Σ wℓ, once the head was called
+    hidden: Tensor | None = None  # what the head was given
 
 
 class FusedHead:
@@ -66,7 +53,7 @@ class FusedHead:
         self.softcap = config_number(config, "final_logit_softcapping", None)
         self.base = base
         self._stand_in = self._forward  # one object, which compiled graphs recognise
-        self._call: _Call | None = None  # None but during a call of the model
+        self._call: HeadCall | None = None  # None but during a call of the model
         self._final_bias: Tensor | None = None
 
     @property
@@ -78,49 +65,26 @@ class FusedHead:
         return known_layer(self.head, _is_plain_linear) is not None
 
     @contextlib.contextmanager
-    def computing(
-        self,
-        model: nn.Module,
-        labels: Tensor,
-        weights: Tensor,
-        *,
-        targets: Tensor | None,
-        label_smoothing: float,
-        statistics: TokenStatistics | None = None,
-    ) -> Iterator[Callable[[Mapping[str, Any]], Tensor]]:
+    def computing(self, call: HeadCall) -> Iterator[Callable[[Mapping[str, Any]], Tensor]]:
         """While inside, one call of the model (the unwrapped root, or what wraps it) returns `{"loss": Σ wℓ}`.
-
-        Args:
-            model: the module whose output shall hold the loss: the root inside any DDP or FSDP wrapper.
-            labels: `[batch, time]`, aligned with the logits, −100 where there is no target.
-            weights: `[batch, time]`.
-            targets: where in the flattened labels the targets are, where that is known.
-            label_smoothing: ε.
-            statistics: of the flattened labels, filled at the targets.
 
         Yields:
             A function from the outputs to Σ wℓ in float32: FSDP2 rounds what a module returns to its `output_dtype`.
         """
-        call = _Call(model, labels, weights, targets, label_smoothing, statistics)
 
         def loss_of(outputs: Mapping[str, Any]) -> Tensor:
-            return call.loss if call.loss is not None and isinstance(model, FSDPModule) else outputs["loss"]
+            return call.loss if call.loss is not None and isinstance(call.root, FSDPModule) else outputs["loss"]
 
-        hook = model.register_forward_hook(self._return_loss, prepend=True)
-        try:
-            with self._standing_in(call):
-                yield loss_of
-        finally:
-            hook.remove()
+        with call.root.register_forward_hook(self._return_loss, prepend=True), self._standing_in(call):
+            yield loss_of
 
     @torch.no_grad()
     def replay(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The logits as the stand-in sees them, in float32, to be compared with the model's own."""
-        call = _Call(model)
+        call = HeadCall(model)
         with self._standing_in(call):
             model(**inputs)
-        hidden = call.hidden
-        if hidden is None:
+        if (hidden := call.hidden) is None:
             raise RuntimeError("the model's forward does not call its output embeddings")
         terms, bias = self._terms(hidden.reshape(-1, hidden.shape[-1]))
         logits = sum(x.float() @ weight.float().T for x, weight in terms)
@@ -130,7 +94,7 @@ class FusedHead:
         return logits.view(*hidden.shape[:-1], -1)
 
     @contextlib.contextmanager
-    def _standing_in(self, call: _Call) -> Iterator[None]:
+    def _standing_in(self, call: HeadCall) -> Iterator[None]:
         buffers = getattr(self.base, "_buffers", {})
         bias = buffers.get(FINAL_BIAS)
         self._call, self.head.forward = call, self._stand_in
@@ -197,11 +161,7 @@ class FusedHead:
 
 
 def answer_logits(model: nn.Module, logits: Tensor, length: int) -> Tensor:
-    """The logits of the tokens of the batch: without those that prompt tuning puts in front of them.
-
-    Raises:
-        ValueError: logits and labels of different length.
-    """
+    """The logits without those that prompt tuning puts in front; another length than the labels' is a `ValueError`."""
     if logits.shape[1] == length:
         return logits
     if logits.shape[1] > length and is_prompt_learner(model):

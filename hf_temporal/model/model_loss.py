@@ -1,7 +1,5 @@
 """What a model's own loss is, read off the model: shift, auxiliary loss, `num_items_in_batch`, head."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import inspect
@@ -32,40 +30,29 @@ PROBE_LABELS = (IGNORE_INDEX, 1, 0, 0, 1, 1, 0, 1, 0)
 
 @dataclasses.dataclass(frozen=True)
 class ModelLoss:
-    """How a model turns its logits and `labels` into its own loss.
+    """How a model turns its logits and `labels` into its own loss."""
 
-    Args:
-        shifts_labels: whether the logits at i are compared with the label at i + 1.
-        counts_items: whether the model divides by `num_items_in_batch` where it is given.
-        auxiliary_coefficient: factor of the output's `aux_loss` (mixture of experts), 0 where there is none.
-        fused_head: the head's stand-in, or why there is none that is exact for this model.
-        unsupported: why the model's own loss is not the cross-entropy of its logits; empty where it is.
-        vocabulary: the number of logits, None where it is not known.
-        needs_labels: whether the model's forward cannot do without labels, or returns other logits then.
-        needs_position_ids: whether `position_ids` that start after left padding leave the logits as they are.
-        keeps_documents_apart: whether what stands before it in a packed row leaves a document's logits as they are.
-        is_read: False where this is only presumed, from the model's class.
-    """
-
-    shifts_labels: bool
-    counts_items: bool
-    auxiliary_coefficient: float
-    fused_head: FusedHead | str
-    unsupported: str = ""
-    vocabulary: int | None = None
-    needs_labels: bool = False
-    needs_position_ids: bool = False
-    keeps_documents_apart: bool = True
-    is_read: bool = True
+    shifts_labels: bool  # whether the logits at i are compared with the label at i + 1
+    counts_items: bool  # whether the model divides by `num_items_in_batch` where it is given
+    auxiliary_coefficient: float  # factor of the output's `aux_loss` (mixture of experts), 0 where there is none
+    fused_head: FusedHead | str  # the head's stand-in, or why there is none that is exact for this model
+    unsupported: str = ""  # why the model's own loss is not the cross-entropy of its logits; empty where it is
+    vocabulary: int | None = None  # the number of logits, None where it is not known
+    needs_labels: bool = False  # whether the model's forward cannot do without labels, or returns other logits then
+    needs_position_ids: bool = (
+        False  # whether `position_ids` that start after left padding leave the logits as they are
+    )
+    keeps_documents_apart: bool = (
+        True  # whether what precedes a document in a packed row leaves its logits as they are
+    )
+    is_read: bool = True  # False where this is only presumed, from the model's class
 
     def in_words(self) -> str:
-        """What was found, for a log."""
-        fused = self.fused_head if isinstance(self.fused_head, str) else "exact"
         facts = {
             "loss": self.unsupported or ("cross-entropy" if self.is_read else "not tried out yet"),
             "labels": "shifted by the model" if self.shifts_labels else "aligned with the logits",
             "num_items_in_batch": "counted" if self.counts_items else "ignored",
-            "fused head": fused,
+            "fused head": self.fused_head if isinstance(self.fused_head, str) else "exact",
             "position_ids for left padding": "needed" if self.needs_position_ids else "left to the model",
             "packed documents": "kept apart" if self.keeps_documents_apart else "not kept apart",
         }
@@ -77,15 +64,13 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
 
     The loss that the model reports is compared with the cross-entropy of its logits, aligned and shifted, with its
     auxiliary loss, and with `num_items_in_batch` doubled; the head's stand-in with the logits themselves; and for a
-    causal model the logits with those of the same tokens behind padding, and behind another document. These are at
-    most five forward passes. The state of the random number generators and the buffers are left as they were. A model
-    that cannot be run on tokens alone is presumed, until `read_on_batch`.
+    causal model the logits with those of the same tokens behind padding, and behind another document: at most five
+    forward passes. A model that cannot be run on tokens alone is presumed, until `read_on_batch`.
 
     Args:
-        model: the unwrapped model, a `PeftModel` included.
-        can_run: False where the weights are not at hand, so that nine tokens cannot be run: the class of the loss
-            function then tells the shift, and no stand-in for the head is made. Sharded by FSDP2, the model is run by
-            all ranks at once.
+        model: the unwrapped model, a `PeftModel` included; sharded by FSDP2, it is run by all ranks at once.
+        can_run: False where the weights are not at hand: the class of the loss function then tells the shift, and no
+            stand-in for the head is made.
 
     Raises:
         ValueError: FSDP2 cannot shard the model.
@@ -101,13 +86,15 @@ def read_model_loss(model: nn.Module, *, can_run: bool = True) -> ModelLoss:
         is_read=not can_run,
     )
     parameters = inspect.signature(base.forward).parameters
-    if not can_run or not {"input_ids", "labels"} <= set(parameters) or not _takes_tokens(base):
+    if not can_run or not {"input_ids", "labels"} <= set(parameters) or not hasattr(base, "get_input_embeddings"):
+        return presumed
+    if not isinstance(matrix := getattr(base.get_input_embeddings(), "weight", None), Tensor):
         return presumed
     labels = torch.tensor([PROBE_LABELS], device=next(base.parameters()).device)
-    rows = base.get_input_embeddings().weight.shape[0]
-    inputs = {"input_ids": (torch.arange(labels.numel(), device=labels.device) * 3 + 5)[None] % rows}
+    tokens = (torch.arange(labels.numel(), device=labels.device) * 3 + 5)[None] % len(matrix)
+    inputs: dict[str, Any] = {"input_ids": tokens}
     if "attention_mask" in parameters:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"] = torch.ones_like(tokens)
     if "use_cache" in parameters:
         inputs["use_cache"] = False  # as in training; with a cache, packed rows are not told apart
     try:
@@ -203,7 +190,7 @@ def _probe(
         fused_head=fused_head,
         vocabulary=logits.shape[-1],
         needs_labels=isinstance(fused_head, str)
-        and not _can_do_without_labels(model, base, inputs, labels, logits),  # which a stand-in has done already
+        and not _can_do_without_labels(model, inputs, labels, logits),  # which a stand-in has done already
         is_read=True,
     )
     return found, logits
@@ -261,21 +248,13 @@ def _probe_rows(
     )
 
 
-def _can_do_without_labels(
-    model: nn.Module, base: Any, inputs: dict[str, Any], labels: Tensor, logits: Tensor
-) -> bool:
+def _can_do_without_labels(model: nn.Module, inputs: dict[str, Any], labels: Tensor, logits: Tensor) -> bool:
     try:
-        outputs = model(**_with_decoder_inputs(base, inputs, labels))
+        outputs = model(**inputs, **missing_decoder_inputs(model, inputs, labels))
     except Exception:  # noqa: BLE001  whatever a forward raises that was written for training alone
         return False
     found = outputs.get("logits") if isinstance(outputs, Mapping) else None
     return found is not None and found.shape == logits.shape and torch.allclose(found, logits, rtol=1e-3, atol=1e-5)
-
-
-def _with_decoder_inputs(base: Any, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
-    if _is_encoder_decoder(base) and "decoder_input_ids" not in inputs:
-        return {**inputs, **decoder_inputs(base, labels)}
-    return inputs
 
 
 def _takes_items(base: Any) -> bool:
@@ -288,11 +267,7 @@ def _is_encoder_decoder(base: Any) -> bool:
 
 
 def _exact_stand_in(
-    model: nn.Module,
-    base: Any,
-    inputs: dict[str, Any],
-    labels: Tensor,
-    logits: Tensor,
+    model: nn.Module, base: Any, inputs: dict[str, Any], labels: Tensor, logits: Tensor
 ) -> FusedHead | str:
     """A `FusedHead` for the model if its replay gives the model's own logits, else why not."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -300,7 +275,7 @@ def _exact_stand_in(
         return "it has none, or one whose forward is replaced already"
     fused = FusedHead(head, base)
     try:
-        replayed = fused.replay(model, _with_decoder_inputs(base, inputs, labels))
+        replayed = fused.replay(model, inputs | missing_decoder_inputs(model, inputs, labels))
     except (TypeError, RuntimeError, ValueError) as error:
         if "meta" in str(error):
             return "its forward computes with what the head returns more than a scale, a soft cap and a bias"
@@ -326,11 +301,16 @@ def _takes_flat_position_ids(base: Any) -> bool:
     return not offset and not makes_own and "position_ids" in inspect.signature(base.forward).parameters
 
 
-def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
-    """What an encoder-decoder model's own forward makes of `labels` for its decoder where it is given nothing else.
+def missing_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
+    """What an encoder–decoder's own forward makes of `labels` for its decoder, beside `inputs` without them.
 
-    Empty where the model has no function of the usual names for that.
+    Empty for other models, and where the model has no function of the usual names for that.
     """
+    base = base_model(model)
+    if not _is_encoder_decoder(base):
+        return {}
+    if any(inputs.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds")):
+        return {}
     labels, module = labels.long(), sys.modules[type(base).__module__]
     if hasattr(base, "prepare_decoder_input_ids_from_labels"):
         ids = base.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -343,18 +323,14 @@ def decoder_inputs(base: Any, labels: Tensor) -> dict[str, Tensor]:
         ids = base._shift_right(labels)
     else:
         return {}
-    inputs = {"decoder_input_ids": ids}
-    if isinstance(base, EncoderDecoderModel):
-        inputs["decoder_attention_mask"] = (ids != base.config.pad_token_id).to(ids.dtype)
-    return inputs
+    made = {"decoder_input_ids": ids}
+    if isinstance(base, EncoderDecoderModel) and inputs.get("decoder_attention_mask") is None:
+        made["decoder_attention_mask"] = (ids != base.config.pad_token_id).to(ids.dtype)
+    return made
 
 
 def logits_of(outputs: Any, labels: Tensor) -> Tensor:
-    """The logits of a model's output, a mapping or a tuple with or without a loss in front.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The logits of a model's output, a mapping or a tuple with or without a loss in front, or a `ValueError`."""
     if isinstance(outputs, Mapping):
         values = [outputs.get("logits")]
     else:
@@ -364,11 +340,6 @@ def logits_of(outputs: Any, labels: Tensor) -> Tensor:
             f"the model returned no logits for labels of shape {tuple(labels.shape)}; accepted: outputs with them."
         )
     return values[0]
-
-
-def _takes_tokens(base: Any) -> bool:
-    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    return isinstance(getattr(embeddings, "weight", None), Tensor)
 
 
 def _auxiliary_coefficient(base: Any) -> float:

@@ -1,10 +1,7 @@
 """A model run on a few tokens, and left as it was."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +15,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Some modules keep a number that a forward finds, such as a router the capacity of its experts. FSDP2 leaves a root
     gathered after a forward, and an optimizer that is made then never sees its shards.
     """
-    numbers = [(module, _numbers(module)) for module in model.modules()]
+    plain = (int, float, str, type(None))
+    numbers = [
+        (module, {key: value for key, value in vars(module).items() if isinstance(value, plain)})
+        for module in model.modules()
+    ]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
@@ -33,7 +34,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
-
-
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if value is None or isinstance(value, (int, float, str))}

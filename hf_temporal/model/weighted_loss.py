@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_temporal import _trl
-from hf_temporal._peft import base_model, described
-from hf_temporal.collator import Batch
+from hf_temporal._peft import described
+from hf_temporal.collator import Batch, without
 from hf_temporal.linear_cross_entropy.head import TokenStatistics, statistics_of
 from hf_temporal.losses import weighted_cross_entropy, weighted_regression_loss
 from hf_temporal.positions import IGNORE_INDEX, shift_left
 from hf_temporal.step_weights import WeightedLabels
 
-from .fused_head import FusedHead, answer_logits
-from .model_loss import ModelLoss, decoder_inputs, logits_of
+from .fused_head import FusedHead, HeadCall, answer_logits
+from .model_loss import ModelLoss, logits_of, missing_decoder_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -30,108 +30,67 @@ LOGITS_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class Share:
-    """What one forward call adds to the loss of its optimizer step.
+    """What one forward call adds to the loss of its optimizer step."""
 
-    Attributes:
-        weighted: the weights of its labels.
-        scale: 1 / D, with what the trainer will multiply or divide the model's loss by undone.
-        auxiliary_scale: the same for a mixture-of-experts auxiliary loss, its coefficient included.
-        items: what the trainer divides a sum over the labels by, where it does that itself.
-    """
-
-    weighted: WeightedLabels
-    scale: Tensor | float
-    auxiliary_scale: float
-    items: Tensor | int | None = None
+    weighted: WeightedLabels  # the weights of its labels
+    scale: Tensor | float  # 1 / D, with what the trainer will multiply or divide the model's loss by undone
+    auxiliary_scale: float  # the same for a mixture-of-experts auxiliary loss, its coefficient included
+    items: Tensor | int | None = None  # what the trainer divides a sum over the labels by, where it does that itself
 
 
+@dataclass(eq=False)
 class WeightedForward:
     """While it is `around` a model, each forward call with `labels` returns Σ_i w_i ℓ_i / D as the model's loss.
 
     Calls without labels stay as they are, and so do all other outputs of a call; where the fused head is in use there
     are no logits.
-
-    Args:
-        root: the model inside any wrapper of accelerate's, a `PeftModel` included.
-        own: how the model makes its own loss of logits and labels.
-        share_of: of a call's keyword arguments.
-        on_backward: called once the gradient of such a loss is asked for.
-        fused_head: None to compute the loss from the logits.
-        label_smoothing: ε.
-        regression_loss: the error of float labels.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        own: ModelLoss,
-        share_of: Callable[[Batch], Share],
-        on_backward: Callable[[Tensor], None],
-        *,
-        fused_head: FusedHead | None,
-        label_smoothing: float,
-        regression_loss: str,
-    ) -> None:
-        self._root, self._own, self._share_of, self._on_backward = root, own, share_of, on_backward
-        self._fused_head = fused_head
-        self._label_smoothing, self._regression_loss = label_smoothing, regression_loss
-        self._call: _Call | None = None
-        self._fused = contextlib.ExitStack()
+    root: nn.Module  # the model inside any wrapper of accelerate's, a `PeftModel` included
+    own: ModelLoss  # how the model makes its own loss of logits and labels
+    share_of: Callable[[Batch], Share]  # of a call's keyword arguments
+    on_backward: Callable[[Tensor], None]  # called once the gradient of such a loss is asked for
+    fused_head: FusedHead | None  # None to compute the loss from the logits
+    label_smoothing: float  # ε
+    regression_loss: str  # the error of float labels
+    _call: _Call | None = None
+    _fused: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @contextlib.contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
         """`model` is what the trainer calls: the root, or what wraps it."""
-        hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
-        ]
-        try:
+        before = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        with before, model.register_forward_hook(self._after), self._fused:
             yield
-        finally:
-            self._fused.close()
-            for hook in hooks:
-                hook.remove()
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Batch) -> tuple[tuple[Any, ...], Batch] | None:
         labels = kwargs.get("labels")
         if not isinstance(labels, Tensor):
             return None
-        share = self._share_of(kwargs)
+        share = self.share_of(kwargs)
         # The weights are divided instead of the loss: gradients that are made in the forward pass are then final.
         weights, targets = share.weighted.weights * share.scale, share.weighted.targets
         shifted = kwargs.get("shift_labels")
-        inputs = {
-            key: value
-            for key, value in kwargs.items()
-            if key not in ("labels", "shift_labels", "num_items_in_batch", _trl.FUSED_HEAD)
-        }
+        inputs = without(kwargs, ("labels", "shift_labels", "num_items_in_batch", _trl.FUSED_HEAD))
         if labels.is_floating_point():
             self._call = _Call(labels, weights, share, has_own_loss=True)
             return args, {**inputs, "labels": labels}
-        inputs |= {"labels": labels} if self._own.needs_labels else missing_decoder_inputs(self._root, inputs, labels)
+        inputs |= {"labels": labels} if self.own.needs_labels else missing_decoder_inputs(self.root, inputs, labels)
         if share.weighted.is_split and shifted is not None:
             labels = shifted
-        elif self._own.shifts_labels:
+        elif self.own.shifts_labels:
             labels, weights = shift_left(labels, IGNORE_INDEX), shift_left(weights, 0.0)
             targets = None if targets is None else targets - 1
-        call = self._call = _Call(labels, weights, share, has_own_loss=self._own.needs_labels)
+        call = self._call = _Call(labels, weights, share, has_own_loss=self.own.needs_labels)
         if kwargs.get(_trl.FUSED_HEAD):  # what is measured is that of all labels, of weight 0 as well
             targets = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
             size = labels.numel()
             call.statistics = TokenStatistics(weights.new_zeros(size), targets.new_zeros(size, dtype=torch.bool))
         else:
             call.labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
-        if self._fused_head is not None:
-            call.loss_of = self._fused.enter_context(
-                self._fused_head.computing(
-                    self._root,
-                    call.labels,
-                    weights,
-                    targets=targets,
-                    label_smoothing=self._label_smoothing,
-                    statistics=call.statistics,
-                )
-            )
+        if self.fused_head is not None:
+            head = HeadCall(self.root, call.labels, weights, targets, self.label_smoothing, call.statistics)
+            call.loss_of = self._fused.enter_context(self.fused_head.computing(head))
         return args, inputs
 
     def _after(self, _: nn.Module, __: Any, outputs: Any) -> Any:
@@ -144,7 +103,7 @@ class WeightedForward:
         if auxiliary is not None and call.share.auxiliary_scale and call.statistics is None:
             loss = loss + call.share.auxiliary_scale * auxiliary.to(loss.device)
         if loss.requires_grad:
-            loss.register_hook(self._on_backward)
+            loss.register_hook(self.on_backward)
         if call.statistics is not None:
             mask = call.labels != IGNORE_INDEX
             divisor = torch.as_tensor(mask.sum() if call.share.items is None else call.share.items).clamp(min=1)
@@ -160,21 +119,21 @@ class WeightedForward:
             return OutputsWithoutLogits({**outputs, "loss": loss})
         if not isinstance(outputs, Mapping):
             return (loss, *outputs[1:]) if call.has_own_loss else (loss, *outputs)
-        others: dict[str, Any] = {key: value for key, value in outputs.items() if key != "loss"}
+        others = without(outputs, ["loss"])
         return dict(loss=loss, **others) if type(outputs) is dict else type(outputs)(loss=loss, **others)  # type: ignore[call-arg]
 
     def _from_logits(self, call: _Call, outputs: Any) -> Tensor:
         logits = logits_of(outputs, call.labels)
         if call.labels.is_floating_point():
-            total, _ = weighted_regression_loss(logits, call.labels, call.weights, kind=self._regression_loss)
+            total, _ = weighted_regression_loss(logits, call.labels, call.weights, kind=self.regression_loss)
             return total
-        logits = answer_logits(self._root, logits, call.labels.shape[1])
+        logits = answer_logits(self.root, logits, call.labels.shape[1])
         if call.statistics is not None:
             at = (call.labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
             for some in at.split(max(1, LOGITS_AT_ONCE // logits.shape[-1])):
                 found = statistics_of(logits.detach().flatten(0, 1)[some], call.labels.flatten()[some])
                 call.statistics.entropy[some], call.statistics.is_top1[some] = found.entropy, found.is_top1
-        total, _ = weighted_cross_entropy(logits, call.labels, call.weights, label_smoothing=self._label_smoothing)
+        total, _ = weighted_cross_entropy(logits, call.labels, call.weights, label_smoothing=self.label_smoothing)
         return total
 
 
@@ -202,27 +161,8 @@ class OutputsWithoutLogits(dict[str, Any]):
         )
 
 
-def missing_decoder_inputs(root: nn.Module, inputs: Batch, labels: Tensor) -> Batch:
-    """What an encoder–decoder model is to be given beside `inputs`, since it does not get the labels."""
-    base = base_model(root)
-    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        return {}
-    if any(inputs.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds")):
-        return {}
-    return {key: value for key, value in decoder_inputs(base, labels).items() if inputs.get(key) is None}
-
-
 def chosen_fused_head(root: nn.Module, own: ModelLoss, mode: str) -> FusedHead | None:
-    """The fused head, where it is exact for the model and pays, or where it is asked for.
-
-    Args:
-        root: the model.
-        own: how the model makes its own loss.
-        mode: `"auto"`, `"on"` or `"off"`.
-
-    Raises:
-        ValueError: `"on"`, and the model's head cannot be fused exactly.
-    """
+    """The fused head, where it is exact for the model and pays (`"auto"`), or is asked for (`"on"`, else an error)."""
     if mode == "off":
         return None
     head = own.fused_head

@@ -1,7 +1,4 @@
-"""The peers of `loss_head.py`: losses of a head on one set of inputs, ours and those of others.
-
-Packages of others are imported when a peer runs. What each peer is stands in that file.
-"""
+"""The peers of `loss_head.py`: losses of a head on one set of inputs, ours and those of others."""
 
 from __future__ import annotations
 
@@ -56,11 +53,9 @@ class Inputs:
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """What may get a gradient."""
         return {"hidden": self.hidden, "head": self.head, "bias": self.bias}
 
     def clear(self) -> None:
-        """Forget the gradients."""
         for leaf in self.leaves.values():
             leaf.grad = None
 
@@ -100,15 +95,9 @@ def ours_with_adapter(inputs: Inputs) -> Tensor:
     return weighted_linear_cross_entropy_terms(terms, inputs.targets, inputs.weights / inputs.weights.sum())
 
 
-def ours_emulated(inputs: Inputs) -> Tensor:
-    """As on a CPU without instructions for 16 bits."""
-    with mock.patch.object(torch.cpu, "get_capabilities", return_value={}):
-        return ours(inputs)
-
-
-def ours_without_triton(inputs: Inputs) -> Tensor:
-    """As where Triton is not installed."""
-    with mock.patch.object(triton_kernel, "is_available", return_value=False):
+def ours_where(inputs: Inputs, owner: Any, name: str, found: Any) -> Tensor:
+    """As on a machine where a function of `owner` finds something else."""
+    with mock.patch.object(owner, name, return_value=found):
         return ours(inputs)
 
 
@@ -205,11 +194,13 @@ PEERS: dict[str, Peer] = {
     "CCE exact": Peer(partial(cut_cross_entropy, filter_eps=None), device="cuda"),
     "CCE filtered": Peer(partial(cut_cross_entropy, filter_eps="high"), device="cuda"),
     OURS: Peer(ours),
-    TRITONLESS: Peer(ours_without_triton, device="cuda"),
+    TRITONLESS: Peer(partial(ours_where, owner=triton_kernel, name="is_available", found=False), device="cuda"),
     "ours, soft cap": Peer(ours, {"softcap": 30.0}),
     "ours, scale and bias": Peer(ours, {"with_bias": True, "logit_scale": 0.5}),
     "ours, label smoothing": Peer(ours, {"label_smoothing": 0.1}),
     "ours, adapter": Peer(ours_with_adapter, weighted=False),
     "ours, frozen head": Peer(partial(ours, frozen=True)),
-    "ours, 16 bits emulated": Peer(ours_emulated, device="cpu"),
+    "ours, 16 bits emulated": Peer(
+        partial(ours_where, owner=torch.cpu, name="get_capabilities", found={}), device="cpu"
+    ),
 }

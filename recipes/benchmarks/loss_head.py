@@ -6,24 +6,14 @@ A few seconds, on a toy:
 
     python recipes/benchmarks/loss_head.py --shapes 64,16,500 --repeats 2
 
-On a GPU, where values and gradients are first compared with float64:
+docs/benchmarks.md describes the peers, and has the command for a GPU. Each makes the gradients of hidden states [N, H]
+and head [V, H]. One that fails, because its package is not installed say, is a line with the reason.
 
-    python recipes/benchmarks/loss_head.py --device cuda --dtypes bfloat16 --masked 0 --check 2048,512,32000 \
-        --shapes 16384,2048,248320 8192,4096,151936 --output outputs/gpu.json --picture outputs/gpu.png
-
-The peers are described in docs/benchmarks.md, those of a GPU where `head_peers.py` lists them. Each makes the
-gradients of hidden states [N, H] and head [V, H]. One that fails, because its package is not installed say, is a line
-with the reason.
-
-Each peer lives in a process of its own, so that its peak memory is its own. The processes run in turn, one at a time
-and in a rotating order, so that whatever else the machine does meets them alike: a ratio is the median of the ratios
-within a round. The first run of each is not timed; it gives the memory: the process's peak above what it held with
-the inputs made and the libraries warmed up on a small problem. Gradients count as memory, inputs do not. "beside /
-logits" is what is left without gradients, as a share of N × V float32 logits. On a GPU the peak is that of what
-PyTorch had allocated, and each run is timed right after one that is not.
+Each lives in a process of its own, and they run in turn, in a rotating order: a ratio is the median of those within a
+round. The first run of each is not timed; it gives the memory: the process's peak above what it held with the inputs
+made and the libraries warmed up. Gradients count, inputs do not. "beside / logits" is what is left without gradients,
+as a share of N × V float32 logits. On a GPU the peak is that of what PyTorch had allocated.
 """
-
-from __future__ import annotations
 
 import gc
 import json
@@ -39,12 +29,11 @@ from typing import Any
 
 import measured
 import torch
-from bars import draw_bars
 from head_peers import BY_HAND, OURS, PEERS, PRODUCTS, STOCK, TARGET_PRODUCTS, Inputs, Peer
 from measured import Child
 from torch import Tensor
 
-from hf_temporal.finetuning.tables import table
+from hf_temporal.tables import table
 
 SHAPES = ["2048,512,32000", "1024,1024,128256"]
 PRELOADED = ["hf_temporal.finetuning.report", "hf_temporal.linear_cross_entropy.function"]
@@ -60,10 +49,7 @@ NOISE = 1e-5  # an error below it is right whatever that one is
 
 
 def serve(connection: Connection, name: str, case: dict[str, Any], threads: int) -> None:
-    """Run the peer once for every message received, and answer (seconds, peak bytes above the inputs so far).
-
-    If the first run fails the answer is the reason.
-    """
+    """Run the peer at each message and answer (seconds, peak bytes above the inputs), or why the first run failed."""
     torch.set_num_threads(threads)
     peer, on_gpu = PEERS[name], case["device"] == "cuda"
     peak = torch.cuda.max_memory_allocated if on_gpu else measured.peak_memory
@@ -152,9 +138,8 @@ def measure(case: dict[str, Any], chosen: Sequence[str], repeats: int, threads: 
 
 def _gradients(peer: str, case: dict[str, Any]) -> int:
     """Bytes of the gradients of hidden states and head."""
-    N, H, V, itemsize = case["N"], case["H"], case["V"], case["dtype"].itemsize
-    head = 0 if peer in ("ours, adapter", "ours, frozen head") else V * H * itemsize
-    return N * H * itemsize + head
+    rows = case["N"] + (0 if peer in ("ours, adapter", "ours, frozen head") else case["V"])
+    return rows * case["H"] * case["dtype"].itemsize
 
 
 def check(case: dict[str, Any], chosen: Sequence[str]) -> list[dict[str, Any]]:
@@ -195,11 +180,7 @@ def _errors(found: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure every case, print its table, write the JSON.
-
-    Raises:
-        SystemExit: with --check, if ours missed the accuracy that it promises.
-    """
+    """Measure every case, print its table, write the JSON; with --check, exit where ours missed its accuracy."""
     parser = measured.parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="positions, width, vocabulary: N,H,V")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
@@ -246,7 +227,7 @@ def _sizes(shape: str) -> dict[str, int]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of time over the products of the targets, and of memory, per peer and case."""
-    draw_bars(
+    measured.draw_bars(
         rows,
         path,
         case=lambda row: "{N:,} × {H:,} × {V:,}, {dtype}, {masked:.0%} masked".format(**row),

@@ -1,6 +1,4 @@
-"""What the benchmarks share: processes that take turns, noise, memory, options, and the JSON file of the figures."""
-
-from __future__ import annotations
+"""What the benchmarks share: processes that take turns, noise, memory, options, the figures' JSON file and picture."""
 
 import json
 import multiprocessing
@@ -16,15 +14,13 @@ from typing import Any
 
 import torch
 
-from hf_temporal.finetuning.report import write_json
-from hf_temporal.finetuning.tables import environment
+from hf_temporal.tables import environment, write_json
 
 
 class Child:
     """A process that runs `serve(connection, *arguments)`, which receives a message for each command and answers it.
 
-    It is forked from a process that has imported the modules in `preload`. What it prints into the file `log` is shown
-    where it dies.
+    The modules in `preload` are imported before. What it prints into the file `log` is shown where it dies.
     """
 
     def __init__(
@@ -52,7 +48,6 @@ class Child:
             raise RuntimeError(f"{message}\n{said}".rstrip()) from error
 
     def close(self) -> None:
-        """Stop the process."""
         self.process.terminate()
         self.process.join()
         self.connection.close()
@@ -134,11 +129,7 @@ def write(path: Path | None, results: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path, benchmark: str) -> list[dict[str, Any]]:
-    """The rows of a benchmark, from the file that it wrote or from that of a machine, which lists the runs of several.
-
-    Raises:
-        ValueError: the file has none.
-    """
+    """The rows of a benchmark in the file that it wrote or in that of a machine, or a `ValueError` without any."""
     content = json.loads(path.read_text(encoding="utf-8"))
     runs = [content] if content.get("benchmark") == benchmark else content.get(benchmark, [])
     rows = [row for run in runs for row in run["rows"]]
@@ -147,3 +138,44 @@ def read_rows(path: Path, benchmark: str) -> list[dict[str, Any]]:
             f"{path} has no rows of {benchmark}; accepted: a file that this benchmark wrote, or a machine's."
         )
     return rows
+
+
+def draw_bars(
+    rows: Sequence[dict[str, Any]],
+    path: Path,
+    *,
+    case: Callable[[dict[str, Any]], str],
+    name: Callable[[dict[str, Any]], str],
+    panels: Sequence[tuple[str, float, str]],
+    ours: str,
+) -> None:
+    """A line of panels for each `case`, with a bar by `name` for each row that has a value in the panel's column.
+
+    `panels` are columns, what they are divided by, and labels. Bars whose name begins with `ours` are coloured.
+    """
+    from matplotlib.figure import Figure  # matplotlib takes its time
+
+    from hf_temporal.plots import COLORS, grid, saved
+
+    cases = list(dict.fromkeys(map(case, rows)))
+    if not cases:
+        return
+    shown = {each: [row for row in rows if case(row) == each] for each in cases}
+    heights = [0.9 + 0.28 * len(shown[each]) for each in cases]
+    figure = Figure(figsize=(5.6 * len(panels), sum(heights)), layout="constrained")
+    axes = figure.subplots(len(cases), len(panels), squeeze=False, height_ratios=heights)
+    for line, each in zip(axes, cases, strict=True):
+        for ax, (column, unit, label) in zip(line, panels, strict=True):
+            there = [row for row in shown[each] if row.get(column) is not None]
+            names = [name(row) for row in there]
+            colors = [COLORS[0] if each_name.startswith(ours) else "0.6" for each_name in names]
+            bars = ax.barh(names, [row[column] / unit for row in there], color=colors)
+            ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+            if " / " in column:
+                ax.axvline(1, color="black", linestyle="--", lw=1)
+            ax.set(xlabel=label, title=each)
+            ax.set_axisbelow(True)
+            ax.invert_yaxis()
+            ax.margins(x=0.12)
+            grid(ax)
+    saved(figure, path)

@@ -1,7 +1,5 @@
 """The trainers whose steps `training_step.py` measures, the models and rows they are given, and the process of one."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json
@@ -54,12 +52,10 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Those that warm up and those that are timed."""
         return WARMUP + self.repeats
 
     @property
     def targets(self) -> int:
-        """Target tokens of a row."""
         return max(1, round(self.share * self.length))
 
 
@@ -133,7 +129,6 @@ class OnCommand(TrainerCallback):
         self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The answer, then the next command."""
         del args, control
         self.connection.send((time.perf_counter() - self.start, peak_memory() - self.before))
         if state.global_step < state.max_steps:

@@ -2,28 +2,19 @@ r"""A whole optimizer step in TemporalWeightTrainer, fused head and full logits,
 
     python recipes/benchmarks/training_step.py --output outputs/training_step.json
 
-is SmolLM2-135M at 8 × 160 tokens. The whole grid, many hours on a CPU, which the same command continues after a stop:
-
-    python recipes/benchmarks/training_step.py --models SmolLM2-135M Qwen3-0.5B T5-base --shapes 8x160 1x4096 \
-        --shares 0.05 0.15 1 --dtype float32 bfloat16 --repeats 5 --at_once 3 \
-        --output outputs/training_step_grid.json --picture outputs/training_step_grid.png
-
-A minute, on toys:
+is SmolLM2-135M at 8 × 160 tokens; the same command continues after a stop. A minute, on toys:
 
     python recipes/benchmarks/training_step.py --models toy "toy T5" --shapes 2x32 --repeats 2
 
-The models have random weights, which the time does not depend on. A share of a row's tokens are targets, the last
-ones; of a seq2seq model's row, whose tokens are the encoder's, the decoder has so many tokens, all of them targets.
-No row is padded. docs/benchmarks.md has the trainers; those that weight do so with p = 1.
+The models have random weights. A share of a row's tokens are targets, the last ones; of a seq2seq model's row, whose
+tokens are the encoder's, the decoder has so many tokens, all of them targets. No row is padded. docs/benchmarks.md has
+the trainers; those that weight do so with p = 1.
 
-Each trainer lives in a process of its own, and the processes take their steps in turn, as in `loss_head.py`; a step
-is timed from the command to take it to its end: the batch's collation and weights, forward, backward, clipping,
-optimizer. Memory is the process's peak above what it held before its first step, optimizer state and gradients
-included. Ratios are to stock in the same rounds. `--at_once` is for machines that cannot hold all the trainers of a
-case: they are measured in groups of so many, each beside a stock of its own.
+Each trainer lives in a process of its own, and they take their steps in turn, as in `loss_head.py`, timed from the
+batch's collation to the optimizer. Memory is the process's peak above what it held before its first step. `--at_once`
+is for machines that cannot hold all the trainers of a case: they are measured in groups of so many, each beside a
+stock of its own.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -39,12 +30,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bars import draw_bars
+import measured
 from huggingface_hub.utils import tqdm
-from measured import Child, heading, in_turn, median_ratio, most_repeated, parsed, parser_of, read_rows, spread, write
+from measured import Child
 from step_trainers import MODELS, STOCK, TRAINERS, TUNED, WARMUP, Job, serve, why_not
 
-from hf_temporal.finetuning.tables import table
+from hf_temporal.tables import table
 
 PRELOADED = ["hf_temporal.trainer", "hf_temporal.plots", "hf_temporal.hub.model_card", "datasets", "peft"]
 CASE = ("model", "tuned", "dtype", "batch × length", "share")
@@ -60,7 +51,7 @@ def measure(job: Job, trainers: Sequence[str]) -> list[dict[str, Any]]:
             log.touch()
             worker = Child(trainer, serve, replace(job, trainer=trainer), log, preload=PRELOADED, log=log)
             workers.append(stack.enter_context(closing(worker)))
-        answers = in_turn(workers, job.steps)
+        answers = measured.in_turn(workers, job.steps)
     seconds = [[time for time, _ in mine[WARMUP:]] for mine in answers]
     memory = [mine[-1][1] / 2**20 for mine in answers]
     has_stock = trainers[0] == STOCK
@@ -68,8 +59,8 @@ def measure(job: Job, trainers: Sequence[str]) -> list[dict[str, Any]]:
         {
             "trainer": trainer,
             "seconds": statistics.median(mine),
-            "noise": spread(mine),
-            "time / stock": median_ratio(mine, seconds[0]) if has_stock else None,
+            "noise": measured.spread(mine),
+            "time / stock": measured.median_ratio(mine, seconds[0]) if has_stock else None,
             "MiB": mebibytes,
             "memory / stock": mebibytes / memory[0] if has_stock else None,
             "all_seconds": mine,
@@ -87,11 +78,7 @@ def groups(trainers: Sequence[str], at_once: int | None) -> list[list[str]]:
 
 
 def rows_there(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file that is to be gone on with.
-
-    Raises:
-        ValueError: they were measured with other settings or versions, or on another machine.
-    """
+    """The rows of a file that is to be gone on with; a `ValueError` tells other settings, versions or machines."""
     there = json.loads(path.read_text(encoding="utf-8"))
     same = {"settings": ("repeats", "threads", "seed"), "hardware": ("processor", "instructions")}
     for part, names in {**same, "versions": head["versions"]}.items():
@@ -104,18 +91,14 @@ def rows_there(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure what is not in the file yet, print the table of all that it holds, draw the picture.
-
-    Raises:
-        SystemExit: trainers that could not be measured, after all the others were.
-    """
-    settings = parsed(_parser(), arguments)
+    """Measure what is not in the file yet, print and draw all that it holds; exit with what could not be measured."""
+    settings = measured.parsed(_parser(), arguments)
     if settings.redraw:
-        rows = read_rows(settings.redraw, "training_step")
+        rows = measured.read_rows(settings.redraw, "training_step")
         draw(rows, settings.picture)
         return {"rows": rows}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # or TRL's trainers report to the hub that they are used
-    results: dict[str, Any] = {**heading("training_step", settings), "rows": []}
+    results: dict[str, Any] = {**measured.heading("training_step", settings), "rows": []}
     with suppress(PackageNotFoundError):
         results["versions"]["trl"] = version("trl")
     if settings.output and settings.output.exists():
@@ -138,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 continue
             results["rows"] += [{**case, **row} for row in rows if row["trainer"] not in there]
             there.update(group)
-            write(settings.output, results)
+            measured.write(settings.output, results)
     print(json.dumps({key: results[key] for key in ("date", "hardware", "versions", "settings")}))
     print(table(results["rows"], COLUMNS))
     for model, trainer in product(settings.models, settings.trainers):
@@ -154,8 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Time and memory as shares of stock's, a line of panels for each model and what is trained of it."""
     shown = [row for row in rows if row["trainer"] != STOCK and row["time / stock"] is not None]
-    draw_bars(
-        sorted(most_repeated(shown, (*CASE, "trainer")), key=lambda row: (row["batch × length"], row["share"])),
+    shown = measured.most_repeated(shown, (*CASE, "trainer"))
+    measured.draw_bars(
+        sorted(shown, key=lambda row: (row["batch × length"], row["share"])),
         path,
         case=lambda row: "{model}, {tuned}, {dtype}".format(**row),
         name=lambda row: "{trainer}, {batch × length}, {share:.0%}".format(**row),
@@ -168,14 +152,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of(__doc__)
+    parser = measured.parser_of(__doc__)
     parser.add_argument("--models", choices=MODELS, nargs="+", default=["SmolLM2-135M"])
     parser.add_argument("--shapes", type=_shape, nargs="+", default=[(8, 160)], help="batch x length: 8x160")
     parser.add_argument("--shares", type=_share, nargs="+", default=[0.15], help="targets / length")
     parser.add_argument("--tuned", choices=TUNED, nargs="+", default=TUNED)
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], nargs="+", default=["float32"], help="of the weights"
-    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+", default=["float32"])
     parser.add_argument("--trainers", choices=TRAINERS, nargs="+", default=TRAINERS)
     parser.add_argument("--at_once", type=int, help="processes alive at a time, stock among them; default: all")
     return parser
@@ -189,10 +171,9 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
+    if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text}; accepted: above 0, at most 1.")
-    return share
+    return float(text)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ A quick try of all steps, about a minute:
 Everything else is as in `finetune_causal_lm.py`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

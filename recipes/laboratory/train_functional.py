@@ -15,8 +15,6 @@ Flags choose another target (`--target shift`), family (`--model_type memory_tcn
 same command continues an interrupted run.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +44,6 @@ class FunctionalTrainer(CardMixin, TemporalWeightTrainer):
         super().__init__(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own, with the memory errors among its metrics."""
         output: Any = super().evaluation_loop(*args, **kwargs)
         prefix, model = kwargs.get("metric_key_prefix", "eval"), self.accelerator.unwrap_model(self.model)
         output.metrics.update({f"{prefix}_{name}": value for name, value in self._scores.of(model).items()})

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import evaluate
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 import hf_temporal.data
-from hf_temporal.data.rouge import CharacterTokenizer, needs_characters
+from hf_temporal.data.rouge import CharacterTokenizer, WordTokenizer, one_sentence_per_line
 
 FOLDER = Path(hf_temporal.data.__file__).parent / "metrics" / "rouge"
+NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +57,88 @@ def test_intervals_hold_the_mean_narrow_with_more_examples_and_repeat(rouge: Any
     assert rouge.compute(**texts) == few
 
 
+# ---- ASCII text: rouge_score's own numbers
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_ascii_text_has_the_tokens_of_rouge_score(text: str) -> None:
+    assert WordTokenizer().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+ENGLISH = st.lists(st.sampled_from(["The", "dog's", "dogs", "ran,", "running", "3.5", "miles\n", "U.S.", "x_1", "!"]))
+
+
+@given(ENGLISH.map(" ".join), ENGLISH.map(" ".join))
+def test_english_text_has_the_scores_of_rouge_score(prediction: str, reference: str) -> None:
+    ours = RougeScorer(NAMES, tokenizer=WordTokenizer()).score(reference, prediction)
+    assert ours == RougeScorer(NAMES, use_stemmer=True).score(reference, prediction)
+
+
+def test_english_scores_stay_among_references_in_other_scripts(rouge: Any) -> None:
+    english = ("The dogs were running home.", "A dog runs home")
+    own = RougeScorer(NAMES, use_stemmer=True).score(*english)
+    others = [("Он читает книгу", "Она поёт песню"), ("我喜欢读书", "天气晴朗"), ("هذا كتاب", "سماء زرقاء")]
+    references, predictions = zip(english, *others, strict=True)
+    scores = rouge.compute(predictions=[*predictions], references=[*references])
+    assert {name: scores[name] for name in NAMES} == {name: own[name].fmeasure / 4 for name in NAMES}
+
+
+# ---- words
+
+
+@pytest.mark.parametrize(
+    ("reference", "half", "none"),
+    [
+        ("кошка спит на диване", "кошка спит под столом", "завтра будет сильный дождь"),  # Russian
+        ("η γάτα κοιμάται εδώ", "η γάτα παίζει έξω", "αύριο θα βρέξει πολύ"),  # Greek
+        ("القطة تنام على السرير", "القطة تنام تحت الشجرة", "غدا سوف يهطل المطر"),  # Arabic
+        ("کتاب روی میز است", "کتاب روی صندلی بود", "فردا باران خواهد بارید"),  # Persian
+        ("החתול ישן על המיטה", "החתול ישן ליד הדלת", "מחר ירד גשם חזק"),  # Hebrew
+        ("बिल्ली बिस्तर पर सोती", "बिल्ली बिस्तर में बैठी", "कल बहुत बारिश होगी"),  # Hindi
+        ("বিড়াল বিছানায় ঘুমায় এখন", "বিড়াল বিছানায় খেলে রোজ", "কাল খুব বৃষ্টি হবে"),  # Bengali
+        ("பூனை கட்டிலில் தூங்குகிறது இன்று", "பூனை கட்டிலில் விளையாடுகிறது தினமும்", "நாளை கனமழை பெய்யும் போல"),  # Tamil
+        ("고양이가 침대에서 조용히 잔다", "고양이가 침대에서 신나게 논다", "내일은 비가 많이 온다"),  # Korean
+        ("con mèo đang ngủ", "con mèo thích chơi", "ngày mai trời mưa"),  # Vietnamese
+        ("die Straße führt geradeaus", "die Straße biegt rechts", "für Käse bräuchte man"),  # German
+        ("l'été dernier était", "l'été prochain sera", "où êtes vous allés"),  # French
+        ("კატა საწოლზე წყნარად წევს", "კატა საწოლზე ხალისით თამაშობს", "ხვალ ძლიერი წვიმა იქნება"),  # Georgian
+        ("կատուն քնում է այստեղ", "կատուն քնում էր այնտեղ", "վաղը ուժեղ անձրև կգա"),  # Armenian
+        ("ድመቷ አልጋ ላይ ተኛች", "ድመቷ አልጋ ስር ገባች", "ነገ ከባድ ዝናብ ይዘንባል"),  # Amharic
+    ],
+)
+def test_two_of_four_words_are_half_and_other_words_nothing(rouge: Any, reference: str, half: str, none: str) -> None:
+    for prediction, expected in ((reference, 1), (half, 0.5), (none, 0)):
+        for form in ("NFC", "NFD"):
+            texts = {"predictions": [unicodedata.normalize(form, prediction)], "references": [reference]}
+            assert rouge.compute(**texts)["rouge1"] == pytest.approx(expected), prediction
+
+
+def test_an_accent_is_part_of_its_word(rouge: Any) -> None:
+    """rouge-score sees f and r in für and in fährt, and nothing in é."""
+    assert rouge.compute(predictions=["für"], references=["fährt r f"])["rouge1"] == 0
+    assert rouge.compute(predictions=["a résumé"], references=["a resume"])["rouge1"] == 0.5
+
+
 # ---- characters
 
 
-def test_words_are_blind_to_chinese_and_japanese_and_characters_are_not(rouge: Any) -> None:
-    for text in ("今天天气很好，我们去公园。", "今日はとても良い天気です。"):
-        words = rouge.compute(predictions=[text], references=[text])
-        assert {words[name] for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")} == {0}
-        characters = rouge.compute(predictions=[text], references=[text], tokenizer="char")
-        assert {characters[name] for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")} == {1}
+def test_chinese_japanese_thai_and_the_like_are_scored_by_the_character(rouge: Any) -> None:
+    """One character of four is shared."""
+    for reference, prediction in [
+        ("今天下雨", "我很好雨"),
+        ("猫が寝る", "犬は走る"),
+        ("コーヒー", "お茶だヒ"),
+        ("ขคงจ", "ขฉชซ"),
+        ("ກຂຄງ", "ກຈສຊ"),
+        ("កខគឃ", "កចឆជ"),
+        ("ကခဂဃ", "ကစဆဇ"),
+        ("ཀཁགང", "ཀཅཆཇ"),
+    ]:
+        for name in ("default", "char"):
+            same = rouge.compute(predictions=[reference], references=[reference], tokenizer=name)
+            assert {same[key] for key in NAMES} == {1}
+            scores = rouge.compute(predictions=[prediction], references=[reference], tokenizer=name)
+            assert scores["rouge1"] == pytest.approx(1 / 4), reference
 
 
 def test_chinese_scores_counted_by_hand(rouge: Any) -> None:
@@ -81,10 +160,10 @@ def test_japanese_scores_counted_by_hand(rouge: Any) -> None:
 def test_mixed_text_scores_counted_by_hand(rouge: Any) -> None:
     """用 bert 训 练 3 天 (6) against 用 gpt 训 练 30 天 (6): BERT and GPT share no T, 3 and 30 no 3."""
     texts = {"predictions": ["用BERT训练3天"], "references": ["用 GPT 训练 30 天"]}
-    scores = rouge.compute(**texts, tokenizer="char")
-    assert scores["rouge1"] == pytest.approx(4 / 6)
-    assert scores["rouge2"] == pytest.approx(1 / 5)
-    assert rouge.compute(**texts)["rouge1"] == 0
+    for name in ("default", "char"):
+        scores = rouge.compute(**texts, tokenizer=name)
+        assert scores["rouge1"] == pytest.approx(4 / 6)
+        assert scores["rouge2"] == pytest.approx(1 / 5)
 
 
 def test_lsum_takes_chinese_line_by_line(rouge: Any) -> None:
@@ -106,6 +185,7 @@ def test_another_tokenizer_is_refused(rouge: Any) -> None:
         ("ﾃﾞｰﾀを見る_12", ["デ", "ー", "タ", "を", "見", "る", "12"]),
         (" 「」、，…！\n", []),
         ("Words, and 2 numbers", ["words", "and", "2", "numbers"]),
+        ("हिन्दी для 3 дня", ["हि", "न्दी", "д", "л", "я", "3", "д", "н", "я"]),
     ],
 )
 def test_characters_and_runs_of_ascii(text: str, tokens: list[str]) -> None:
@@ -113,18 +193,59 @@ def test_characters_and_runs_of_ascii(text: str, tokens: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "expected"),
+    ("text", "tokens"),
     [
-        (["深度学习在医学影像中的应用"], True),
-        (["基于BERT的文本分类"], True),
-        (["データを見る", "猫が寝る"], True),
-        (["Он читает книгу"], True),
-        (["A cat sat."], False),
-        (["Élève très naïf, œuvre ß", "Tiếng Việt", "Ｆｕｌｌ ｗｉｄｔｈ"], False),
-        (["The title is 你好"], False),
-        (["1 2 3 9 9 0", "。"], False),
-        ([], False),
+        ("用BERT训练3天", "用 bert 训 练 3 天"),
+        ("Models模型runs训练ing", "model 模 型 run 训 练 ing"),
+        ("รุ่นiPhone15ใหม่ ราคา๙๐บาท", "รุ่ น iphone15 ให ม่ รา คา ๙๐ บา ท"),
+        ("ภาษาไทยและเด็ก", "ภา ษา ไท ย และ เด็ ก"),
+        ("ພາສາລາວ", "ພາ ສາ ລາ ວ"),
+        ("ភាសាខ្មែរ", "ភា សា ខ្មែ រ"),
+        ("မြန်မာ အင်္ဂလိပ်", "မြ န် မာ အ င်္ဂ လိ ပ်"),
+        ("བོད་ཡིག།", "བོ ད ཡི ག"),
+        ("サーバー2台のデータ", "サ ー バ ー 2 台 の デ ー タ"),
+        ("ㄅㄆ注音〇々", "ㄅ ㄆ 注 音 〇 々"),
+        ("हिन्दी में क्षत्रिय।", "हिन्दी में क्षत्रिय"),
+        ("كَتَبَ، كتب؟ ٢٠٢٤", "كَتَبَ كتب ٢٠٢٤"),
+        ("שָׁלוֹם עולם", "שָׁלוֹם עולם"),
+        ("می\u200cخواهم Stra\u00adße क्\u200dष", "میخواهم straße क्ष"),
+        ("Ինչպե՞ս ես։", "ինչպես ես"),
+        ("GPT-4는 3일", "gpt 4는 3일"),
+        ("ÉCOLE ﬁn Ｆｕｌｌ m²", "école fin full m2"),
+        ("it’s “naïve” 🙂 …", "it s naïve"),
     ],
 )
-def test_who_needs_characters(texts: list[str], expected: bool) -> None:
-    assert needs_characters(texts) is expected
+def test_words_and_characters_by_runs(text: str, tokens: str) -> None:
+    for form in ("NFC", "NFD", "NFKC"):
+        found = WordTokenizer().tokenize(unicodedata.normalize(form, text))
+        assert found == [unicodedata.normalize("NFKC", token) for token in tokens.split(" ")]
+
+
+@given(st.text())
+def test_no_token_starts_with_a_mark_or_depends_on_the_form(text: str) -> None:
+    tokenizer = WordTokenizer()
+    tokens = tokenizer.tokenize(text)
+    assert not [token for token in tokens if unicodedata.category(token[0]).startswith("M")]
+    assert tokenizer.tokenize(unicodedata.normalize("NFD", text)) == tokens
+
+
+# ---- sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("It is 3.5 m. Is it? Yes!", ["It is 3.5 m.", "Is it?", "Yes!"]),
+        ("今天下雨。明天呢？好！", ["今天下雨。", "明天呢？", "好！"]),
+        ("هل هذا كتاب؟ نعم.", ["هل هذا كتاب؟", "نعم."]),
+        ("یہ کتاب ہے۔ وہ قلم ہے۔", ["یہ کتاب ہے۔", "وہ قلم ہے۔"]),
+        ("यह है। वह है॥ हाँ", ["यह है।", "वह है॥", "हाँ"]),
+        ("သူလာသည်။သူသွားသည်။", ["သူလာသည်။", "သူသွားသည်။"]),
+        ("គាត់មក។ គាត់ទៅ។", ["គាត់មក។", "គាត់ទៅ។"]),
+        ("བོད་ཡིག། ཁྱི། ༎", ["བོད་ཡིག།", "ཁྱི།", "༎"]),
+        ("ሰላም። ደህና ነህ፧ አዎ", ["ሰላም።", "ደህና ነህ፧", "አዎ"]),
+        ("Այո։ Ոչ։", ["Այո։", "Ոչ։"]),
+    ],
+)
+def test_sentences_of_every_script_end(text: str, sentences: list[str]) -> None:
+    assert [line.strip() for line in one_sentence_per_line(text).split("\n") if line.strip()] == sentences

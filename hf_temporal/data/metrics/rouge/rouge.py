@@ -7,14 +7,14 @@ import evaluate
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
-from hf_temporal.data.rouge import ROUGE_TOKENIZERS, CharacterTokenizer
+from hf_temporal.data.rouge import ROUGE_TOKENIZERS, CharacterTokenizer, WordTokenizer
 from hf_temporal.data.rows import bootstrap_interval
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 class Rouge(evaluate.Metric):
-    """ROUGE F1 by the `rouge-score` package."""
+    """ROUGE F1 by the `rouge-score` package, for every script."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -33,13 +33,13 @@ class Rouge(evaluate.Metric):
         Args:
             predictions: texts; for rougeLsum their sentences are separated by newlines.
             references: as many texts.
-            tokenizer: "default" for the Porter stems of words of a-z and 0-9, or "char" for single characters, as
-                Chinese and Japanese need it, where the default finds no words and every score is 0.
+            tokenizer: "default" for words, and for characters of scripts without spaces between words, such as
+                Chinese, Japanese and Thai; ASCII text has `rouge_score`'s own scores, Porter's stems included. "char"
+                for characters in every script but a-z and 0-9.
         """
         if tokenizer not in ROUGE_TOKENIZERS:
             raise ValueError(f"tokenizer={tokenizer!r}; accepted: {', '.join(ROUGE_TOKENIZERS)}.")
-        by_character = CharacterTokenizer() if tokenizer == "char" else None
-        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True, tokenizer=by_character)
+        scorer = RougeScorer(ROUGE_TYPES, tokenizer=CharacterTokenizer() if tokenizer == "char" else WordTokenizer())
         scores = [scorer.score(*texts) for texts in zip(references, predictions, strict=True)]
         f1 = np.array([[score[name].fmeasure for name in ROUGE_TYPES] for score in scores])
         low, high = bootstrap_interval(f1)

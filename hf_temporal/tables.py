@@ -1,9 +1,9 @@
-"""Figures as a Markdown table, and the machine and the versions that they were measured with."""
+"""Figures as a Markdown table or JSON file, and the machine and the versions that they were measured with."""
 
-from __future__ import annotations
-
+import json
 import os
 import platform
+import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import distributions
@@ -32,6 +32,13 @@ def environment() -> dict[str, Any]:
     return {"date": when, "system": platform.platform(), "hardware": hardware, "versions": versions}
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that appears whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """A Markdown table of the given columns of the rows; floats with three significant digits."""
     return markdown([list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)])
@@ -53,8 +60,5 @@ def _cell(value: Any) -> str:
 
 def _processor() -> str:
     information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"model name\s*:(.*)", information.read_text(encoding="utf-8") if information.exists() else "")
+    return found[1].strip() if found else platform.processor() or platform.machine()
