@@ -137,7 +137,8 @@ def test_named_tests_are_there(name: str) -> None:
 def commands_of(page: Path) -> list[str]:
     """Each command of the bash blocks in one line, without what stands in front of it."""
     text = "\n".join(block.code for block in blocks(page) if block.language == "bash").replace("\\\n", " ")
-    return re.findall(r"(hf-temporal \w[^\n'#]*|recipes/finetune_\w+\.py[^\n'#]*)", re.sub(r"pip install.*", "", text))
+    flags = r"(?:'[^'\n]*'|[^\n'#])*"
+    return re.findall(rf"(hf-temporal \w{flags}|recipes/finetune_\w+\.py{flags})", re.sub(r"pip install.*", "", text))
 
 
 COMMANDS = [(name, command) for name, page in PAGES.items() for command in commands_of(page)]

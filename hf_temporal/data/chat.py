@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -224,13 +224,14 @@ def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, spe
         )
     prompts = _render(conversation, [messages[:index] for index in indices], tokenizer, prompt=True)
     whole = _render(conversation, [messages[: index + 1] for index in indices], tokenizer, prompt=False)
+    added = tokenizer.get_added_vocab().keys()
     answers = []
     for index, prompt, rendered in zip(indices, prompts, whole, strict=True):
         message, name = messages[index], conversation.where(index)
         text = rendered[len(prompt) :] if rendered.startswith(prompt) else _opened(prompt, rendered, message, name)
         _check_written(message, text, name)
         lead = max([0, *(prompt.rfind(token) for token in special)])
-        answers.append(Answer(index, prompt, text, _end_of_turn(message, text, special), lead))
+        answers.append(Answer(index, prompt, text, _end_of_turn(message, text, special, added), lead))
     return answers
 
 
@@ -304,9 +305,11 @@ def _squeezed(text: str) -> str:
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of the special tokens."""
+    """The special tokens that have a name, such as eos_token, or that stand in the chat template."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return [text for text in {*tokenizer.all_special_tokens, *added} if text]
+    named = [text for text in tokenizer.special_tokens_map.values() if isinstance(text, str)]
+    template = str(tokenizer.chat_template)
+    return [text for text in {*tokenizer.all_special_tokens, *added} if text and (text in named or text in template)]
 
 
 def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -314,20 +317,23 @@ def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
 
 
-def _end_of_turn(message: Message, text: str, special: Sequence[str]) -> int:
+def _end_of_turn(message: Message, text: str, special: Sequence[str], added: Set[str]) -> int:
     """Where an answer's turn ends: behind the first special tokens that follow all of its other text.
 
     Some templates write the end of the whole conversation behind that of its last turn. Where no special token
-    follows, the white space at the end is none of the turn, unless it is the message's own.
+    follows, the white space at the end is none of the turn, unless it is the message's own, behind which no `added`
+    token stands either.
     """
-    end = len(text.rstrip())
-    while closing := next((token for token in special if text.endswith(token, 0, end)), None):
+    closers = [token for token in special if "think" not in token.lower()]
+    stripped = end = len(text.rstrip())
+    while closing := next((token for token in closers if text.endswith(token, 0, end)), None):
         end = len(text[: end - len(closing)].rstrip())
-    closed = re.match(rf"\s*(?:{'|'.join(map(re.escape, special))})+", text[end:]) if special else None
+    closed = re.match(rf"\s*(?:{'|'.join(map(re.escape, closers))})+", text[end:]) if closers else None
     if closed:
         return end + closed.end()
-    said = _texts(message.get("content"))
-    return len(text) if said and said[-1].strip() and text.rstrip().endswith(said[-1].strip()) else end
+    said = "".join(_texts(message.get("content"))[-1:]).strip()
+    ends_itself = said and text.endswith(said, 0, stripped) and not text.endswith(tuple(added - {said}), 0, stripped)
+    return len(text) if ends_itself else stripped
 
 
 def _in_one_context(answers: list[Answer]) -> list[list[Answer]]:
