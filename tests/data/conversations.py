@@ -63,7 +63,7 @@ def _answers(draw: st.DrawFn, content: Any, thoughts: Any, *, calling: bool) -> 
     answers: list[dict[str, Any]] = []
     if calling and draw(st.booleans()):
         names = draw(st.lists(st.sampled_from(["get_weather", "get_time"]), min_size=1, max_size=2))
-        calls = [
+        calls: list[dict[str, Any]] = [
             {"id": f"call{place}xxxx", "type": "function", "function": {"name": name, "arguments": arguments}}
             for place, name in enumerate(names)
             for arguments in [draw(st.sampled_from(ARGUMENTS))]
@@ -111,6 +111,7 @@ def conversations(draw: st.DrawFn, *, weighted: bool = False) -> Conversation:
 class Expected:
     """What inference gives for one answer: the prompt's tokens and the text that has to be produced behind it."""
 
+    index: int  # of the message
     prompt: list[int]
     answer: str
     tokens: list[int]  # of prompt, answer and whatever the template writes behind it
@@ -172,9 +173,9 @@ def expected(family: Family, tokenizer: PreTrainedTokenizerFast, row: Conversati
     if len(closed) <= len(prompt):
         raise CannotBeLearnedError(NOTHING)
     if tokens[: len(prompt)] != prompt:
-        return Expected(prompt, answer, tokens, "a token spans prompt and answer")
+        return Expected(index, prompt, answer, tokens, "a token spans prompt and answer")
     return Expected(
-        prompt, answer, tokens, "" if tokens[: len(closed)] == closed else "a token spans the answer's end"
+        index, prompt, answer, tokens, "" if tokens[: len(closed)] == closed else "a token spans the answer's end"
     )
 
 
