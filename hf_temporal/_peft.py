@@ -66,7 +66,8 @@ def adapter_names(model: Any) -> list[str]:
 
 def known_layer(head: Any, is_plain_linear: Callable[[nn.Module], bool]) -> Any:
     """The linear or LoRA layer that a head amounts to, None where it is another kind or in another state."""
-    if _is_saved_copy(head):
+    peft = sys.modules.get("peft.utils.other")
+    if peft is not None and isinstance(head, peft.ModulesToSaveWrapper):
         if head.disable_adapters or not head.active_adapters:
             head = head.original_module
         else:
@@ -99,11 +100,6 @@ def adapter_terms(layer: Any, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
         low = down(layer.lora_dropout[name](hidden.to(down.weight.dtype)))
         terms.append((low * layer.scaling[name], up.weight))
     return terms
-
-
-def _is_saved_copy(head: Any) -> bool:
-    peft = sys.modules.get("peft.utils.other")
-    return peft is not None and isinstance(head, peft.ModulesToSaveWrapper)
 
 
 def _applied_adapters(layer: Any) -> list[str]:

@@ -47,7 +47,8 @@ def check_sft_arguments(kind: type, given: dict[str, Any], column: str) -> None:
     """
     if not is_sft(kind):
         return
-    args, data = given.get("args"), given.get("train_dataset")
+    args: Any = given.get("args")
+    data: Any = given.get("train_dataset")
     config = sys.modules["trl.trainer.sft_trainer"].SFTConfig
     if args is not None and not isinstance(args, config) and hasattr(args, "temporal_power"):
         raise TypeError(
@@ -62,7 +63,7 @@ def check_sft_arguments(kind: type, given: dict[str, Any], column: str) -> None:
             f"{lost[0]}=True beside a {column} column, which TRL's {lost[0]} leaves out. Accepted: "
             f"{lost[0]}=False, or rows that are packed already (input_ids, labels, position_ids, {column})."
         )
-    if "input_ids" not in data.column_names:  # type: ignore[union-attr]
+    if "input_ids" not in data.column_names:
         raise ValueError(
             f"a {column} column beside text that SFTTrainer tokenizes: which weight is which token's? Accepted: "
             "rows of input_ids and labels, tokenized before."

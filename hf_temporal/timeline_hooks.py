@@ -33,8 +33,6 @@ class TimelineHooks(TrainerBase):
     _temporal_problem: str | None = None
     _temporal_eval_timeline: Timeline | None = None
 
-    # ---- p and w
-
     @property
     def weighting(self) -> TemporalWeighting:
         """The weighting at its final power: the argument, else the arguments' fields, else `TemporalWeighting()`."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .data import argument
 from .positions import ORIGINS, check_choice
 from .schedules import SCHEDULES, validate_schedule
 from .weighting import NORMALIZATIONS, TemporalWeighting
@@ -18,30 +18,34 @@ from .weighting import NORMALIZATIONS, TemporalWeighting
 FUSED_HEAD_MODES = ("auto", "on", "off")
 
 
+def _field(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
+    return field(default=default, metadata={"help": text} | ({"choices": [*choices]} if choices else {}))
+
+
 @dataclass(repr=False)
 class TemporalFields:
     """The `temporal_*` fields, to stand in front of a configuration, see `TemporalTrainingArguments`."""
 
-    temporal_power: float = argument(1.0, "p of the weight t^p: 0 is the usual loss, inf the last target token alone.")
-    temporal_origin: str = argument("target", "Where t starts: target, sequence or turn.", ORIGINS)
-    temporal_normalization: str = argument(
+    temporal_power: float = _field(1.0, "p of the weight t^p: 0 is the usual loss, inf the last target token alone.")
+    temporal_origin: str = _field("target", "Where t starts: target, sequence or turn.", ORIGINS)
+    temporal_normalization: str = _field(
         "sequence",
         "sequence: mean weight 1 in each document; batch: divided by the sum of the weights; tokens: t^p divided by "
         "the number of target tokens.",
         NORMALIZATIONS,
     )
-    temporal_mixture: float = argument(
+    temporal_mixture: float = _field(
         1.0, "Share of the weighted loss beside the usual one; below 1 under sequence alone."
     )
-    temporal_power_schedule: str = argument(
+    temporal_power_schedule: str = _field(
         "constant",
         "How p goes from temporal_power_start to temporal_power: constant (temporal_power throughout), linear or "
         "cosine.",
         SCHEDULES,
     )
-    temporal_power_start: float = argument(0.0, "p at the first step of a linear or cosine schedule.")
-    temporal_power_warmup_ratio: float = argument(1.0, "Share of max_steps after which temporal_power is reached.")
-    temporal_fused_head: str = argument(
+    temporal_power_start: float = _field(0.0, "p at the first step of a linear or cosine schedule.")
+    temporal_power_warmup_ratio: float = _field(1.0, "Share of max_steps after which temporal_power is reached.")
+    temporal_fused_head: str = _field(
         "auto",
         "Compute LM head and loss together, without the logits: auto (where it is exact for the model and pays), on "
         "(an error where it is not exact) or off.",

@@ -1,6 +1,7 @@
 """What a position-weighted loss cannot be combined with, told before training."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
@@ -68,14 +69,14 @@ def _is_ours(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == __package__
 
 
+@dataclass(eq=False)
 class LossCheck(TrainerCallback):
     """Calls `check` once the gradients of an optimizer step are there."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
-        self._check = check
+    check: Callable[[], None]
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._check()
+        self.check()
 
 
 def check_engine(trainer: Trainer) -> None:

@@ -5,8 +5,17 @@ Thirty runs of a minute or two that answer whether p helps a small Llama to copy
     python recipes/compare_powers.py recipes/finetune_causal_lm.py --config recipes/configs/copying/small_llama.yaml \
         --powers 0 0.5 1 2 4 10 --seeds 0 1 2 3 4 --metric recall --reach 0.98 --output_dir outputs/compare_copying
 
-With `--max_steps 2` it is a quick try of all steps. With `--vary blank_length=50,100 learning_rate=3e-4,1e-3` every
-combination is compared for itself, and one table holds them all.
+A quick try of all steps, about two minutes:
+
+    python recipes/compare_powers.py recipes/finetune_causal_lm.py --config recipes/configs/copying/small_llama.yaml \
+        --powers 0 1 --seeds 0 1 --metric recall --output_dir outputs/compare_copying_look --max_steps 2
+
+Whether it depends on the blank and the learning rate: every combination is compared for itself, and one table holds
+them all:
+
+    python recipes/compare_powers.py recipes/finetune_causal_lm.py --config recipes/configs/copying/small_llama.yaml \
+        --powers 0 1 4 --seeds 0 1 2 --metric recall --reach 0.98 --output_dir outputs/compare_copying_blanks \
+        --vary blank_length=50,100 learning_rate=3e-4,1e-3
 
 Flags that are not this script's own go to every run; they and the metric are checked before the first run starts. Each
 run does what its own `accelerate launch` command would do; on the CPU, runs of one process without

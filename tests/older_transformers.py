@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ def _teach_counting() -> None:
     def count(self: Any, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         if shifts_by_class(base_model(self.model)):
             batch_samples = [
-                {**batch, "labels": batch["labels"][..., 1:]} if isinstance(batch.get("labels"), Tensor) else batch
+                {**batch, "labels": batch["labels"][..., 1:]}
+                if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
+                else batch
                 for batch in batch_samples
             ]
         return stock(self, batch_samples, device)

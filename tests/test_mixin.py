@@ -144,7 +144,10 @@ class MeanOfMicroBatches(Trainer):
 def test_a_mean_over_micro_batches_stays_one(power: float, tmp_path: Path) -> None:
     ours = run(weighted(MeanOfMicroBatches), tmp_path, power=power)
     means = [reference(power, rows=ROWS[start : start + 2]) for start in (0, 2)]
-    assert ours[0]["loss"] == pytest.approx(sum(means) / 2, rel=1e-6)
+    divided = 2 if hasattr(Trainer, "loss_is_scaled_for_ga") else 1  # before 5.19 every Trainer adds these means up
+    assert ours[0]["loss"] == pytest.approx(sum(means) / divided, rel=1e-6)
+    if power == 0:
+        assert numbers(ours) == pytest.approx(numbers(run(MeanOfMicroBatches, tmp_path)), rel=1e-6)
 
 
 # ---- a loss that does not come from the model's own

@@ -22,6 +22,7 @@ from transformers.utils import PushInProgress
 
 from hf_temporal import _peft, _transformers
 from tests.tiny_models import PadCollator, causal_examples, tiny_model
+from tests.tiny_summarization import tiny_tokenizer
 
 ROWS = causal_examples(4)
 
@@ -175,6 +176,22 @@ def test_evaluation_loaders_are_kept_in_eval_dataloaders(tmp_path: Path) -> None
     assert "_eval_dataloaders" in vars(owner), "Trainer._eval_dataloaders"
     _transformers.forget_eval_dataloaders(owner)
     assert "_eval_dataloaders" not in vars(owner)
+
+
+def test_align_special_tokens_is_what_train_does_first(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    aligned, trained = tiny_model("llama"), tiny_model("llama")
+    for model in (aligned, trained):
+        model.generation_config.eos_token_id = model.config.eos_token_id = 3
+    _transformers.align_special_tokens(aligned, tokenizer)
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    data: dict[str, Any] = {"train_dataset": causal_examples(2), "data_collator": PadCollator()}
+    trainer = Trainer(trained, args, processing_class=tokenizer, **data)
+    trainer.train()
+    assert (
+        aligned.generation_config.eos_token_id == trained.generation_config.eos_token_id == [tokenizer.eos_token_id, 3]
+    )
+    assert aligned.config.eos_token_id == trained.config.eos_token_id
 
 
 def test_a_search_sets_the_arguments_in_hp_search_setup() -> None:

@@ -54,10 +54,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     shutil.rmtree(folder / "source")
     environment = folder / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
-    subprocess.run(
-        [*pip, "--python", str(environment / "bin" / "python"), "install", "--no-deps", "--no-index", str(wheel)],
-        check=True,
-    )
+    pip += ["--python", str(environment / "bin" / "python")]
+    install = ("install", "--no-deps", "--no-index", "--ignore-installed", str(wheel))  # as what a PYTHONPATH names
+    subprocess.run([*pip, *install], check=True)
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     (folder / "elsewhere").mkdir()

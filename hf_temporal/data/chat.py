@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,12 +78,12 @@ def encode_conversations(
             "the data hold conversations, and the tokenizer has no chat template; accepted: a tokenizer that has one, "
             "or --chat_template FILE."
         )
-    special = special_texts(tokenizer)
+    ends = _ends(tokenizer, _tokens_of_template(tokenizer))
     grouped: list[list[list[Answer]]] = []
     for conversation in conversations:
         _check_settings(conversation, tokenizer)
         _give_as_it_is_read(conversation.messages, tokenizer)
-        grouped.append(_in_one_context(_answers(conversation, tokenizer, special)))
+        grouped.append(_in_one_context(_answers(conversation, tokenizer, ends)))
     every = [group for groups in grouped for group in groups]
     encoded = iter(tokenize(tokenizer, [group[-1].prompt + group[-1].text for group in every]))
     leads = [*{answer.prompt[answer.lead :] for group in every for answer in group}]  # mostly the same few
@@ -212,7 +212,7 @@ def _variables(template: str) -> frozenset[str]:
     return _known_variables[template]
 
 
-def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, special: Sequence[str]) -> list[Answer]:
+def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, ends: Ends) -> list[Answer]:
     """The answers to learn, each rendered as the last message of its conversation."""
     messages, indices = conversation.messages, [*conversation.answers]
     if not indices:
@@ -224,14 +224,13 @@ def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, spe
         )
     prompts = _render(conversation, [messages[:index] for index in indices], tokenizer, prompt=True)
     whole = _render(conversation, [messages[: index + 1] for index in indices], tokenizer, prompt=False)
-    added = tokenizer.get_added_vocab().keys()
     answers = []
     for index, prompt, rendered in zip(indices, prompts, whole, strict=True):
         message, name = messages[index], conversation.where(index)
         text = rendered[len(prompt) :] if rendered.startswith(prompt) else _opened(prompt, rendered, message, name)
         _check_written(message, text, name)
-        lead = max([0, *(prompt.rfind(token) for token in special)])
-        answers.append(Answer(index, prompt, text, _end_of_turn(message, text, special, added), lead))
+        lead = max([0, *(prompt.rfind(token) for token in ends.tokens)])
+        answers.append(Answer(index, prompt, text, _end_of_turn(message, text, ends), lead))
     return answers
 
 
@@ -304,12 +303,12 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that have a name, such as eos_token, or that stand in the chat template."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+def _tokens_of_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special and added tokens that have a name, such as eos_token, or that stand in the chat template."""
     named = [text for text in tokenizer.special_tokens_map.values() if isinstance(text, str)]
     template = str(tokenizer.chat_template)
-    return [text for text in {*tokenizer.all_special_tokens, *added} if text and (text in named or text in template)]
+    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    return [text for text in tokens if text.strip() and (text in named or text in template)]
 
 
 def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -317,23 +316,39 @@ def ends_a_turn(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
 
 
-def _end_of_turn(message: Message, text: str, special: Sequence[str], added: Set[str]) -> int:
-    """Where an answer's turn ends: behind the first special tokens that follow all of its other text.
+class Ends(NamedTuple):
+    """What may end a turn in a tokenizer's chat template."""
 
-    Some templates write the end of the whole conversation behind that of its last turn. Where no special token
-    follows, the white space at the end is none of the turn, unless it is the message's own, behind which no `added`
-    token stands either.
+    usual: str  # what stands behind an answer in words; empty where that is white space alone
+    tokens: Sequence[str]  # special and added tokens
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Ends:
+    question, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}
+    try:
+        text = str(tokenizer.apply_chat_template([question, answer], tokenize=False)).rpartition(PROBE)[2]
+    except Exception:  # noqa: BLE001 - a template may raise anything
+        text = ""
+    usual = re.match(rf"\s*((?:{'|'.join(map(re.escape, tokens))})+)", text) if tokens else None
+    return Ends(usual.group(1) if usual else "", tokens)
+
+
+def _end_of_turn(message: Message, text: str, ends: Ends) -> int:
+    """Where an answer's turn ends: behind what usually ends one, or else behind the last special or added token.
+
+    What follows is learned no more: a newline, or the end of the whole conversation. Without any such token, the white
+    space at the end is none of the turn, unless it is the message's own.
     """
-    closers = [token for token in special if "think" not in token.lower()]
-    stripped = end = len(text.rstrip())
-    while closing := next((token for token in closers if text.endswith(token, 0, end)), None):
-        end = len(text[: end - len(closing)].rstrip())
-    closed = re.match(rf"\s*(?:{'|'.join(map(re.escape, closers))})+", text[end:]) if closers else None
-    if closed:
-        return end + closed.end()
+    place = text.rfind(ends.usual) if ends.usual else -1
+    if place >= 0:
+        return place + len(ends.usual)
     said = "".join(_texts(message.get("content"))[-1:]).strip()
-    ends_itself = said and text.endswith(said, 0, stripped) and not text.endswith(tuple(added - {said}), 0, stripped)
-    return len(text) if ends_itself else stripped
+    stripped = len(text.rstrip())
+    behind = text.rfind(said) + len(said) if said and not message.get("tool_calls") else 0
+    last, size = max(((text.rfind(token), len(token)) for token in ends.tokens), default=(-1, 0))
+    if last >= behind:
+        return last + size
+    return stripped if stripped > behind else len(text)
 
 
 def _in_one_context(answers: list[Answer]) -> list[list[Answer]]:

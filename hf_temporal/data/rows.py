@@ -82,6 +82,11 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase, *, target: bool = 
     return whole[:start], whole[start + len(bare) :]
 
 
+def closed_once(tokens: list[int], closing: list[int]) -> list[int]:
+    """The tokens without a second end behind that which the text holds itself."""
+    return tokens[: -len(closing)] if closing and tokens[-2 * len(closing) :] == 2 * closing else tokens
+
+
 def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The 2.5 % and 97.5 % quantiles of the means of `RESAMPLES` resamples of `values` `[examples, ...]`, seed 0."""
     resamples = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))

@@ -18,7 +18,7 @@ from . import argument, check_counts
 from .chat import Conversation, encode_conversations, ends_a_turn
 from .loading import DataArguments, TaskData, check_column, load_columns
 from .rouge import ROUGE_TOKENIZERS, one_sentence_per_line
-from .rows import CUT, Row, as_batch, length_metrics, texts_of, tokens_without
+from .rows import CUT, Row, as_batch, closed_once, length_metrics, special_tokens_around, texts_of, tokens_without
 from .tokenizing import rows_of_pairs
 
 Batch = Mapping[str, list[str]]
@@ -124,8 +124,8 @@ def encode_for_seq2seq_lm(
 ) -> dict[str, list[Any]]:
     """input_ids of the text with its prefix, labels of the summary; the tokenizer cuts and closes both.
 
-    The token that the decoder starts with is no label, though BERT's tokenizer puts it in front of a summary. Where
-    `counted`, a column says which pairs are cut.
+    The token that the decoder starts with is no label, though BERT's tokenizer puts it in front of a summary, and a
+    text that holds its end token already gets no second one. Where `counted`, a column says which pairs are cut.
     """
     # truncation would change the tokenizer's state, which is part of the key in the cache of `datasets`
     tokenizer = copy.deepcopy(tokenizer)
@@ -133,7 +133,12 @@ def encode_for_seq2seq_lm(
     source = tokenizer(texts, truncation=True, max_length=arguments.max_source_length)
     target = tokenizer(text_target=batch["summary"], truncation=True, max_length=arguments.max_target_length)
     labels = [row[1:] if row[:1] == [decoder_start_token_id] else row for row in target.input_ids]
-    encoded = {"input_ids": source.input_ids, "attention_mask": source.attention_mask, "labels": labels}
+    (_, closing), (_, closing_target) = (special_tokens_around(tokenizer, target=target) for target in (False, True))
+    encoded = {
+        "input_ids": [closed_once(row, closing) for row in source.input_ids],
+        "attention_mask": [[1] * len(closed_once(row, closing)) for row in source.input_ids],
+        "labels": [closed_once(row, closing_target) for row in labels],
+    }
     if not counted:
         return encoded
     pairs = zip(source.encodings or [], target.encodings or [], strict=True)

@@ -76,6 +76,8 @@ def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task
 def settings_of(arguments: Sequence[Any], task: Task) -> dict[str, Any]:
     """The settings that, beside the training arguments, tell one run from another: these dataclasses, and the data."""
     settings = {name: value for each in arguments for name, value in asdict(each).items() if name not in FREE_SETTINGS}
+    if settings.get("chat_template"):
+        settings["chat_template"] = Path(settings["chat_template"]).read_text(encoding="utf-8")
     return {**settings, "sha256_of_the_data": task.data.sha256}
 
 

@@ -276,6 +276,11 @@ class LanguageModeling(Task):
         examples = head_of(next(iter(self.data.splits.values())))
         settings = {"tokenizer": tokenizer, "arguments": self.arguments}
         with_ends = language_modeling.are_conversations(examples[:1])
+        if with_ends and "strftime_now" in str(tokenizer.chat_template):
+            logger.warning(
+                "The chat template writes the date of the day on which a row is made: what the model is given later "
+                "differs there. Where the template reads a date, --chat_template_kwargs sets it."
+            )
         return self._tokenized(config, _encode_numbered, with_ends=with_ends, **settings)
 
     def _mapped(self, split: str, function: Callable[..., Any], **settings: Any) -> Dataset:

@@ -148,10 +148,7 @@ def add_temporal_section(folder: str | os.PathLike[str], run: TrainingRun) -> No
 
 
 def draw_loss_by_position(folder: str | os.PathLike[str]) -> str | None:
-    """Draw the profiles of the first and the last evaluation, and return the picture's name.
-
-    Returns None if there is no profile, or, with a warning, if matplotlib is not installed.
-    """
+    """Draw the first and last evaluation's profile and return the picture's name; None without any, or matplotlib."""
     profiles = evaluation_profiles(folder)
     if not profiles:
         return None

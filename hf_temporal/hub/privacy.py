@@ -25,7 +25,6 @@ _LOCAL_PATH = re.compile(
     rf"(?:\bfile://|\b[A-Za-z]:|~|(?<![\w.~/<-]))(?:/(?!/){_NAME}){{2,}}/?|(?<!\w)~/{_NAME}"
     rf"|(?:\b[A-Za-z]:(?!\\[nrt](?![a-z]))|(?<![\w.\\])\\)(?:\\{_NAME}){{2,}}\\?"
 )
-
 _QUOTED_PATH = re.compile(r"(['\"](?:--?[\w-]+=)?)~?(?:/(?!/)[^\n'\"`/\\]+){2,}/?(?=['\"])")
 
 # vocabularies hold what looks like a path and is none

@@ -341,7 +341,9 @@ def _bound(logits: Tensor, stored: torch.dtype) -> Tensor:
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two bounds are known to be equal; looked at on the CPU alone, to avoid a device sync."""
-    return a.device.type == "cpu" and torch.equal(a, b)
+    if a.device.type != "cpu":
+        return False
+    return torch.equal(a, b)
 
 
 def _may_leave_range(total: Tensor) -> bool:
@@ -351,4 +353,6 @@ def _may_leave_range(total: Tensor) -> bool:
 
 def _may_exceed(values: Tensor, largest: float) -> bool:
     """Whether a value may exceed `largest`; looked at on the CPU alone, to avoid a device sync."""
-    return values.device.type != "cpu" or not bool((values <= largest).all())
+    if values.device.type != "cpu":
+        return True
+    return not bool((values <= largest).all())

@@ -20,7 +20,7 @@ MemoryFunction = Callable[[Tensor], Tensor]
 
 def _airy(lag: Tensor) -> Tensor:
     require("memory")
-    from scipy import special  # type: ignore[import-untyped]
+    from scipy import special
 
     return torch.from_numpy(special.airy(lag.numpy() - 6)[0])  # torch.special.airy_ai errs by 5e-9
 

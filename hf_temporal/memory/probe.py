@@ -43,7 +43,8 @@ def impulse_memory(model: nn.Module, length: int) -> Tensor:
     dimensions = torch.arange(size, device=like.device)
     inputs[1 + dimensions, 0, dimensions] = 1
     inputs[1 + size + dimensions, later, dimensions] = -2
-    outputs = _run(model, inputs)
+    with undisturbed(model):
+        outputs = model(input_values=inputs).logits
     responses = outputs[1:] - outputs[:1]
     memory, control = responses[:size], responses[size:]
     expected = F.pad(-2 * memory[:, : length - later], (0, 0, later, 0))
@@ -66,7 +67,8 @@ def constant_input_memory(model: nn.Module, length: int, *, value: float = 1.0) 
     """
     size, like = _input_of(model, length)
     inputs = torch.cat([like.new_zeros(1, size), value * torch.eye(size).to(like)])
-    outputs = _run(model, inputs[:, None].expand(-1, length, -1))
+    with undisturbed(model):
+        outputs = model(input_values=inputs[:, None].expand(-1, length, -1)).logits
     before = torch.cat([outputs[:1, :1].expand(size, -1, -1), outputs[1:, :-1]], dim=1)
     return (outputs[1:] - before).abs().permute(1, 2, 0)
 
@@ -110,8 +112,3 @@ def _input_of(model: Any, length: int) -> tuple[int, Tensor]:
     """The input size of a model, and a tensor of its dtype and device."""
     check_counts(length=length)
     return model.config.input_size, next(model.parameters())
-
-
-def _run(model: nn.Module, inputs: Tensor) -> Tensor:
-    with undisturbed(model):
-        return model(input_values=inputs).logits

@@ -119,8 +119,8 @@ class WeightedForward:
             return OutputsWithoutLogits({**outputs, "loss": loss})
         if not isinstance(outputs, Mapping):
             return (loss, *outputs[1:]) if call.has_own_loss else (loss, *outputs)
-        others = without(outputs, ["loss"])
-        return dict(loss=loss, **others) if type(outputs) is dict else type(outputs)(loss=loss, **others)  # type: ignore[call-arg]
+        kind: Any = type(outputs)
+        return kind(loss=loss, **without(outputs, ["loss"]))
 
     def _from_logits(self, call: _Call, outputs: Any) -> Tensor:
         logits = logits_of(outputs, call.labels)

@@ -92,7 +92,15 @@ def rows_there(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure what is not in the file yet, print and draw all that it holds; exit with what could not be measured."""
-    settings = measured.parsed(_parser(), arguments)
+    parser = measured.parser_of(__doc__)
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=["SmolLM2-135M"])
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=[(8, 160)], help="batch x length: 8x160")
+    parser.add_argument("--shares", type=_share, nargs="+", default=[0.15], help="targets / length")
+    parser.add_argument("--tuned", choices=TUNED, nargs="+", default=TUNED)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+", default=["float32"])
+    parser.add_argument("--trainers", choices=TRAINERS, nargs="+", default=TRAINERS)
+    parser.add_argument("--at_once", type=int, help="processes alive at a time, stock among them; default: all")
+    settings = measured.parsed(parser, arguments)
     if settings.redraw:
         rows = measured.read_rows(settings.redraw, "training_step")
         draw(rows, settings.picture)
@@ -149,18 +157,6 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ],
         ours="fused head",
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = measured.parser_of(__doc__)
-    parser.add_argument("--models", choices=MODELS, nargs="+", default=["SmolLM2-135M"])
-    parser.add_argument("--shapes", type=_shape, nargs="+", default=[(8, 160)], help="batch x length: 8x160")
-    parser.add_argument("--shares", type=_share, nargs="+", default=[0.15], help="targets / length")
-    parser.add_argument("--tuned", choices=TUNED, nargs="+", default=TUNED)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+", default=["float32"])
-    parser.add_argument("--trainers", choices=TRAINERS, nargs="+", default=TRAINERS)
-    parser.add_argument("--at_once", type=int, help="processes alive at a time, stock among them; default: all")
-    return parser
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from hf_temporal.compare.cells import Cell, power_name
 from hf_temporal.compare.quantities import (

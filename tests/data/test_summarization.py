@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import processors
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
 from hf_temporal.data import loading as task_data
@@ -280,3 +281,14 @@ def test_scores_count_neither_special_tokens_nor_what_is_no_target() -> None:
     assert nothing["gen_len"] == 0
     assert nothing["empty"] == 100
     assert scores.record["generated"] == [""]
+
+
+def test_a_text_that_holds_its_end_gets_no_second_one() -> None:
+    tokenizer = tiny_tokenizer()
+    closing = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = closing
+    batch = {"text": ["So be it.<end>", "So be it."], "summary": ["So.<end>", "So."]}
+    encoded = summarization.encode_for_seq2seq_lm(batch, tokenizer, SummarizationArguments())
+    for rows in encoded.values():
+        assert rows[0] == rows[1]
+    assert encoded["labels"][0].count(tokenizer.eos_token_id) == 1

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from packaging.version import Version
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
@@ -60,6 +61,8 @@ APART: dict[str, Callable[[], Any]] = {
         hf.GPTNeoXConfig(**_SMALL, intermediate_size=24, num_attention_heads=2, max_position_embeddings=64)
     ),
 }
+if Version(hf.__version__) >= Version("5.24"):  # whose mask keeps the documents apart; ALiBi counts distances alone
+    APART["falcon with ALiBi"] = CROSSING.pop("falcon with ALiBi")
 
 
 def made(make: Callable[[], Any]) -> Any:

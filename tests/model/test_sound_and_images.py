@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from packaging.version import Version
 from torch import Tensor
 
 from hf_temporal import TemporalSeq2SeqTrainingArguments, TemporalWeightSeq2SeqTrainer
@@ -103,12 +104,14 @@ def test_loss_gradient_and_evaluation(name: str, tmp_path: Path) -> None:
         entry = trainer.state.log_history[0]
         return entry["loss"], entry["grad_norm"], trainer.evaluate()["eval_loss"]
 
-    stock = logged(hf.Seq2SeqTrainer, hf.Seq2SeqTrainingArguments)
-    ours = [
-        logged(TemporalWeightSeq2SeqTrainer, TemporalSeq2SeqTrainingArguments, temporal_power=power)
-        for power in (0.0, 2.0)
-    ]
-    assert ours[0] == pytest.approx(stock, rel=1e-5)
+    def weighted(power: float) -> tuple[float, float, float]:
+        return logged(TemporalWeightSeq2SeqTrainer, TemporalSeq2SeqTrainingArguments, temporal_power=power)
+
+    assert weighted(0.0) == pytest.approx(logged(hf.Seq2SeqTrainer, hf.Seq2SeqTrainingArguments), rel=1e-5)
+    if name == "moonshine" and Version(hf.__version__) < Version("5.15"):  # which shifts its labels a second time
+        with pytest.raises(ValueError, match="a shift of the labels that its class does not tell"):
+            weighted(2.0)
+        return
     reference, total, count = model().eval(), 0.0, 0
     for row in rows:
         batch = collate([row])
@@ -117,4 +120,4 @@ def test_loss_gradient_and_evaluation(name: str, tmp_path: Path) -> None:
         weights = torch.arange(1, len(losses) + 1).double() ** 2
         total += float((weights * losses).sum() * len(losses) / weights.sum())
         count += len(losses)
-    assert ours[1][0] == pytest.approx(total / count, rel=1e-5)
+    assert weighted(2.0)[0] == pytest.approx(total / count, rel=1e-5)
