@@ -170,7 +170,7 @@ def expected(family: Family, tokenizer: PreTrainedTokenizerFast, row: Conversati
         raise AssertionError(f"the test's own answer {answer!r} is not what {family.name} writes: {written!r}")
     tokens = tokenizer(answered, add_special_tokens=False).input_ids
     closed = tokenizer(asked + answer, add_special_tokens=False).input_ids
-    if len(closed) <= len(prompt):
+    if len(closed) <= len(prompt) or not answer.strip():
         raise CannotBeLearnedError(NOTHING)
     if tokens[: len(prompt)] != prompt:
         return Expected(index, prompt, answer, tokens, "a token spans prompt and answer")

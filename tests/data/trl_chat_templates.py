@@ -13,19 +13,10 @@ _ENDS = {
     "llava": "</s>", "muse": "<|eot|>", "phi3": "<|end|>",
 }  # fmt: skip
 _PARTS = ("idefics3", "smolvlm", "llava_next")
-_STRINGS = (
-    "cohere",
-    "deepseek",
-    "gptoss",
-    "llama3",
-    "phi3",
-    "gemma",
-    "nemotron",
-    "qwen2_5",
-    "qwen3",
-    "lfm2",
-    "lfm2_v2",
-)
+_EITHER = (
+    "diffusion_gemma", "gemma3", "gemma4", "glm4moe", "lfm2_2_5", "muse", "qwen2_5_vl", "qwen3_5", "qwen3_6",
+    "qwen3_8", "qwen3_vl",
+)  # fmt: skip
 
 
 def trl_families() -> list[Family]:
@@ -39,7 +30,7 @@ def trl_families() -> list[Family]:
             continue
         ends = next((end for start, end in _ENDS.items() if name.startswith(start)), "<|im_end|>").split()
         eos = "<|endoftext|>" if not ends or name.startswith("phi") else ends[0]
-        content = "parts" if name in _PARTS else "string" if name.startswith(_STRINGS) else "either"
+        content = "parts" if name in _PARTS else "either" if name.startswith(_EITHER) else "string"
         refuses = name.startswith(("deepseek", "nemotron", "qwen3_5_think", "qwen3_6", "qwen3_8"))
         families.append(
             Family(f"trl-{name}", file.read_text("utf-8"), None, tuple(ends), eos, content=content, calls=True,
