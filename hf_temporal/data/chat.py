@@ -159,6 +159,11 @@ def _weights(
 
 def _check_settings(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the template reads what it is given: tools that it leaves out would be trained on in silence."""
+    if taken := {"messages", "add_generation_prompt"} & {*conversation.settings}:
+        raise ValueError(
+            f"chat_template_kwargs for the {conversation.column} of {conversation.row} hold "
+            f"{', '.join(sorted(taken))}, which the rows are made with; accepted: other arguments of the template."
+        )
     template = str(tokenizer.get_chat_template(tools=conversation.settings.get("tools")))
     known = _variables(template)
     for name in conversation.settings:
@@ -244,9 +249,9 @@ def _render(
     except Exception as error:  # a template may raise anything
         last, role = len(parts[len(made)]) - 1, parts[len(made)][-1]["role"]
         raise ValueError(
-            f"{conversation.column} hold a {role} message (message {last} of {conversation.row}) of which, behind "
-            f"those before it, the chat template makes nothing ({type(error).__name__}: {error}); accepted: messages "
-            "that it takes, or another template (--chat_template FILE)."
+            f"{conversation.column} hold a message of the role {role} (message {last} of {conversation.row}) of "
+            f"which, behind those before it, the chat template makes nothing ({type(error).__name__}: {error}); "
+            "accepted: messages that it takes, or another template (--chat_template FILE)."
         ) from error
     return made
 
