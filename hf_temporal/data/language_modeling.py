@@ -83,11 +83,10 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
             return {"body": "text"}
         for needed, optional in FORMS.items():
             if all(column in there for column in needed):
-                also = [column for column in optional if column in own]
+                also = [column for column in optional if column in here]
                 for column in (*needed, *also):
                     holds_texts = column in TEXTS or isinstance(splits[split].features.get(column), Value)
                     check_column("column", column, splits[split], split, holds_texts=holds_texts)
-                also = [column for column in optional if column in here]
                 return {column: column for column in (*needed, *also)} | weights
         forms = "; ".join(" and ".join(needed) for needed in [*FORMS][1:] + [*FORMS][:1])
         raise ValueError(f"the data have the columns {', '.join(there)}; accepted: {forms}; or --text_column")
@@ -183,7 +182,7 @@ def _given(batch: Mapping[str, Sequence[Any]], place: int, name: str) -> Row:
     """A row that is tokenized already, without its padding; without labels, all of it is learned."""
     given = {column: batch[column][place] for column in ("input_ids", "labels", "attention_mask") if column in batch}
     for column, values in given.items():
-        if not isinstance(values, (list, tuple)) or not all(type(value) is int for value in values):
+        if not isinstance(values, (list, tuple)) or not all(isinstance(value, int) for value in values):
             raise ValueError(f"{column} of {name} is {str(values)[:80]}; accepted: a list of integers.")
         if len(values) != len(given["input_ids"]):
             accepted = f"{len(given['input_ids'])}, one for each of input_ids"

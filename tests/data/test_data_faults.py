@@ -93,7 +93,7 @@ def test_a_call_of_sharegpt_has_its_weight() -> None:
 
 
 def test_tokens_that_padding_hides_are_no_part_of_a_row() -> None:
-    batch = {"input_ids": [[0, 0, 5, 6]], "labels": [[-100, -100, 5, 6]], "attention_mask": [[0, 0, 1, 1]]}
+    batch = {"input_ids": [[0, 0, 5, 6]], "labels": [[-100, -100, 5, 6]], "attention_mask": [[False, False, True, True]]}
     rows = encode({**batch, "loss_weights": [[9, 9, 1, 2]]})
     assert rows["input_ids"] == rows["labels"] == [[5, 6]]
     assert rows["loss_weights"] == [[1, 2]]
