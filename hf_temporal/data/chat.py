@@ -16,6 +16,7 @@ from hf_temporal.positions import IGNORE_INDEX
 
 from .rows import Row
 from .tokenizing import continued, tokenize
+from .tool_calls import said_by, with_arguments_as_read
 from .weights import Pattern, spread
 
 Message = dict[str, Any]
@@ -82,7 +83,7 @@ def encode_conversations(
     grouped: list[list[list[Answer]]] = []
     for conversation in conversations:
         _check_settings(conversation, tokenizer)
-        _give_as_it_is_read(conversation.messages, tokenizer)
+        _give_as_it_is_read(conversation, tokenizer)
         grouped.append(_in_one_context(_answers(conversation, tokenizer, ends)))
     every = [group for groups in grouped for group in groups]
     encoded = iter(tokenize(tokenizer, [group[-1].prompt + group[-1].text for group in every]))
@@ -176,9 +177,12 @@ def _check_settings(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
             )
 
 
-def _give_as_it_is_read(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> None:
+def _give_as_it_is_read(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the contents texts, or lists of parts, whichever the template writes; both are the same at inference."""
-    for message in messages:
+    for index, message in enumerate(conversation.messages):
+        if message.get("tool_calls"):
+            where, tools = conversation.where(index), conversation.settings.get("tools")
+            message["tool_calls"] = with_arguments_as_read(message, tokenizer, tools, where)
         content = message.get("content")
         if isinstance(content, list) and not _writes(tokenizer, as_parts=True):
             message["content"] = "".join(_texts(content))
@@ -282,8 +286,7 @@ def _opened(prompt: str, rendered: str, message: Message, name: str) -> str:
 
 def _check_written(message: Message, text: str, name: str) -> None:
     """Check that a template has written all that the message says."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or [] if isinstance(call, dict)]
-    said = {"content": message.get("content"), "tool_calls": [str(call.get("name", "")) for call in calls]}
+    said = {"content": message.get("content"), "tool_calls": said_by(message.get("tool_calls"))}
     reasoning = next((key for key in REASONING if message.get(key)), None)
     if reasoning is not None:
         said[reasoning] = message[reasoning]

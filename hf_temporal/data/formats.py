@@ -132,6 +132,8 @@ def _messages(value: Any, column: str, row: str) -> list[Message]:
             message = {**message, "role": "assistant", "tool_calls": called}
         elif role not in OWN_ROLES:
             raise ValueError(f"{where} is of role {role!r}; accepted: {', '.join((*OWN_ROLES, *ROLES, CALL))}.")
+        if message.get("tool_calls"):
+            message["tool_calls"] = _list(message["tool_calls"], "tool_calls", where)
         if "content" in message:
             message["content"] = _content(message["content"], column, f"message {index} of {row}")
         messages.append(message)
@@ -165,7 +167,7 @@ def _list(value: Any, column: str, row: str) -> list[dict[str, Any]]:
     looks_like_json = isinstance(value, str) and value.lstrip().startswith("[")
     read = _json(value, f"{column} of {row}") if looks_like_json else value
     if not isinstance(read, (list, tuple)) or not all(isinstance(each, Mapping) for each in read):
-        more = "" if column in CHAT_COLUMNS else " with role and content"
+        more = "" if column in (*CHAT_COLUMNS, "tool_calls") else " with role and content"
         given = repr(value)[:200]
         raise ValueError(f"{column} hold {given}; accepted: a list of mappings{more}, or its JSON ({row}).")
     return list(read) if isinstance(value, str) else [_without_nulls(each) for each in read]

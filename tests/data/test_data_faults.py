@@ -93,7 +93,11 @@ def test_a_call_of_sharegpt_has_its_weight() -> None:
 
 
 def test_tokens_that_padding_hides_are_no_part_of_a_row() -> None:
-    batch = {"input_ids": [[0, 0, 5, 6]], "labels": [[-100, -100, 5, 6]], "attention_mask": [[False, False, True, True]]}
+    batch: dict[str, list[Any]] = {
+        "input_ids": [[0, 0, 5, 6]],
+        "labels": [[-100, -100, 5, 6]],
+        "attention_mask": [[False, False, True, True]],
+    }
     rows = encode({**batch, "loss_weights": [[9, 9, 1, 2]]})
     assert rows["input_ids"] == rows["labels"] == [[5, 6]]
     assert rows["loss_weights"] == [[1, 2]]
@@ -130,3 +134,41 @@ def test_what_is_wrong_is_named_by_row(batch: dict[str, list[Any]], message: str
 def test_no_tools_in_json_are_none() -> None:
     rows = encode({"messages": [[QUESTION, ANSWER]], "tools": ["[]"]})
     assert rows == encode({"messages": [[QUESTION, ANSWER]]})
+
+
+HERMES = TOOLS_TEMPLATE.replace("m.tool_calls", "m.tool_calls[0].function")
+CALLED = {"name": "f", "arguments": {"place": "Paris", "days": [1, 2]}}
+
+
+def calling(calls: Any, template: str) -> str:
+    """The answer that is learned of a message that calls."""
+    rows = encode({"messages": [[QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}]]}, template)
+    return str(tiny_tokenizer().decode([label for label in rows["labels"][0] if label != -100]))
+
+
+@pytest.mark.parametrize("in_json", [False, True])
+def test_arguments_of_calls_are_given_as_the_template_reads_them(in_json: bool) -> None:
+    arguments = json.dumps(CALLED["arguments"]) if in_json else CALLED["arguments"]
+    calls: Any = [{"type": "function", "function": {**CALLED, "arguments": arguments}}]
+    learned = json.dumps(CALLED["arguments"])
+    assert calling(calls, HERMES) == f'{{"name": "f", "arguments": {learned}}}<end>'
+    takes_json = HERMES.replace("function | tojson", "function.name + m.tool_calls[0].function.arguments")
+    assert calling(calls, takes_json) == f"f{learned}<end>"
+    given = "m.tool_calls[0].function.arguments"
+    takes_both = TOOLS_TEMPLATE.replace(
+        "m.tool_calls | tojson",
+        f"m.tool_calls[0].function.name + ({given} if {given} is string else {given} | tojson)",
+    )
+    assert calling(calls, takes_both) == f"f{learned}<end>"
+    assert calling(json.dumps(calls), HERMES) == calling(calls, HERMES)
+
+
+def test_calls_that_are_none_or_that_the_template_leaves_out_are_refused() -> None:
+    wrong = [{"function": {"name": "f", "arguments": "place=Paris"}}]
+    with pytest.raises(ValueError, match=r"message 1 has a tool call with the arguments 'place=Paris', of which the"):
+        calling(wrong, HERMES)
+    with pytest.raises(ValueError, match=r"tool_calls hold 'f\(\)'; accepted: a list of mappings, or its JSON"):
+        calling("f()", HERMES)
+    two = [{"function": {"name": "f", "arguments": {"place": place}}} for place in ("Paris", "Rome")]
+    with pytest.raises(ValueError, match=r"the chat template leaves out its tool_calls \('Rome'\)"):
+        calling(two, HERMES)
