@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,7 +117,8 @@ def head_of(examples: Any) -> Dataset:
     first = [*examples.take(HEAD)]
     if not first:
         raise ValueError("the stream of the train data has no example; accepted: at least one.")
-    return Dataset.from_list(first)
+    mixed = "on_mixed_types" in inspect.signature(Dataset.from_list).parameters  # contents of texts and of parts
+    return Dataset.from_list(first, **{"on_mixed_types": "use_json"} if mixed else {})
 
 
 def _load_splits(arguments: DataArguments) -> tuple[dict[str, Any], str, dict[str, Any] | None]:

@@ -172,3 +172,11 @@ def test_calls_that_are_none_or_that_the_template_leaves_out_are_refused() -> No
     two = [{"function": {"name": "f", "arguments": {"place": place}}} for place in ("Paris", "Rome")]
     with pytest.raises(ValueError, match=r"the chat template leaves out its tool_calls \('Rome'\)"):
         calling(two, HERMES)
+
+
+def test_a_stream_may_hold_texts_and_parts(tmp_path: Path) -> None:
+    parts = {**QUESTION, "content": [{"type": "text", "text": "Where is x1?"}]}
+    path = write(tmp_path / "train.jsonl", {"messages": [QUESTION, ANSWER]}, {"messages": [parts, ANSWER]})
+    (examples,) = load_texts(DataArguments(train_file=path, streaming=True)).splits.values()
+    one, other = encode({"messages": [row["messages"] for row in examples]})["input_ids"]
+    assert one == other
