@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,8 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
     """
 
     def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:
-        there = next(iter(splits.values())).column_names
-        weights = {LOSS_WEIGHTS: LOSS_WEIGHTS} if LOSS_WEIGHTS in there else {}
+        there, here = next(iter(splits.values())).column_names, splits[split].column_names
+        weights = {LOSS_WEIGHTS: LOSS_WEIGHTS} if LOSS_WEIGHTS in here else {}
         if text_column is not None:
             check_column("text_column", text_column, splits[split], split)
             return {text_column: "text", **weights}
@@ -84,7 +85,7 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
                 for column in needed:
                     holds_texts = column in TEXTS or isinstance(splits[split].features[column], Value)
                     check_column("column", column, splits[split], split, holds_texts=holds_texts)
-                also = [column for column in optional if column in there]
+                also = [column for column in optional if column in here]
                 return {column: column for column in (*needed, *also)} | weights
         forms = "; ".join(" and ".join(needed) for needed in [*FORMS][1:] + [*FORMS][:1])
         raise ValueError(f"the data have the columns {', '.join(there)}; accepted: {forms}; or --text_column")
@@ -158,7 +159,8 @@ def brings_weights(examples: Dataset, arguments: LanguageModelingArguments) -> b
     if arguments.weight_pattern or LOSS_WEIGHTS in examples.column_names:
         return True
     columns = [name for name in ("messages", "conversations", "completion") if name in examples.column_names]
-    return any('"weight"' in json.dumps(value) for name in columns for value in examples[name])
+    key = re.compile(r'"weight\\?"')  # its quotes are escaped in messages that are JSON themselves
+    return any(key.search(json.dumps(value)) for name in columns for value in examples[name])
 
 
 def are_conversations(batch: Mapping[str, Sequence[Any]], names: Sequence[str] = ()) -> bool:
