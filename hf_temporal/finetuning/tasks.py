@@ -126,17 +126,17 @@ class Task(ABC):
         for split in self.used():
             rows = self._mapped(split, function, **settings)
             limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
+            how: dict[str, Any] = {"limits": limits, "first": int(not config.is_encoder_decoder)}
             if isinstance(rows, IterableDataset):
                 self.ends = ends_of_answers(head_of(rows)) if with_ends else self.ends
-                how: dict[str, Any] = {"limits": limits, "cut": self.cut}
-                encoded[split] = rows.filter(_can_be_learned, fn_kwargs=how).remove_columns(CUT)
+                encoded[split] = rows.filter(_can_be_learned, fn_kwargs={**how, "cut": self.cut}).remove_columns(CUT)
                 continue
             if cut := sum(rows[CUT]):
                 logger.warning(f"{split}: {cut} of {len(rows)} rows are cut: {self.cut}.")
             if with_ends and not self.ends:
                 self.ends = ends_of_answers(rows)
             rows = rows.remove_columns(CUT)
-            kept = rows.filter(_can_be_learned, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
+            kept = rows.filter(_can_be_learned, fn_kwargs=how, desc=f"Checking {split}")
             if left_out := len(rows) - len(kept):
                 what = (
                     f"{left_out} of {len(rows)} rows have no target token or more tokens than the model has positions"
@@ -330,10 +330,15 @@ def _encode_numbered(
     return language_modeling.encode_for_causal_lm(batch, rows=rows, split=where, counted=True, **settings)
 
 
-def _can_be_learned(example: dict[str, Any], limits: dict[str, int | None], cut: str | None = None) -> bool:
-    """Whether a row has a target token and fits; of a stream, which names `cut`, what does not is told at once."""
+def _can_be_learned(
+    example: dict[str, Any], limits: dict[str, int | None], first: int, cut: str | None = None
+) -> bool:
+    """Whether a row fits and has a target from the place `first` on, since nothing predicts what a decoder is given.
+
+    Of a stream, which names `cut`, what does not is told at once.
+    """
     fits = all(limit is None or len(example[name]) <= limit for name, limit in limits.items())
-    learned = fits and any(label != IGNORE_INDEX for label in example["labels"])
+    learned = fits and any(label != IGNORE_INDEX for label in example["labels"][first:])
     if cut and example[CUT]:
         logger.warning_once(f"Rows of the stream are cut: {cut}.")
     if cut and not learned:
