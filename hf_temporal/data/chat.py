@@ -16,7 +16,7 @@ from hf_temporal.positions import IGNORE_INDEX
 
 from .rows import Row
 from .tokenizing import continued, tokenize
-from .tool_calls import said_by, with_arguments_as_read
+from .tool_calls import no_content_as_read, said_by, with_arguments_as_read
 from .weights import Pattern, spread
 
 Message = dict[str, Any]
@@ -183,6 +183,8 @@ def _give_as_it_is_read(conversation: Conversation, tokenizer: PreTrainedTokeniz
         if message.get("tool_calls"):
             where, tools = conversation.where(index), conversation.settings.get("tools")
             message["tool_calls"] = with_arguments_as_read(message, tokenizer, tools, where)
+            if "content" not in message:
+                message |= no_content_as_read(tokenizer, tools)
         content = message.get("content")
         if isinstance(content, list) and not _writes(tokenizer, as_parts=True):
             message["content"] = "".join(_texts(content))
