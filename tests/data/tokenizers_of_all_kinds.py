@@ -35,8 +35,10 @@ _QWEN = (
 )
 
 
-def _byte_level(pattern: str, *, prefix_space: bool = False) -> Tokenizer:
+def _byte_level(pattern: str, *, prefix_space: bool = False, composed: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
+    if composed:
+        tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
@@ -121,6 +123,7 @@ def _word_level() -> Tokenizer:
 _MAKERS: dict[str, Callable[[], Tokenizer]] = {
     "bytes-gpt2": lambda: _byte_level(_GPT2),
     "bytes-qwen": lambda: _byte_level(_QWEN),
+    "bytes-composed": lambda: _byte_level(_QWEN, composed=True),
     "bytes-prefix-space": lambda: _byte_level(_GPT2, prefix_space=True),
     "bytes-eats-newlines": lambda: _byte_level(_QWEN),
     "bytes-no-chat-tokens": lambda: _byte_level(_QWEN),
