@@ -165,7 +165,14 @@ def _check_settings(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
             f"chat_template_kwargs for the {conversation.column} of {conversation.row} hold "
             f"{', '.join(sorted(taken))}, which the rows are made with; accepted: other arguments of the template."
         )
-    template = str(tokenizer.get_chat_template(tools=conversation.settings.get("tools")))
+    try:
+        template = str(tokenizer.get_chat_template(tools=conversation.settings.get("tools")))
+    except ValueError as error:
+        where = f"the {conversation.column} of {conversation.row}"
+        accepted = "a tokenizer with a default template, or --chat_template FILE"
+        raise ValueError(
+            f"none of the tokenizer's chat templates is for {where} ({error}); accepted: {accepted}."
+        ) from error
     known = _variables(template)
     for name in conversation.settings:
         if known and name not in known:
