@@ -16,7 +16,7 @@ from hf_temporal.positions import IGNORE_INDEX
 
 from .rows import Row
 from .tokenizing import continued, tokenize
-from .tool_calls import said_by, with_arguments_as_read
+from .tool_calls import no_content_as_read, said_by, with_arguments_as_read
 from .weights import Pattern, spread
 
 Message = dict[str, Any]
@@ -165,7 +165,14 @@ def _check_settings(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
             f"chat_template_kwargs for the {conversation.column} of {conversation.row} hold "
             f"{', '.join(sorted(taken))}, which the rows are made with; accepted: other arguments of the template."
         )
-    template = str(tokenizer.get_chat_template(tools=conversation.settings.get("tools")))
+    try:
+        template = str(tokenizer.get_chat_template(tools=conversation.settings.get("tools")))
+    except ValueError as error:
+        where = f"the {conversation.column} of {conversation.row}"
+        accepted = "a tokenizer with a default template, or --chat_template FILE"
+        raise ValueError(
+            f"none of the tokenizer's chat templates is for {where} ({error}); accepted: {accepted}."
+        ) from error
     known = _variables(template)
     for name in conversation.settings:
         if known and name not in known:
@@ -183,6 +190,8 @@ def _give_as_it_is_read(conversation: Conversation, tokenizer: PreTrainedTokeniz
         if message.get("tool_calls"):
             where, tools = conversation.where(index), conversation.settings.get("tools")
             message["tool_calls"] = with_arguments_as_read(message, tokenizer, tools, where)
+            if "content" not in message:
+                message |= no_content_as_read(tokenizer, tools)
         content = message.get("content")
         if isinstance(content, list) and not _writes(tokenizer, as_parts=True):
             message["content"] = "".join(_texts(content))

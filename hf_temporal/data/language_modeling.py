@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_temporal.collator import LOSS_WEIGHTS
 
@@ -22,6 +23,8 @@ from .loading import DataArguments, TaskData, check_column, load_columns
 from .rows import Row, as_batch
 from .tokenizing import rows_of_pairs, rows_of_texts
 from .weights import Pattern, read_weights
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -87,7 +90,10 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
                 for column in (*needed, *also):
                     holds_texts = column in TEXTS or isinstance(splits[split].features.get(column), Value)
                     check_column("column", column, splits[split], split, holds_texts=holds_texts)
-                return {column: column for column in (*needed, *also)} | weights
+                read = {column: column for column in (*needed, *also)} | weights
+                if unread := [column for column in here if column not in read]:
+                    logger.warning(f"{split}: {', '.join(read)} are read; not read: {', '.join(unread)}.")
+                return read
         forms = "; ".join(" and ".join(needed) for needed in [*FORMS][1:] + [*FORMS][:1])
         raise ValueError(f"the data have the columns {', '.join(there)}; accepted: {forms}; or --text_column")
 

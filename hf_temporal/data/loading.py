@@ -129,7 +129,10 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Any], str, dict[st
         config = arguments.dataset_config_name
         try:
             saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
-            loaded = load_from_disk(name) if saved else load_dataset(name, config, streaming=arguments.streaming)
+            how = _reading(next(Path(name).rglob("*.csv"), Path())) if Path(name).is_dir() else {}
+            loaded = (
+                load_from_disk(name) if saved else load_dataset(name, config, streaming=arguments.streaming, **how)
+            )
             loaded = DatasetDict(train=loaded) if isinstance(loaded, Dataset) else loaded
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]

@@ -38,6 +38,20 @@ def with_arguments_as_read(
     return calls
 
 
+_empty: dict[tuple[str, bool], dict[str, Any]] = {}
+
+
+def no_content_as_read(tokenizer: PreTrainedTokenizerBase, tools: Any) -> dict[str, Any]:
+    """A message that calls without words has no content, null, or an empty text, whichever the template reads."""
+    key = str(tokenizer.chat_template), bool(tools)
+    if key not in _empty:
+        forms: list[dict[str, Any]] = [{}, {"content": None}, {"content": ""}]
+        made = [[_written(tokenizer, tools, each, form) for each in (PROBE, json.dumps(PROBE))] for form in forms]
+        taken = (form for form, texts in zip(forms, made, strict=True) if any(t and "None" not in t for t in texts))
+        _empty[key] = next(taken, {})
+    return _empty[key]
+
+
 def said_by(calls: Any) -> list[str]:
     """What a template that writes tool calls writes: names, and the longest word of each text in the arguments."""
     said = []
@@ -80,12 +94,14 @@ def _reads(tokenizer: PreTrainedTokenizerBase, tools: Any, *, as_json: bool) -> 
     return _read[key][not as_json]
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, tools: Any, arguments: Any) -> str:
+def _written(
+    tokenizer: PreTrainedTokenizerBase, tools: Any, arguments: Any, content: Mapping[str, Any] | None = None
+) -> str:
     """What the template makes of a call with these arguments; empty where it raises or leaves them out."""
     call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "a_function", "arguments": arguments}}
     messages: list[Any] = [
         {"role": "user", "content": "?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", **({"content": ""} if content is None else content), "tool_calls": [call]},
     ]
     try:
         made = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))

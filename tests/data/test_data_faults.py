@@ -180,3 +180,14 @@ def test_a_stream_may_hold_texts_and_parts(tmp_path: Path) -> None:
     (examples,) = load_texts(DataArguments(train_file=path, streaming=True)).splits.values()
     one, other = encode({"messages": [row["messages"] for row in examples]})["input_ids"]
     assert one == other
+
+
+@pytest.mark.parametrize("nothing", ["m['content'] == ''", "not m['content']"])
+def test_a_call_without_content_is_one_for_every_template(nothing: str) -> None:
+    template = HERMES.replace("m.content if m.content else", "'' + m['content'] if not ({nothing}) else")
+    template = template.replace("{nothing}", nothing)
+    for content in ({}, {"content": None}):
+        message = {"role": "assistant", **content, "tool_calls": [{"function": CALLED}]}
+        rows = encode({"messages": [[QUESTION, message]]}, template)
+        learned = [label for label in rows["labels"][0] if label != -100]
+        assert tiny_tokenizer().decode(learned) == f"{json.dumps(CALLED)}<end>"

@@ -261,4 +261,5 @@ def test_words_of_a_csv_file_that_look_like_nothing(tmp_path: Path) -> None:
     )
     data = load_texts(DataArguments(train_file=str(path)))
     assert data.splits["train"]["completion"][:] == [*words, "x"]
+    assert load_texts(DataArguments(dataset_name=str(tmp_path))).splits["train"][:] == data.splits["train"][:]
     assert data.rows == {"train": [*range(8), 9]}
