@@ -184,6 +184,10 @@ def expected(family: Family, tokenizer: PreTrainedTokenizerFast, row: Conversati
         answered = rendered(tokenizer, row, index + 1)
     except Exception as error:
         raise CannotBeLearnedError("the template raises") from error
+    said = str(joined(messages[index].get("content")) or "").lstrip()
+    if not answered.startswith(asked) and asked.endswith("<think>\n") and said.startswith("<think>") and family.ends:
+        opened = said.removeprefix("<think>").removeprefix("\n") + family.ends[0]  # as R1's model has written it
+        return Expected(index, prompt, opened, prompt, "the template drops the thought")
     if not answered.startswith(asked):
         raise CannotBeLearnedError("the prompt is not what stands before the answer")
     written = answered[len(asked) :]
