@@ -231,6 +231,8 @@ def may_be_refused(family: Family, tokenizer: PreTrainedTokenizerFast, row: Conv
     thought = (message.get("reasoning_content") or "").strip()
     if not all(each in str(whole) for each in (said.split("</think>")[-1].strip(), thought, *names)):
         return "the template leaves something out"
+    if any(str(whole).count(name) < names.count(name) for name in names):
+        return "the template leaves a call out"
     return None
 
 
