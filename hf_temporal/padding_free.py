@@ -27,39 +27,33 @@ REPLACED = ("eager", "sdpa")  # others keep the documents of a row apart by them
 PROBED_LENGTHS = (5, 1, 9)
 
 
-def use_padding_free(model: nn.Module, *, required: bool = False) -> bool:
+def use_padding_free(model: nn.Module) -> bool:
     """Let a decoder-only model's attention run document by document where several stand in a row.
 
     On a GPU with flash-attn and weights in half precision, flash attention does it; elsewhere `ATTENTION`, which is as
     exact as `sdpa`. Padded batches and generation take the usual way. The model keeps its own attention, and one line
     of the log says why, where the logits of three short documents in a row are not those of each alone. Pack with
-    `position_ids` and without an `attention_mask` or a cache (`use_cache=False`, as in training).
+    `position_ids`, and without an `attention_mask` or a cache (`use_cache=False`, as in training).
 
     Args:
         model: the model or `PeftModel`, before a trainer wraps or shards it.
-        required: whether a model that cannot do it is an error.
 
     Returns:
         Whether packed rows may be fed to the model.
-
-    Raises:
-        ValueError: `required`, and the documents of a row cannot be kept apart.
     """
-    problem = _problem_with(model)
-    if problem and required:
-        raise ValueError(f"no padding-free batches for {described(model)}: {problem}; accepted: padded batches.")
+    problem = switch_attention(model)
     if problem:
-        logger.warning(f"Batches of {described(model)} are padded: {problem}.")
+        logger.warning(f"Batches of {described(model)} are to be padded: {problem}.")
     return not problem
 
 
-def _problem_with(model: nn.Module) -> str:
-    """Switch the attention; why the model has kept its own, else empty."""
+def switch_attention(model: nn.Module) -> str:
+    """What `use_padding_free` does; why the model has kept its own attention, else empty."""
     base = base_model(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return "an encoder-decoder has rows of two lengths"
     if not isinstance(base, PreTrainedModel) or base.config.sub_configs:
         return "it is no plain text model of transformers"
-    if base.config.is_encoder_decoder:
-        return "the lengths of an encoder-decoder's sources and targets differ"
     if is_prompt_learner(model):
         return "prompt learning puts virtual tokens in front of a row, not of a document"
     if any(parameter.is_meta or not parameter.numel() for parameter in model.parameters()):
@@ -146,7 +140,7 @@ def _lengths_in(
     """The lengths of the documents of the only row, None where there is another mask to make.
 
     `mask_function(batch, head, query, key)` tells which keys a query sees. It is asked where a causal or sliding
-    pattern within documents would differ from any other that transformers has: a few keys for each query.
+    pattern within documents would differ from any other that transformers has: six keys for each query.
     """
     if q_length is None:  # transformers before 5.6
         assert cache_position is not None
@@ -164,7 +158,8 @@ def _lengths_in(
     first = torch.where(starts, place, 0).cummax(0).values
     last_seen = first if local_size is None else first.maximum(place - local_size + 1)
     inside, outside = (place, last_seen), (place + 1, last_seen - 1, first - 1)
-    if not torch.stack([sees(key) for key in inside] + [~sees(key) for key in outside]).all():
+    checks = [sees(key) for key in inside] + [~sees(key) for key in outside] + [sees(place * 0) == (last_seen == 0)]
+    if not torch.stack(checks).all():
         return None
     return [end - start for start, end in pairwise([*starts.nonzero().flatten().tolist(), q_length])]
 
