@@ -8,7 +8,7 @@ document.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -201,8 +201,12 @@ def document_attention(
     window, *lengths = attention_mask.flatten().tolist()
     if query.shape[0] != 1 or not sum(lengths) == query.shape[2] == key.shape[2]:
         raise ValueError(f"documents of {lengths} tokens, and queries of shape {tuple(query.shape)}")
-    documents = zip(*(each.split(lengths, 2) for each in (query, key, value)), strict=True)
-    outputs = [_attention(module, q, k, v, _window_mask(q, window), softcap, settings) for q, k, v in documents]
+    runs = [(len([*run]), length) for length, run in groupby(lengths)]  # neighbours of one length are attended at once
+    sizes = [documents * length for documents, length in runs]
+    outputs = []
+    for run, *parts in zip(runs, *(each.split(sizes, 2) for each in (query, key, value)), strict=True):
+        q, k, v = (part[0].unflatten(1, run).transpose(0, 1) for part in parts)
+        outputs.append(_attention(module, q, k, v, _window_mask(q, window), softcap, settings).flatten(0, 1)[None])
     return torch.cat(outputs, 1), None
 
 

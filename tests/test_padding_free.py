@@ -26,7 +26,7 @@ from hf_temporal.padding_free import ATTENTION, document_attention, document_mas
 from tests.tiny_models import END, IGNORE, PAD, START, VOCABULARY, Example, PadCollator, examples, tiny_model
 from tests.tiny_training import Steps, distance, train
 
-LENGTHS = (5, 1, 13, 1, 9, 30)
+LENGTHS = (5, 1, 13, 13, 1, 1, 9, 30)
 
 
 # ---- the attention alone
@@ -101,7 +101,8 @@ def test_any_other_pattern_gets_the_mask_of_sdpa(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"use_vmap": True}, {"kv_length": 70}, {"attention_mask": torch.ones(1, 59, dtype=torch.bool)}]
+    "changed",
+    [{"use_vmap": True}, {"kv_length": 80}, {"attention_mask": torch.ones(1, sum(LENGTHS), dtype=torch.bool)}],
 )
 def test_other_inputs_get_the_mask_of_sdpa(changed: dict[str, Any]) -> None:
     functions = {"mask_function": lambda _batch, _head, query, key: key <= query}
