@@ -73,7 +73,7 @@ def switch_attention(model: nn.Module) -> str:
             return "its attention does not come from transformers' AttentionInterface"
         if torch.allclose(together, alone, rtol=0, atol=tolerance):
             return ""
-        problem = "a document's logits depend on the others in its row"
+        problem = "the logits of documents in one row are not those of each alone"
     if chosen != own:
         base.set_attn_implementation(own)
     return problem

@@ -48,6 +48,7 @@ def mask_settings(window: int | None, **changed: Any) -> dict[str, Any]:
     allowed = block_diagonal(window)
     settings: dict[str, Any] = {
         "batch_size": 1, "q_length": len(allowed), "kv_length": len(allowed), "q_offset": 0, "kv_offset": 0,
+        "cache_position": torch.arange(len(allowed)),
         "mask_function": lambda _batch, _head, query, key: allowed[query, key], "attention_mask": None,
         "allow_is_causal_skip": False, "local_size": window, "use_vmap": False, "device": torch.device("cpu"),
     }  # fmt: skip
@@ -130,7 +131,9 @@ def tiny(name: str, adapter: str = "plain") -> Any:
     if name != "gemma2":
         return tiny_model(name, adapter)
     model = tiny_model(name, sliding_window=4)
-    for layer in model.model.layers:
+    for layer in (
+        model.model.layers if model.config._attn_implementation == "eager" else ()
+    ):  # older sdpa drops the cap
         layer.self_attn.attn_logit_softcapping = 1.5
     return model
 
