@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .evaluation import load_profiles
     from .linear_cross_entropy import weighted_linear_cross_entropy
     from .losses import weighted_cross_entropy, weighted_regression_loss
+    from .padding_free import use_padding_free
     from .positions import document_ids_of, target_positions
     from .schedules import power_at
     from .suggest import suggest_power
@@ -21,6 +22,7 @@ _NAMES = {
     "evaluation": ["load_profiles"],
     "linear_cross_entropy": ["weighted_linear_cross_entropy"],
     "losses": ["weighted_cross_entropy", "weighted_regression_loss"],
+    "padding_free": ["use_padding_free"],
     "positions": ["document_ids_of", "target_positions"],
     "schedules": ["power_at"],
     "suggest": ["suggest_power"],

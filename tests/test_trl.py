@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeighting, TemporalWeightMixin, TemporalWeightTrainer
+from hf_temporal.padding_free import use_padding_free
 from tests.tiny_models import VOCABULARY, causal_examples, tiny_model
 
 trl = pytest.importorskip("trl", minversion="1.16.0")
@@ -36,7 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2")
 
 
-def run(kind: Any, config: Any, folder: Path, *, rows: Any = ROWS, model: str = "llama", **kwargs: Any) -> Any:
+def run(kind: Any, config: Any, folder: Path, *, rows: Any = ROWS, model: Any = "llama", **kwargs: Any) -> Any:
     own = {key: kwargs.pop(key) for key in ("weighting", "peft_config", "compute_loss_func") if key in kwargs}
     settings = {
         **TWO_STEPS,
@@ -48,7 +49,7 @@ def run(kind: Any, config: Any, folder: Path, *, rows: Any = ROWS, model: str = 
     }
     torch.manual_seed(0)
     trainer = kind(
-        model=tiny_model(model),
+        model=tiny_model(model) if isinstance(model, str) else model,
         args=config(str(folder), **settings),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:3]),
@@ -129,6 +130,16 @@ def test_packing_does_not_change_a_weighted_step(case: dict[str, Any], tmp_path:
         for each in (CASES[1], case)
     ]
     assert (losses[1] == pytest.approx(losses[0], rel=1e-6)) is (case.get("packing_strategy") != "wrapped")
+
+
+def test_padding_free_batches_without_flash_attention(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    assert use_padding_free(model)
+    config = {"temporal_power": 2.0, "max_length": None, "per_device_train_batch_size": 4}
+    padded = run(TemporalWeightSFTTrainer, TemporalSFTConfig, tmp_path, **config)
+    packed = run(TemporalWeightSFTTrainer, TemporalSFTConfig, tmp_path, model=model, padding_free=True, **config)
+    expected = {key: value for key, value in numbers(padded).items() if "num_tokens" not in key}
+    assert {key: numbers(packed)[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_plain_class_with_the_mixin_and_a_plain_config(tmp_path: Path) -> None:

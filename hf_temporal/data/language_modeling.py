@@ -32,9 +32,13 @@ class LanguageModelingArguments:
     """How long a row may be, whether several share one, and what of a conversation is learned."""
 
     block_size: int = argument(1024, "Tokens of a row at most: plain text is cut into such rows, the rest is cut off.")
-    packing: bool = argument(
-        False, "Put the examples of a batch into one row without padding; none attends to another."
+    padding_free: str = argument(
+        "auto",
+        "Put the examples of a batch into one row without padding; none attends to another. auto: where the attention "
+        "of a decoder-only model can run example by example.",
+        ["auto", "on", "off"],
     )
+    packing: bool = argument(False, "The same as --padding_free on.")
     train_on: str = argument(
         "all", "The answers of a conversation that are learned: all, or the last.", ["all", "last"]
     )
@@ -50,6 +54,10 @@ class LanguageModelingArguments:
 
     def __post_init__(self) -> None:
         check_counts(2, block_size=self.block_size)
+        if self.padding_free not in ("auto", "on", "off"):
+            raise ValueError(f"padding_free={self.padding_free!r}; accepted: 'auto', 'on', 'off'.")
+        if self.packing and self.padding_free == "off":
+            raise ValueError("packing=True and padding_free='off'; accepted: one of them.")
         if self.train_on not in ("all", "last"):
             raise ValueError(f"train_on={self.train_on!r}; accepted: 'all', 'last'.")
         self.patterns  # noqa: B018 - a wrong one is told before any data are loaded
@@ -63,6 +71,11 @@ class LanguageModelingArguments:
             raise ValueError(f"chat_template_kwargs={self.chat_template_kwargs!r}; accepted: a mapping in JSON.")
         if self.chat_template is not None and not Path(self.chat_template).is_file():
             raise ValueError(f"chat_template={self.chat_template!r} is no file; accepted: a file of a Jinja template.")
+
+    @property
+    def wants_one_row(self) -> str:
+        """The argument that asks for the examples of a batch in one row, whatever the model; empty where none does."""
+        return "packing=True" if self.packing else "padding_free='on'" if self.padding_free == "on" else ""
 
     @property
     def patterns(self) -> list[Pattern]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import (
     AutoTokenizer,
@@ -18,11 +19,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
+from hf_temporal._peft import base_model
 from hf_temporal.data.cache import made_once
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
 from hf_temporal.data.small_t5 import small_t5_config, train_tokenizer
 from hf_temporal.model.model_loss import read_model_loss
+from hf_temporal.padding_free import switch_attention
 from hf_temporal.positions import IGNORE_INDEX
 from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, TemporalTrainingArguments
 
@@ -34,6 +38,8 @@ from .run import begin, carry_out, publish, settings_of, share_cores, tell_power
 from .tasks import TASK_KINDS, LanguageModeling, Scores, Summarization, Task, load_task
 from .trainers import Answers
 from .weight_shares import tell_shares
+
+logger = logging.get_logger(__name__)
 
 CAUSAL_ARGUMENTS = (ModelArguments, *TASK_KINDS, TemporalTrainingArguments)
 SEQ2SEQ_ARGUMENTS = (Seq2SeqModelArguments, *TASK_KINDS, TemporalSeq2SeqTrainingArguments)
@@ -96,7 +102,7 @@ class FineTuning:
 
 def prepare_causal_lm(parsed: Sequence[Any]) -> FineTuning:
     """The run of a decoder-only model, from an object of each of `CAUSAL_ARGUMENTS`; others may precede the last."""
-    model_args, language_modeling_args = parsed[0], parsed[5]
+    model_args = parsed[0]
     base = model_args.model_name_or_path or model_args.model_type or EMBEDDED_MODEL
     run = _prepare(
         parsed,
@@ -105,13 +111,7 @@ def prepare_causal_lm(parsed: Sequence[Any]) -> FineTuning:
         base_model=None if model_args.model_type else base,
         base_model_note=EMBEDDED_PROVENANCE if base == EMBEDDED_MODEL else None,
     )
-    if language_modeling_args.packing:
-        if not read_model_loss(run.model).keeps_documents_apart:
-            raise ValueError(
-                f"packing=True for a {type(run.model).__name__}, in which a packed document depends on those before "
-                "it; accepted: packing=False"
-            )
-        run.data_collator = DataCollatorWithFlattening()
+    pad_nothing(run)
     return run
 
 
@@ -132,7 +132,53 @@ def prepare_seq2seq(parsed: Sequence[Any]) -> FineTuning:
     training_args.generation_num_beams = run.num_beams = training_args.generation_num_beams or run.num_beams
     if not training_args.predict_with_generate:
         run.scores = None
+    pad_nothing(run)
     return run
+
+
+def pad_nothing(run: FineTuning) -> None:
+    """Put the examples of a batch into one row, where that is asked for or the model and the run allow it.
+
+    Where it is asked for, a model whose attention cannot be replaced goes over the row as a whole.
+    """
+    asked = run.arguments[5].wants_one_row
+    if run.arguments[5].padding_free == "off":
+        return
+    if asked and (run.model.config.is_encoder_decoder or not read_model_loss(run.model).keeps_documents_apart):
+        raise ValueError(
+            f"{asked} for a {type(base_model(run.model)).__name__}, in which a packed document depends on those "
+            "before it; accepted: padding_free='auto' or 'off', without packing"
+        )
+    problem = _need_of_padding(run) or next(filter(None, gather_object([switch_attention(run.model)])), "")
+    if problem and not asked:
+        logger.warning(f"padding_free='auto': batches are padded, since {problem}.")
+        return
+    run.data_collator = DataCollatorWithFlattening()
+    if problem:
+        logger.warning(f"{asked}: the model's own attention goes over each row as a whole, since {problem}.")
+        return
+    load = run.load
+
+    def load_switched() -> Loaded:
+        model, tokenizer = load()
+        switch_attention(model)
+        return model, tokenizer
+
+    run.load = load_switched
+
+
+def _need_of_padding(run: FineTuning) -> str:
+    """Why this run of a decoder-only model needs one example per row, else empty."""
+    args, data_args = run.training_args, run.arguments[2]
+    how: Any = args.accelerator_config
+    parallel: Any = args.parallelism_config
+    if run.model.config.is_encoder_decoder:
+        return ""
+    if run.compute_metrics:
+        return "answers are read off the rows"
+    if args.world_size > 1 and (data_args.streaming or how.dispatch_batches or how.split_batches):
+        return "one process makes the batches of all"
+    return "rows are split between processes" if parallel is not None and parallel.cp_size > 1 else ""
 
 
 def _prepare(parsed: Sequence[Any], load_model: Callable[[Task], tuple[Any, Any]], **origin: str | None) -> FineTuning:

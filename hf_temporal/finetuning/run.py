@@ -42,7 +42,7 @@ from .usage import usage
 PREDICTIONS_NAME = "predictions.jsonl"
 POWERS_NAME = "suggested_power.png"
 # A run stays the same one when they change.
-FREE_SETTINGS = ("preprocessing_num_workers", "suggest_power", "search_power")
+FREE_SETTINGS = ("padding_free", "preprocessing_num_workers", "suggest_power", "search_power")
 
 
 def begin(training_args: TrainingArguments, arguments: Sequence[Any], task: Task) -> Continuation:

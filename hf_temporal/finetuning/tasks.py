@@ -319,9 +319,9 @@ def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Tas
     """The task with its data, from one object of each of `TASK_KINDS`."""
     task_args, data_args, summarization_args, copying_args, language_modeling_args = arguments
     text_column = summarization_args.text_column
-    packs, copies = language_modeling_args.packing, task_args.task == "copying"
+    packs, copies = language_modeling_args.wants_one_row, task_args.task == "copying"
     if packs and copies and copying_args.copying_form == "digits":
-        raise ValueError("packing=True and copying_form='digits': each row is read alone; accepted: one of them")
+        raise ValueError(f"{packs} and copying_form='digits': each row is read alone; accepted: one of them")
     with training_args.main_process_first():
         if task_args.task == "summarization":
             kwargs = language_modeling_args.chat_template_kwargs

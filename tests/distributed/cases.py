@@ -31,6 +31,7 @@ from hf_temporal import (
     TemporalWeightTrainer,
 )
 from hf_temporal.evaluation import load_profiles
+from hf_temporal.padding_free import use_padding_free
 from tests.test_trainer_models import Regressor, series
 from tests.tiny_models import IGNORE, Example, PackCollator, PadCollator, examples, tiny_model
 from tests.tiny_training import Steps, train
@@ -164,7 +165,9 @@ class TrainingCase:
         return train(trainer, arguments_class, model, rows, folder, collator=self.collator, **arguments)
 
     def _model(self) -> Any:
-        return Regressor() if self.model == "regressor" else tiny_model(self.model, self.adapter, **self.config)
+        model = Regressor() if self.model == "regressor" else tiny_model(self.model, self.adapter, **self.config)
+        assert not isinstance(self.collator, DataCollatorWithFlattening) or use_padding_free(model)
+        return model
 
     def _divided_model(self, loaders: int, processes: int, folder: Path) -> Any:
         torch.manual_seed(0)
@@ -261,6 +264,7 @@ QUICK = {
     "padded": TrainingCase("llama"),
     "accumulated, weighted over the batch": TrainingCase("gpt2", 2.0, "batch", accumulation=2),
     "encoder-decoder at p = 0": TrainingCase("t5", 0.0),
+    "padding-free": TrainingCase("llama", collator=DataCollatorWithFlattening()),
     "LoRA on the head, last token": TrainingCase("llama", math.inf, "batch", adapter="lora_head"),
     "as stock at p = 0": TrainingCase("llama", 0.0, stock=True, options=OFF),
     "FSDP2, tied head": TrainingCase("qwen3", engine=FSDP2),

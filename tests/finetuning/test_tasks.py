@@ -13,13 +13,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+)
 
 from hf_temporal.data.loading import DataArguments
 from hf_temporal.data.summarization import SummarizationArguments
 from hf_temporal.finetuning.configuration import parse
-from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, prepare_causal_lm
+from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, SEQ2SEQ_ARGUMENTS, prepare_causal_lm, prepare_seq2seq
 from hf_temporal.finetuning.tasks import Summarization
+from hf_temporal.padding_free import ATTENTION
 from recipes import finetune_causal_lm, finetune_seq2seq
 from tests.tiny_run import Tiny
 from tests.tiny_summarization import tiny_tokenizer
@@ -130,9 +138,8 @@ def test_chats_are_learned_packed_as_well_as_padded(tiny: Tiny, tmp_path: Path) 
     path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS), encoding="utf-8")
     files = ("--train_file", str(path), "--validation_file", str(path), "--task", "language_modeling")
     model = ("--model_name_or_path", str(tiny.model), "--temporal_power", "2")
-    for how in ("padded", "packed"):
-        packing = ("--packing",) if how == "packed" else ()
-        finetune_causal_lm.main([*files, *model, *QUICK, *packing, "--output_dir", str(tmp_path / how)])
+    for how, flags in {"padded": ("--padding_free", "off"), "packed": ("--packing",)}.items():
+        finetune_causal_lm.main([*files, *model, *QUICK, *flags, "--output_dir", str(tmp_path / how)])
     padded, packed = (load_file(tmp_path / how / "model.safetensors") for how in ("padded", "packed"))
     before = AutoModelForCausalLM.from_pretrained(tiny.model).state_dict()
     for name, weight in packed.items():
@@ -152,6 +159,63 @@ def test_packing_is_refused_for_a_model_that_crosses_documents(tiny: Tiny, tmp_p
         finetune_causal_lm.main(
             [*files, *new, str(tiny.model), "--packing", *QUICK, "--output_dir", str(tmp_path / "run")]
         )
+
+
+BLOOM = ("--model_type", "bloom", "--config_overrides", "hidden_size=16,n_layer=1,n_head=2")
+LLAMA = ("--model_type", "llama", "--config_overrides", SMALL_LLAMA)
+PREFIX = "padding_free='auto': batches are padded, since "
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ((*DIGITS, *LLAMA), "answers are read off the rows"),
+        ((*DIGITS, *BLOOM), "answers are read off the rows"),
+        ((*BLOOM, "--tokenizer_name"), "its attention does not come from transformers' AttentionInterface"),
+        (("--model_name_or_path",), ""),
+    ],
+)
+def test_batches_are_padded_where_they_have_to_be(
+    flags: tuple[str, ...], problem: str, tiny: Tiny, tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    data = () if "--task" in flags else (str(tiny.model), *tiny.data_flags)
+    argv = [*flags, *data, *QUICK, "--output_dir", str(tmp_path)]
+    run = prepare_causal_lm(parse(CAUSAL_ARGUMENTS, argv))
+    assert [line.removeprefix(PREFIX) for line in warnings.messages if line.startswith(PREFIX)] == (
+        [f"{problem}."] if problem else []
+    )
+    assert isinstance(run.data_collator, DataCollatorForSeq2Seq if problem else DataCollatorWithFlattening)
+    model, _ = run.load()  # as a search for p makes it anew
+    assert model.config._attn_implementation == run.model.config._attn_implementation
+    assert (run.model.config._attn_implementation == ATTENTION) == (not problem)
+
+
+def test_an_encoder_decoder_s_batches_are_padded(
+    tiny: Tiny, tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    t5 = ("--model_type", "t5", "--config_overrides", SMALL_T5, "--tokenizer_name", str(tiny.model))
+    argv = [*t5, *tiny.data_flags, *QUICK, "--output_dir", str(tmp_path)]
+    run = prepare_seq2seq(parse(SEQ2SEQ_ARGUMENTS, argv))
+    assert isinstance(run.data_collator, DataCollatorForSeq2Seq)
+    assert f"{PREFIX}an encoder-decoder has rows of two lengths." in warnings.messages
+    with pytest.raises(ValueError, match="padding_free='on' for a T5ForConditionalGeneration"):
+        prepare_seq2seq(parse(SEQ2SEQ_ARGUMENTS, [*argv, "--padding_free", "on"]))
+
+
+def test_a_model_whose_attention_stays_is_packed_where_that_is_asked_for(
+    tiny: Tiny, tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    new = ("--model_type", "gptj", "--config_overrides", "n_embd=16,n_layer=1,n_head=2,rotary_dim=4,n_positions=64")
+    argv = [*new, "--tokenizer_name", str(tiny.model), *tiny.data_flags, *QUICK, "--output_dir", str(tmp_path)]
+    asked = prepare_causal_lm(parse(CAUSAL_ARGUMENTS, [*argv, "--padding_free", "on"]))
+    assert isinstance(asked.data_collator, DataCollatorWithFlattening)
+    assert "padding_free='on': the model's own attention goes over each row as a whole, since" in warnings.text
+    assert isinstance(prepare_causal_lm(parse(CAUSAL_ARGUMENTS, argv)).data_collator, DataCollatorForSeq2Seq)
+
+
+def test_packing_and_padding_contradict_each_other(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="packing=True and padding_free='off'"):
+        parse(CAUSAL_ARGUMENTS, tiny.flags(tmp_path, "--packing", "--padding_free", "off"))
 
 
 def test_plain_text_is_the_causal_recipe_s_alone(tiny: Tiny, tmp_path: Path) -> None:
