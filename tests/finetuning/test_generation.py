@@ -259,7 +259,8 @@ def test_batches_stay_as_they_were_where_rounding_depends_on_them(
     dtype: torch.dtype, counted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tiny_tokenizer()
-    model: Any = tiny_llama(len(tokenizer)).to(dtype=dtype)
+    model: Any = tiny_llama(len(tokenizer))
+    model.to(dtype)
     given: list[int | None] = []
 
     def batches(lengths: list[int], size: int, new_tokens: int | None) -> list[list[int]]:
