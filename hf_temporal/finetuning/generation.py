@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,12 +11,16 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BatchEncoding, DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
+from hf_temporal._peft import base_model
 from hf_temporal.positions import IGNORE_INDEX
 
 from .adapters import adapter_added
 
+MIN_PREFIX = 8  # tokens that all prompts begin with
 PERIOD = 0.25  # seconds between two looks
 BUSY_SHARE = 0.75  # of a core: 0.99 on an idle machine, 0.2 to 0.5 beside three busy processes on two cores
 
@@ -40,8 +45,9 @@ def generate_completions(
     """The tokens with which a decoder-only `model` continues each prompt, end and padding included.
 
     Left-padded batches of similar length, no sampling. A LoRA adapter is added to a copy of the weights as long as
-    this takes. As many prompts go into a batch as fit into the memory that `batch_size` of the longest take. Where the
-    weights have less than 32 bits it is `batch_size` prompts: how such numbers are rounded depends on the batch.
+    this takes. As many prompts go into a batch as fit into the memory that `batch_size` of the longest take, and what
+    all prompts begin with is computed once. Under autocast and with weights of less than 32 bits it is `batch_size`
+    prompts, each computed in full: how such numbers are rounded depends on the batch.
 
     Args:
         synced_gpus: The weights are sharded: every process has as many batches as the others, and no adapter is added.
@@ -49,15 +55,23 @@ def generate_completions(
     was_training = model.training
     model.eval()
     completions: list[list[int]] = [[]] * len(prompts)
-    by_tokens = not synced_gpus and torch.finfo(model.dtype).bits >= 32
-    batches = make_batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens if by_tokens else None)
+    autocast = "forward" in vars(base_model(model))  # which accelerate has put there
+    exact = not synced_gpus and not autocast and torch.finfo(model.dtype).bits >= 32
+    batches = make_batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens if exact else None)
     with brief_waiting_when_busy(), nullcontext() if synced_gpus else adapter_added(model):
+        prefix = prefix_cache(model, prompts) if exact else None
         for chosen in tqdm(batches, "Generating", leave=False):
             batch: BatchEncoding = tokenizer.pad(
                 {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
             )
+            batch = batch.to(model.device)
+            given = {}
+            if prefix is not None:
+                padding = (batch["attention_mask"] == 0).sum(1).repeat_interleave(num_beams)
+                given["past_key_values"] = cache_behind_padding(prefix, padding)
             tokens = model.generate(
-                **batch.to(model.device),
+                **batch,
+                **given,
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 do_sample=False,
@@ -86,6 +100,42 @@ def make_batches(lengths: Sequence[int], batch_size: int, new_tokens: int | None
         else:
             batches.append([index])
     return batches
+
+
+def prefix_cache(model: Any, prompts: Sequence[list[int]]) -> DynamicCache | None:
+    """Keys and values of the tokens that all prompts begin with; each prompt keeps its last token to itself.
+
+    None where these tokens are few, where the cache of the model is more than a key and a value for each token, and
+    for a mixture of experts that returns what its routers say, which cannot go on from a cache.
+    """
+    base = base_model(model)
+    takes = {"position_ids", "logits_to_keep"} <= set(inspect.signature(base.forward).parameters)
+    if len(prompts) < 2 or not takes or getattr(base.config, "output_router_logits", False):
+        return None
+    length = min(len(prompt) for prompt in prompts) - 1
+    for column in reversed(range(length)):
+        if len({prompt[column] for prompt in prompts}) > 1:
+            length = column
+    if length < MIN_PREFIX:
+        return None
+    tokens = torch.tensor([prompts[0][:length]], device=model.device)
+    cache = base(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return cache if plain else None
+
+
+def cache_behind_padding(cache: DynamicCache, padding: Tensor) -> DynamicCache:
+    """The first columns of left-padded rows: `padding` [rows] tokens, then those of `cache`, cut at its length.
+
+    What stands at the padding is masked.
+    """
+    columns = torch.arange(cache.get_seq_length(), device=padding.device) - padding[:, None]
+    rows = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        own: Any = layer
+        keys, values = (each[0][:, columns.clamp(min=0)].transpose(0, 1) for each in (own.keys, own.values))
+        rows.update(keys.contiguous(), values.contiguous(), index)
+    return rows
 
 
 @contextmanager

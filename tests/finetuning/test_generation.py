@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from hf_temporal.finetuning import adapters, generation
 from hf_temporal.finetuning.adapters import adapter_added, add_adapter
-from hf_temporal.finetuning.generation import generate_completions, make_batches
+from hf_temporal.finetuning.generation import cache_behind_padding, generate_completions, make_batches, prefix_cache
 from hf_temporal.finetuning.models import ModelArguments
 from tests.tiny_models import tiny_model
 from tests.tiny_summarization import tiny_llama, tiny_tokenizer
@@ -80,6 +82,7 @@ def test_the_answers_are_those_of_the_adapter_beside_the_weights(
     assert_kept(model, before)
     assert model.training
     monkeypatch.setattr(generation, "adapter_added", lambda _: nullcontext())
+    monkeypatch.setattr(generation, "prefix_cache", lambda *_: None)
     monkeypatch.setattr(
         generation, "make_batches", lambda lengths, size, _: make_batches(lengths, size, new_tokens=None)
     )
@@ -270,3 +273,80 @@ def test_batches_stay_as_they_were_where_rounding_depends_on_them(
     monkeypatch.setattr(generation, "make_batches", batches)
     generate_completions(model, tokenizer, some_prompts(3), max_new_tokens=2)
     assert given == [None if counted else 2]
+
+
+def test_batches_stay_as_they_were_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    model: Any = tiny_llama(len(tokenizer))
+    given: list[int | None] = []
+
+    def batches(lengths: list[int], size: int, new_tokens: int | None) -> list[list[int]]:
+        given.append(new_tokens)
+        return make_batches(lengths, size, new_tokens)
+
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    monkeypatch.setattr(generation, "prefix_cache", lambda *_: pytest.fail("computed apart"))
+    monkeypatch.setattr(generation, "make_batches", batches)
+    generate_completions(model, tokenizer, some_prompts(3), max_new_tokens=2)
+    assert given == [None]
+
+
+# ---- what all prompts begin with
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "cached"),
+    [("llama", True), ("gpt2", True), ("qwen3", True), ("cohere", True), ("mixtral", True), ("gemma2", False)],
+)
+def test_a_prefix_computed_once_gives_the_same_answers(
+    name: str, cached: bool, num_beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 2 keeps a window of its tokens."""
+    model = with_adapter(tiny_model(name))
+    model.get_base_model().config.output_router_logits = False
+    prefix, ends = list(range(3, 15)), [[7 + token % 80 for token in prompt] for prompt in some_prompts(30)]
+    prompts = [prefix, *(prefix + end for end in ends)]
+
+    def answers() -> list[list[int]]:
+        return generate_completions(
+            model, tiny_tokenizer(), prompts, max_new_tokens=8, num_beams=num_beams, batch_size=7
+        )
+
+    computed: list[int] = []
+
+    def behind_padding(cache: DynamicCache, padding: Tensor) -> DynamicCache:
+        computed.append(cache.get_seq_length())
+        return cache_behind_padding(cache, padding)
+
+    monkeypatch.setattr(generation, "cache_behind_padding", behind_padding)
+    found = answers()
+    assert set(computed) == ({len(prefix) - 1} if cached else set())
+    monkeypatch.setattr(generation, "prefix_cache", lambda *_: None)
+    assert found == answers()
+    assert len({tuple(row) for row in found}) > 5
+
+
+def test_short_beginnings_and_single_prompts_are_computed_in_full() -> None:
+    model = tiny_model("llama").eval()
+    long = list(range(3, 15))
+    with torch.no_grad():
+        for prompts in ([], [long], [long, long[:6]], [[*long[:7], 40, 41], long]):
+            assert prefix_cache(model, prompts) is None
+        cache = prefix_cache(model, [[*long, 40], [*long, 41, 42]])
+        routed = tiny_model("mixtral").eval()
+        assert routed.config.output_router_logits
+        assert prefix_cache(routed, [[*long, 40], [*long, 41, 42]]) is None
+    assert cache is not None
+    assert cache.get_seq_length() == len(long)
+
+
+def test_columns_of_a_cache_move_behind_the_padding() -> None:
+    cache = DynamicCache()
+    keys = torch.arange(10.0).view(1, 1, 5, 2)
+    cache.update(keys, -keys, 0)
+    layer: Any = cache_behind_padding(cache, torch.tensor([0, 2, 5])).layers[0]
+    assert layer.keys.shape == (3, 1, 5, 2)
+    assert torch.equal(layer.keys[0], keys[0])
+    assert torch.equal(layer.keys[1, :, 2:], keys[0, :, :3])
+    assert torch.equal(layer.values, -layer.keys)
