@@ -16,6 +16,7 @@ from hf_temporal.positions import IGNORE_INDEX
 
 from .rows import Row
 from .tokenizing import continued, tokenize
+from .tool_calls import no_content_as_read, said_by, with_arguments_as_read
 from .weights import Pattern, spread
 
 Message = dict[str, Any]
@@ -82,7 +83,7 @@ def encode_conversations(
     grouped: list[list[list[Answer]]] = []
     for conversation in conversations:
         _check_settings(conversation, tokenizer)
-        _give_as_it_is_read(conversation.messages, tokenizer)
+        _give_as_it_is_read(conversation, tokenizer)
         grouped.append(_in_one_context(_answers(conversation, tokenizer, ends)))
     every = [group for groups in grouped for group in groups]
     encoded = iter(tokenize(tokenizer, [group[-1].prompt + group[-1].text for group in every]))
@@ -159,7 +160,19 @@ def _weights(
 
 def _check_settings(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the template reads what it is given: tools that it leaves out would be trained on in silence."""
-    template = str(tokenizer.get_chat_template(tools=conversation.settings.get("tools")))
+    if taken := {"messages", "add_generation_prompt"} & {*conversation.settings}:
+        raise ValueError(
+            f"chat_template_kwargs for the {conversation.column} of {conversation.row} hold "
+            f"{', '.join(sorted(taken))}, which the rows are made with; accepted: other arguments of the template."
+        )
+    try:
+        template = str(tokenizer.get_chat_template(tools=conversation.settings.get("tools")))
+    except ValueError as error:
+        where = f"the {conversation.column} of {conversation.row}"
+        accepted = "a tokenizer with a default template, or --chat_template FILE"
+        raise ValueError(
+            f"none of the tokenizer's chat templates is for {where} ({error}); accepted: {accepted}."
+        ) from error
     known = _variables(template)
     for name in conversation.settings:
         if known and name not in known:
@@ -171,9 +184,14 @@ def _check_settings(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
             )
 
 
-def _give_as_it_is_read(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> None:
+def _give_as_it_is_read(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the contents texts, or lists of parts, whichever the template writes; both are the same at inference."""
-    for message in messages:
+    for index, message in enumerate(conversation.messages):
+        if message.get("tool_calls"):
+            where, tools = conversation.where(index), conversation.settings.get("tools")
+            message["tool_calls"] = with_arguments_as_read(message, tokenizer, tools, where)
+            if "content" not in message:
+                message |= no_content_as_read(tokenizer, tools)
         content = message.get("content")
         if isinstance(content, list) and not _writes(tokenizer, as_parts=True):
             message["content"] = "".join(_texts(content))
@@ -244,9 +262,9 @@ def _render(
     except Exception as error:  # a template may raise anything
         last, role = len(parts[len(made)]) - 1, parts[len(made)][-1]["role"]
         raise ValueError(
-            f"{conversation.column} hold a {role} message (message {last} of {conversation.row}) of which, behind "
-            f"those before it, the chat template makes nothing ({type(error).__name__}: {error}); accepted: messages "
-            "that it takes, or another template (--chat_template FILE)."
+            f"{conversation.column} hold a message of the role {role} (message {last} of {conversation.row}) of "
+            f"which, behind those before it, the chat template makes nothing ({type(error).__name__}: {error}); "
+            "accepted: messages that it takes, or another template (--chat_template FILE)."
         ) from error
     return made
 
@@ -277,8 +295,7 @@ def _opened(prompt: str, rendered: str, message: Message, name: str) -> str:
 
 def _check_written(message: Message, text: str, name: str) -> None:
     """Check that a template has written all that the message says."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or [] if isinstance(call, dict)]
-    said = {"content": message.get("content"), "tool_calls": [str(call.get("name", "")) for call in calls]}
+    said = {"content": message.get("content"), "tool_calls": said_by(message.get("tool_calls"))}
     reasoning = next((key for key in REASONING if message.get(key)), None)
     if reasoning is not None:
         said[reasoning] = message[reasoning]

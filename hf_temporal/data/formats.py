@@ -16,14 +16,14 @@ logger = logging.get_logger(__name__)
 CHAT_COLUMNS = ("tools", "documents", "chat_template_kwargs")  # beside conversations
 # The columns that tell a form, and those that may stand beside them; the first form whose columns are there counts.
 FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("input_ids",): ("labels",),
+    ("input_ids",): ("labels", "attention_mask"),
     ("messages",): CHAT_COLUMNS,
     ("conversations",): ("system", *CHAT_COLUMNS),
     ("prompt", "completion"): CHAT_COLUMNS,
     ("instruction", "output"): ("input",),
     ("text",): (),
 }
-TEXTS = ("instruction", "output", "text")  # columns that hold texts and nothing else
+TEXTS = ("system", "instruction", "input", "output", "text")  # columns that hold texts and nothing else
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -69,11 +69,14 @@ def conversations_of(
             column = "messages" if "messages" in values else "conversations"
             first = [{"role": "system", "content": values["system"]}] if values.get("system") else []
             messages = first + _messages(values[column], column, row)
-        answers = _answers(messages, column, row)
+            if first and messages[1:2] and messages[1]["role"] == "system":
+                raise ValueError(f"system and {column} of {row} both hold a system message; accepted: one of them.")
+        answers = _answers(messages, column, row, context=len(prompt))
         learned = [index for index in answers if index >= len(prompt)]
         learned = learned[-1:] if train_on == "last" else learned
         weights = {index: answers[index] for index in learned if answers[index]}
         own = {each: _list(values[each], each, row) for each in ("tools", "documents") if values.get(each)}
+        own = {each: given for each, given in own.items() if given}
         more = _json(values.get("chat_template_kwargs") or {}, f"chat_template_kwargs of {row}")
         if not isinstance(more, Mapping):
             raise ValueError(f"chat_template_kwargs of {row} is {more!r}; accepted: a mapping, or its JSON.")
@@ -81,16 +84,16 @@ def conversations_of(
     return made
 
 
-def _answers(messages: list[Message], column: str, row: str) -> dict[int, float]:
-    """The weight of each answer, taken out of the messages."""
+def _answers(messages: list[Message], column: str, row: str, *, context: int) -> dict[int, float]:
+    """The weight of each answer, taken out of the messages; the first `context` messages are not learned."""
     answers = {}
     for index, message in enumerate(messages):
         where = f"weight of {column} of {row}, message {index},"
         weight = read_weight(message.pop("weight", 1), where)
         if message["role"] == "assistant":
             answers[index] = weight
-        elif weight not in (0, 1):
-            accepted = "0 or 1 there, and any weight of an assistant's message"
+        if (message["role"] != "assistant" or index < context) and weight not in (0, 1):
+            accepted = "0 or 1 there, and any weight of an assistant's message that is learned"
             raise ValueError(f"{where} of the role {message['role']}, is {weight}; accepted: {accepted}.")
     return answers
 
@@ -121,11 +124,16 @@ def _messages(value: Any, column: str, row: str) -> list[Message]:
             )
         role = message["role"] = ROLES.get(message["role"], message["role"])
         if role == CALL:
-            call = _json(message["content"], where)
+            call = _json(message.pop("content", None), where)
             calls = call if isinstance(call, list) else [call]
-            message = {"role": "assistant", "tool_calls": [{"type": "function", "function": each} for each in calls]}
+            if not all(isinstance(each, Mapping) for each in calls):
+                raise ValueError(f"{where} is {given!r}; accepted: a call with name and arguments, or its JSON.")
+            called = [{"type": "function", "function": each} for each in calls]
+            message = {**message, "role": "assistant", "tool_calls": called}
         elif role not in OWN_ROLES:
             raise ValueError(f"{where} is of role {role!r}; accepted: {', '.join((*OWN_ROLES, *ROLES, CALL))}.")
+        if message.get("tool_calls"):
+            message["tool_calls"] = _list(message["tool_calls"], "tool_calls", where)
         if "content" in message:
             message["content"] = _content(message["content"], column, f"message {index} of {row}")
         messages.append(message)
@@ -159,7 +167,7 @@ def _list(value: Any, column: str, row: str) -> list[dict[str, Any]]:
     looks_like_json = isinstance(value, str) and value.lstrip().startswith("[")
     read = _json(value, f"{column} of {row}") if looks_like_json else value
     if not isinstance(read, (list, tuple)) or not all(isinstance(each, Mapping) for each in read):
-        more = "" if column in CHAT_COLUMNS else " with role and content"
+        more = "" if column in (*CHAT_COLUMNS, "tool_calls") else " with role and content"
         given = repr(value)[:200]
         raise ValueError(f"{column} hold {given}; accepted: a list of mappings{more}, or its JSON ({row}).")
     return list(read) if isinstance(value, str) else [_without_nulls(each) for each in read]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_temporal.collator import LOSS_WEIGHTS
 
@@ -20,6 +23,8 @@ from .loading import DataArguments, TaskData, check_column, load_columns
 from .rows import Row, as_batch
 from .tokenizing import rows_of_pairs, rows_of_texts
 from .weights import Pattern, read_weights
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -72,8 +77,8 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
     """
 
     def choose(splits: dict[str, Dataset], split: str, embedded: bool) -> dict[str, str]:
-        there = next(iter(splits.values())).column_names
-        weights = {LOSS_WEIGHTS: LOSS_WEIGHTS} if LOSS_WEIGHTS in there else {}
+        there, here = next(iter(splits.values())).column_names, splits[split].column_names
+        weights = {LOSS_WEIGHTS: LOSS_WEIGHTS} if LOSS_WEIGHTS in here else {}
         if text_column is not None:
             check_column("text_column", text_column, splits[split], split)
             return {text_column: "text", **weights}
@@ -81,11 +86,14 @@ def load_texts(data_args: DataArguments, text_column: str | None = None) -> Task
             return {"body": "text"}
         for needed, optional in FORMS.items():
             if all(column in there for column in needed):
-                for column in needed:
-                    holds_texts = column in TEXTS or isinstance(splits[split].features[column], Value)
+                also = [column for column in optional if column in here]
+                for column in (*needed, *also):
+                    holds_texts = column in TEXTS or isinstance(splits[split].features.get(column), Value)
                     check_column("column", column, splits[split], split, holds_texts=holds_texts)
-                also = [column for column in optional if column in there]
-                return {column: column for column in (*needed, *also)} | weights
+                read = {column: column for column in (*needed, *also)} | weights
+                if unread := [column for column in here if column not in read]:
+                    logger.warning(f"{split}: {', '.join(read)} are read; not read: {', '.join(unread)}.")
+                return read
         forms = "; ".join(" and ".join(needed) for needed in [*FORMS][1:] + [*FORMS][:1])
         raise ValueError(f"the data have the columns {', '.join(there)}; accepted: {forms}; or --text_column")
 
@@ -158,7 +166,8 @@ def brings_weights(examples: Dataset, arguments: LanguageModelingArguments) -> b
     if arguments.weight_pattern or LOSS_WEIGHTS in examples.column_names:
         return True
     columns = [name for name in ("messages", "conversations", "completion") if name in examples.column_names]
-    return any('"weight"' in json.dumps(value) for name in columns for value in examples[name])
+    key = re.compile(r'"weight\\?"')  # its quotes are escaped in messages that are JSON themselves
+    return any(key.search(json.dumps(value)) for name in columns for value in examples[name])
 
 
 def are_conversations(batch: Mapping[str, Sequence[Any]], names: Sequence[str] = ()) -> bool:
@@ -176,13 +185,18 @@ def are_conversations(batch: Mapping[str, Sequence[Any]], names: Sequence[str] =
 
 
 def _given(batch: Mapping[str, Sequence[Any]], place: int, name: str) -> Row:
-    """A row that is tokenized already; without labels, all of it is learned."""
-    tokens = [int(token) for token in batch["input_ids"][place]]
-    labels = [int(label) for label in batch["labels"][place]] if "labels" in batch else tokens
-    if len(labels) != len(tokens):
-        raise ValueError(f"labels of {name} are {len(labels)}; accepted: {len(tokens)}, one for each of input_ids.")
-    if LOSS_WEIGHTS not in batch:
-        return Row(tokens, labels)
-    return Row(tokens, labels).times(
-        read_weights(batch[LOSS_WEIGHTS][place], len(tokens), f"{LOSS_WEIGHTS} of {name}")
-    )
+    """A row that is tokenized already, without its padding; without labels, all of it is learned."""
+    given = {column: batch[column][place] for column in ("input_ids", "labels", "attention_mask") if column in batch}
+    for column, values in given.items():
+        if not isinstance(values, (list, tuple)) or not all(isinstance(value, int) for value in values):
+            raise ValueError(f"{column} of {name} is {str(values)[:80]}; accepted: a list of integers.")
+        if len(values) != len(given["input_ids"]):
+            accepted = f"{len(given['input_ids'])}, one for each of input_ids"
+            raise ValueError(f"{column} of {name} are {len(values)}; accepted: {accepted}.")
+    tokens = given["input_ids"]
+    row = Row(tokens, given.get("labels", tokens))
+    if LOSS_WEIGHTS in batch:
+        row = row.times(read_weights(batch[LOSS_WEIGHTS][place], len(tokens), f"{LOSS_WEIGHTS} of {name}"))
+    read = [bool(each) for each in given.get("attention_mask", [1] * len(tokens))]
+    weights = row.weights and [*compress(row.weights, read)]
+    return Row([*compress(row.tokens, read)], [*compress(row.labels, read)], weights)

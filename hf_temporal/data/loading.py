@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
@@ -19,9 +20,6 @@ from .docstrings import docstring_files
 logger = logging.get_logger(__name__)
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-READING: dict[str, dict[str, Any]] = {
-    ".csv": {"keep_default_na": False, "na_values": [""]}
-}  # "None" and "NA" are words
 ROW = "temporal_row"  # the number of an example in its file
 HEAD = 200  # examples of a stream that are looked at beforehand
 EMBEDDED_DATA = "docstrings of the installed Python packages"
@@ -119,7 +117,8 @@ def head_of(examples: Any) -> Dataset:
     first = [*examples.take(HEAD)]
     if not first:
         raise ValueError("the stream of the train data has no example; accepted: at least one.")
-    return Dataset.from_list(first)
+    mixed = "on_mixed_types" in inspect.signature(Dataset.from_list).parameters  # contents of texts and of parts
+    return Dataset.from_list(first, **{"on_mixed_types": "use_json"} if mixed else {})
 
 
 def _load_splits(arguments: DataArguments) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
@@ -130,7 +129,10 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Any], str, dict[st
         config = arguments.dataset_config_name
         try:
             saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
-            loaded = load_from_disk(name) if saved else load_dataset(name, config, streaming=arguments.streaming)
+            how = _reading(next(Path(name).rglob("*.csv"), Path())) if Path(name).is_dir() else {}
+            loaded = (
+                load_from_disk(name) if saved else load_dataset(name, config, streaming=arguments.streaming, **how)
+            )
             loaded = DatasetDict(train=loaded) if isinstance(loaded, Dataset) else loaded
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -143,7 +145,7 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Any], str, dict[st
         name = EMBEDDED_DATA
     for split, path in files.items():
         try:
-            how = {"streaming": arguments.streaming and split == "train", **READING.get(path.suffix, {})}
+            how = {"streaming": arguments.streaming and split == "train", **_reading(path)}
             read = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), **how)["train"]
             if isinstance(read, Dataset):
                 read.data.validate(full=True)  # pyarrow takes JSON in any encoding, and a text fails when it is read
@@ -159,6 +161,15 @@ def _load_splits(arguments: DataArguments) -> tuple[dict[str, Any], str, dict[st
         elif arguments.streaming and split == "train" and isinstance(examples, Dataset):
             splits[split] = examples.to_iterable_dataset()
     return splits, name or ", ".join(path.name for path in files.values()), provenance
+
+
+def _reading(path: Path) -> dict[str, Any]:
+    """How a file is read: the cells of a CSV file are texts as they stand there, "None" and "007" too."""
+    if path.suffix != ".csv":
+        return {}
+    first = load_dataset("csv", data_files=str(path), nrows=1, streaming=True)["train"]
+    features = Features({column: Value("string") for row in first for column in row})
+    return {"keep_default_na": False, "na_values": [""], "features": features or None}
 
 
 def check_column(argument: str, column: str, examples: Dataset, split: str, *, holds_texts: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,9 +76,12 @@ def as_batch(
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts in front of a text and behind it."""
-    text = "text_target" if target else "text"
-    bare = tokenizer(**{text: "a"}, add_special_tokens=False).input_ids
-    whole = tokenizer(**{text: "a"}).input_ids
+    name = "text_target" if target else "text"
+    for word in ("a", *tokenizer.get_vocab()):
+        with suppress(Exception):  # a vocabulary of whole words, without an unknown one
+            bare = tokenizer(**{name: word}, add_special_tokens=False).input_ids
+            break
+    whole = tokenizer(**{name: word}).input_ids
     start = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
 

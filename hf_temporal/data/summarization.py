@@ -16,7 +16,7 @@ from hf_temporal.positions import IGNORE_INDEX
 
 from . import argument, check_counts
 from .chat import Conversation, encode_conversations, ends_a_turn
-from .loading import DataArguments, TaskData, check_column, load_columns
+from .loading import HEAD, DataArguments, TaskData, check_column, load_columns
 from .rouge import ROUGE_TOKENIZERS, one_sentence_per_line
 from .rows import CUT, Row, as_batch, closed_once, length_metrics, special_tokens_around, texts_of, tokens_without
 from .tokenizing import rows_of_pairs
@@ -55,11 +55,23 @@ def load_pairs(data_args: DataArguments, arguments: SummarizationArguments) -> T
         wanted = {"text": arguments.text_column or first, "summary": arguments.summary_column or second}
         for name, column in wanted.items():
             check_column(f"{name}_column", column, examples, split)
+            is_csv = split in data_args.files and data_args.files[split].suffix == ".csv"
+            if is_csv and not getattr(arguments, f"{name}_column") and all(map(_is_number, examples[column][:HEAD])):
+                given = f"{name}_column={column!r} of the {split} data holds numbers"
+                raise ValueError(f"{given}; accepted: a column of texts, or this one by its name.")
         if wanted["text"] == wanted["summary"]:
             raise ValueError(f"text_column and summary_column are both {wanted['text']!r}; accepted: two columns.")
         return {column: name for name, column in wanted.items()}
 
     return load_columns(data_args, choose)
+
+
+def _is_number(cell: str | None) -> bool:
+    try:
+        float(cell or 0)
+    except ValueError:
+        return False
+    return True
 
 
 def encode_pairs_for_causal_lm(

@@ -61,7 +61,10 @@ def read_weights(value: Any, tokens: int | None, name: str) -> float | list[floa
         ValueError: by `name`, weights that are null, negative or not finite, or not as many as tokens.
     """
     if isinstance(value, str) and value.strip().startswith("["):
-        value = json.loads(value)
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is {value[:80]!r}, which is no JSON ({error}); accepted: JSON.") from error
     if not isinstance(value, (list, tuple)):
         return read_weight(value, name)
     if tokens is None:
@@ -72,11 +75,13 @@ def read_weights(value: Any, tokens: int | None, name: str) -> float | list[floa
 
 
 def spread(text: str, spans: Sequence[tuple[int, int]], weight: float, patterns: Sequence[Pattern]) -> list[float]:
-    """`weight` for each token, times that of every pattern whose match in `text` the token's characters overlap."""
+    """`weight` for each token, times that of each pattern that matches one of the token's characters in `text`."""
     weights = [weight] * len(spans)
     for pattern in patterns:
+        matched = bytearray(len(text))
         for start, end in pattern.spans(text):
-            for place, (first, last) in enumerate(spans):
-                if first < end and last > start:
-                    weights[place] *= pattern.weight
+            matched[start:end] = b"\1" * (end - start)
+        for place, (first, last) in enumerate(spans):
+            if 1 in matched[max(first, 0) : max(last, first + 1)]:
+                weights[place] *= pattern.weight
     return weights

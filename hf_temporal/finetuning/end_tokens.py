@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,12 @@ def ends_of_answers(rows: Any) -> Counter[int]:
             following = pairwise([*row["labels"], IGNORE_INDEX])
             ends.update(label for label, after in following if label != IGNORE_INDEX and after == IGNORE_INDEX)
     return ends
+
+
+def texts_of_answers(rows: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What is learned of the rows, each run of targets as a text."""
+    runs = [[*run] for labels in rows["labels"] for learned, run in groupby(labels, IGNORE_INDEX.__ne__) if learned]
+    return [str(tokenizer.decode(run)) for run in runs]
 
 
 def agree_on_the_end(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Mapping[int, int]) -> None:

@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
+from hf_temporal.collator import LOSS_WEIGHTS
 from hf_temporal.data import argument, check_counts, copying, language_modeling, summarization
 from hf_temporal.data.copying import CopyingArguments
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
@@ -23,7 +24,7 @@ from hf_temporal.data.summarization import SummarizationArguments, SummaryScores
 from hf_temporal.installed import require
 from hf_temporal.positions import IGNORE_INDEX
 
-from .end_tokens import ends_of_answers
+from .end_tokens import LOOKED_AT, ends_of_answers, texts_of_answers
 
 logger = logging.get_logger(__name__)
 
@@ -126,17 +127,17 @@ class Task(ABC):
         for split in self.used():
             rows = self._mapped(split, function, **settings)
             limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
+            how: dict[str, Any] = {"limits": limits, "first": int(not config.is_encoder_decoder)}
             if isinstance(rows, IterableDataset):
                 self.ends = ends_of_answers(head_of(rows)) if with_ends else self.ends
-                how: dict[str, Any] = {"limits": limits, "cut": self.cut}
-                encoded[split] = rows.filter(_can_be_learned, fn_kwargs=how).remove_columns(CUT)
+                encoded[split] = rows.filter(_can_be_learned, fn_kwargs={**how, "cut": self.cut}).remove_columns(CUT)
                 continue
             if cut := sum(rows[CUT]):
                 logger.warning(f"{split}: {cut} of {len(rows)} rows are cut: {self.cut}.")
             if with_ends and not self.ends:
                 self.ends = ends_of_answers(rows)
             rows = rows.remove_columns(CUT)
-            kept = rows.filter(_can_be_learned, fn_kwargs={"limits": limits}, desc=f"Checking {split}")
+            kept = rows.filter(_can_be_learned, fn_kwargs=how, desc=f"Checking {split}")
             if left_out := len(rows) - len(kept):
                 what = (
                     f"{left_out} of {len(rows)} rows have no target token or more tokens than the model has positions"
@@ -281,7 +282,15 @@ class LanguageModeling(Task):
                 "The chat template writes the date of the day on which a row is made: what the model is given later "
                 "differs there. Where the template reads a date, --chat_template_kwargs sets it."
             )
-        return self._tokenized(config, _encode_numbered, with_ends=with_ends, **settings)
+        encoded = self._tokenized(config, _encode_numbered, with_ends=with_ends, **settings)
+        if patterns := self.arguments.patterns:
+            few = head_of(encoded[next(iter(encoded))])
+            answers = texts_of_answers(few.select(range(min(LOOKED_AT, len(few)))), tokenizer)
+            for pattern in patterns:
+                if not any(start < end for answer in answers for start, end in pattern.spans(answer)):
+                    given = f"weight_pattern {pattern.regex.pattern!r}"
+                    logger.warning(f"{given} matches nothing in the first {len(answers)} texts that are learned.")
+        return encoded
 
     def _mapped(self, split: str, function: Callable[..., Any], **settings: Any) -> Dataset:
         examples = self.data.splits[split]
@@ -330,10 +339,17 @@ def _encode_numbered(
     return language_modeling.encode_for_causal_lm(batch, rows=rows, split=where, counted=True, **settings)
 
 
-def _can_be_learned(example: dict[str, Any], limits: dict[str, int | None], cut: str | None = None) -> bool:
-    """Whether a row has a target token and fits; of a stream, which names `cut`, what does not is told at once."""
+def _can_be_learned(
+    example: dict[str, Any], limits: dict[str, int | None], first: int, cut: str | None = None
+) -> bool:
+    """Whether a row fits and has a target with a weight from the place `first` on; nothing predicts one before it.
+
+    Of a stream, which names `cut`, what does not is told at once.
+    """
     fits = all(limit is None or len(example[name]) <= limit for name, limit in limits.items())
-    learned = fits and any(label != IGNORE_INDEX for label in example["labels"])
+    weights = example.get(LOSS_WEIGHTS) or [1.0] * len(example["labels"])
+    targets = [*zip(example["labels"], weights, strict=True)][first:]
+    learned = fits and any(label != IGNORE_INDEX and weight > 0 for label, weight in targets)
     if cut and example[CUT]:
         logger.warning_once(f"Rows of the stream are cut: {cut}.")
     if cut and not learned:

@@ -11,7 +11,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from hf_temporal.data.language_modeling import LanguageModelingArguments, encode_for_causal_lm, load_texts
+from hf_temporal.data.language_modeling import (
+    LanguageModelingArguments,
+    brings_weights,
+    encode_for_causal_lm,
+    load_texts,
+)
 from hf_temporal.data.loading import DataArguments
 from tests.tiny_summarization import tiny_tokenizer
 
@@ -215,6 +220,23 @@ def test_an_answer_to_nothing_is_refused_unless_it_is_context(tokenizer: PreTrai
     assert text.startswith("assistant:\nHello.<end>")
 
 
+def test_weights_are_seen_before_the_first_row_is_made() -> None:
+    heavy, plain = [{**CHAT[2], "weight": 2}], [{**CHAT[2], "content": 'the "weights" of it'}]
+    for seen, messages in ((True, heavy), (False, plain)):
+        for value in (messages, json.dumps(messages)):
+            examples = Dataset.from_list([{"messages": value}])
+            assert brings_weights(examples, LanguageModelingArguments()) == seen
+    assert brings_weights(examples, LanguageModelingArguments(weight_pattern=["a=2"]))
+
+
+def test_columns_that_only_some_splits_have(tmp_path: Path) -> None:
+    for split, example in (("train", {"messages": CHAT, "tools": TOOLS}), ("validation", {"messages": CHAT})):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(example) + "\n", encoding="utf-8")
+    files: Any = {f"{split}_file": str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
+    splits = load_texts(DataArguments(**files)).splits
+    assert [splits[split].column_names for split in splits] == [["messages", "tools"], ["messages"]]
+
+
 def test_rows_are_numbered_as_in_the_file(tmp_path: Path) -> None:
     chats: list[list[dict[str, Any]]] = [CHAT, [], CHAT, [{"role": "user", "content": 3}]]
     path = tmp_path / "train.jsonl"
@@ -239,4 +261,5 @@ def test_words_of_a_csv_file_that_look_like_nothing(tmp_path: Path) -> None:
     )
     data = load_texts(DataArguments(train_file=str(path)))
     assert data.splits["train"]["completion"][:] == [*words, "x"]
+    assert load_texts(DataArguments(dataset_name=str(tmp_path))).splits["train"][:] == data.splits["train"][:]
     assert data.rows == {"train": [*range(8), 9]}

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
 from hf_temporal.data.copying import CopyingArguments, DigitCopies, digit_tokenizer
-from tests.memory.small_models import BOTH, EVERY, KINDS, inputs_of, small
+from tests.memory.test_models import BOTH, EVERY, KINDS, inputs_of, small
 
 
 def auto_class(kind: str) -> Any:

@@ -1,4 +1,4 @@
-"""The benchmark of a training step runs at the size of a toy, and writes what it prints."""
+"""The benchmarks of a training step and of encoding run at the size of a toy, and write what they print."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import encoding
 import pytest
 import step_trainers
 import training_step
 from step_trainers import Job, build_trainer
+from transformers import PreTrainedTokenizerFast
+
+from hf_temporal.finetuning.models import ModelArguments
+from tests.tiny_summarization import tiny_tokenizer
 
 Run = Callable[..., tuple[dict[str, Any], str]]
 
@@ -153,3 +158,25 @@ def test_a_panel_for_each_model_and_figure(tmp_path: Path, monkeypatch: pytest.M
     ]
     assert [bar.get_width() for bar in figures[0].axes[0].patches] == [0.8]  # that of most repeats
     assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["fused head, 8×160, 15%"]
+
+
+# ---- encoding
+
+
+def test_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", minversion="1.16")
+
+    def load(_: ModelArguments, __: None) -> tuple[None, PreTrainedTokenizerFast]:
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        return None, tokenizer
+
+    monkeypatch.setattr(encoding, "load_causal_lm", load)
+    output = tmp_path / "results.json"
+    encoding.main(["--conversations", "20", "--repeats", "2", "--output", str(output)])
+    results = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["what"] for row in results["rows"]] == ["TRL's SFTTrainer", "ours"]
+    assert results["rows"][0]["rate"] == 1.0
+    assert all(len(row["all_seconds"]) == 2 for row in results["rows"])
+    assert min(results["rows"][1]["all_seconds"]) > 0
+    assert "conversations a second" in capsys.readouterr().out
