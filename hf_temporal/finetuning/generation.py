@@ -46,8 +46,8 @@ def generate_completions(
 
     Left-padded batches of similar length, no sampling. A LoRA adapter is added to a copy of the weights as long as
     this takes. As many prompts go into a batch as fit into the memory that `batch_size` of the longest take, and what
-    all prompts begin with is computed once. Under autocast and with weights of less than 32 bits it is `batch_size`
-    prompts, each computed in full: how such numbers are rounded depends on the batch.
+    all prompts begin with is computed once. Under autocast, and with weights that are quantized or of less than 32
+    bits, it is `batch_size` prompts, each computed in full: how such numbers are rounded depends on the batch.
 
     Args:
         synced_gpus: The weights are sharded: every process has as many batches as the others, and no adapter is added.
@@ -55,8 +55,10 @@ def generate_completions(
     was_training = model.training
     model.eval()
     completions: list[list[int]] = [[]] * len(prompts)
-    autocast = "forward" in vars(base_model(model))  # which accelerate has put there
-    exact = not synced_gpus and not autocast and torch.finfo(model.dtype).bits >= 32
+    base = base_model(model)
+    autocast = "forward" in vars(base)  # which accelerate has put there
+    rounded = autocast or getattr(base, "is_quantized", False) or torch.finfo(model.dtype).bits < 32
+    exact = not synced_gpus and not rounded
     batches = make_batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens if exact else None)
     with brief_waiting_when_busy(), nullcontext() if synced_gpus else adapter_added(model):
         prefix = prefix_cache(model, prompts) if exact else None

@@ -257,13 +257,16 @@ def test_batches_take_no_more_memory_than_one_of_the_longest(new_tokens: int, ba
     assert make_batches([], batch_size, new_tokens) == []
 
 
-@pytest.mark.parametrize(("dtype", "counted"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_batches_stay_as_they_were_where_rounding_depends_on_them(
-    dtype: torch.dtype, counted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast", "quantized"])
+def test_batches_stay_as_they_were_where_rounding_depends_on_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     model: Any = tiny_llama(len(tokenizer))
-    model.to(dtype)
+    if kind == "bfloat16":
+        model.to(torch.bfloat16)
+    elif kind == "autocast":
+        Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    elif kind == "quantized":
+        model.is_quantized = True  # as transformers marks it
     given: list[int | None] = []
 
     def batches(lengths: list[int], size: int, new_tokens: int | None) -> list[list[int]]:
@@ -271,24 +274,10 @@ def test_batches_stay_as_they_were_where_rounding_depends_on_them(
         return make_batches(lengths, size, new_tokens)
 
     monkeypatch.setattr(generation, "make_batches", batches)
-    generate_completions(model, tokenizer, some_prompts(3), max_new_tokens=2)
-    assert given == [None if counted else 2]
-
-
-def test_batches_stay_as_they_were_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = tiny_tokenizer()
-    model: Any = tiny_llama(len(tokenizer))
-    given: list[int | None] = []
-
-    def batches(lengths: list[int], size: int, new_tokens: int | None) -> list[list[int]]:
-        given.append(new_tokens)
-        return make_batches(lengths, size, new_tokens)
-
-    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
-    monkeypatch.setattr(generation, "prefix_cache", lambda *_: pytest.fail("computed apart"))
-    monkeypatch.setattr(generation, "make_batches", batches)
-    generate_completions(model, tokenizer, some_prompts(3), max_new_tokens=2)
-    assert given == [None]
+    shared = [[*range(3, 30), end] for end in (40, 50, 60)]
+    monkeypatch.setattr(generation, "prefix_cache", lambda *_: given.append(-1))
+    generate_completions(with_adapter(model) if kind == "quantized" else model, tokenizer, shared, max_new_tokens=2)
+    assert given == ([2, -1] if kind == "float32" else [None])
 
 
 # ---- what all prompts begin with
@@ -324,7 +313,7 @@ def test_a_prefix_computed_once_gives_the_same_answers(
     assert set(computed) == ({len(prefix) - 1} if cached else set())
     monkeypatch.setattr(generation, "prefix_cache", lambda *_: None)
     assert found == answers()
-    assert len({tuple(row) for row in found}) > 5
+    assert len({tuple(row) for row in found}) > 3
 
 
 def test_short_beginnings_and_single_prompts_are_computed_in_full() -> None:
