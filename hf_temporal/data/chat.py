@@ -21,6 +21,7 @@ from .weights import Pattern, spread
 
 Message = dict[str, Any]
 PROBE = "a text to be found again"
+OPENING = 40  # characters at the end of a prompt that may begin an answer, such as <think>
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys that transformers gives a template as one
 OF_EVERY_TEMPLATE = ("messages", "add_generation_prompt", "raise_exception", "strftime_now")
 
@@ -246,7 +247,7 @@ def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, end
     for index, prompt, rendered in zip(indices, prompts, whole, strict=True):
         message, name = messages[index], conversation.where(index)
         text = rendered[len(prompt) :] if rendered.startswith(prompt) else _opened(prompt, rendered, message, name)
-        _check_written(message, text, name)
+        _check_written(message, prompt[-OPENING:] + text, name)
         lead = max([0, *(prompt.rfind(token) for token in ends.tokens)])
         answers.append(Answer(index, prompt, text, _end_of_turn(message, text, ends), lead))
     return answers
@@ -294,7 +295,7 @@ def _opened(prompt: str, rendered: str, message: Message, name: str) -> str:
 
 
 def _check_written(message: Message, text: str, name: str) -> None:
-    """Check that a template has written all that the message says."""
+    """Check that a template has written all that the message says, be it that the end of the prompt begins it."""
     said = {"content": message.get("content"), "tool_calls": said_by(message.get("tool_calls"))}
     reasoning = next((key for key in REASONING if message.get(key)), None)
     if reasoning is not None:
@@ -341,12 +342,14 @@ class Ends(NamedTuple):
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Ends:
-    question, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}
+    probe: Any = PROBE if _writes(tokenizer, as_parts=False) else [{"type": "text", "text": PROBE}]
+    messages = [{"role": role, "content": probe} for role in ("user", "assistant")]
     try:
-        text = str(tokenizer.apply_chat_template([question, answer], tokenize=False)).rpartition(PROBE)[2]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # noqa: BLE001 - a template may raise anything
         text = ""
-    usual = re.match(rf"\s*((?:{'|'.join(map(re.escape, tokens))})+)", text) if tokens else None
+    behind = text.rpartition(PROBE)[2] if text.count(PROBE) >= 2 else ""
+    usual = re.match(rf"\s*((?:{'|'.join(map(re.escape, tokens))})+)", behind) if tokens else None
     return Ends(usual.group(1) if usual else "", tokens)
 
 
@@ -359,11 +362,11 @@ def _end_of_turn(message: Message, text: str, ends: Ends) -> int:
     place = text.rfind(ends.usual) if ends.usual else -1
     if place >= 0:
         return place + len(ends.usual)
-    said = "".join(_texts(message.get("content"))[-1:]).strip()
+    said = next((part.strip() for part in reversed(_texts(message.get("content"))) if part.strip()), "")
     stripped = len(text.rstrip())
-    behind = text.rfind(said) + len(said) if said and not message.get("tool_calls") else 0
+    behind = text.rfind(said) + len(said) if said in text and not message.get("tool_calls") else 0
     last, size = max(((text.rfind(token), len(token)) for token in ends.tokens), default=(-1, 0))
-    if last >= behind:
+    if last >= 0 and (last >= behind or last + size == stripped):
         return last + size
     return stripped if stripped > behind else len(text)
 
