@@ -26,6 +26,7 @@ from hf_temporal.data.summarization import SummarizationArguments
 from hf_temporal.errors import run_script
 from hf_temporal.finetuning.adapters import add_adapter
 from hf_temporal.finetuning.configuration import parse
+from hf_temporal.finetuning.dtype import settle_dtype
 from hf_temporal.finetuning.models import ModelArguments, load_causal_lm
 from hf_temporal.finetuning.tasks import Summarization
 from hf_temporal.trl import TemporalSFTConfig, TemporalWeightSFTTrainer
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate before and after, and save."""
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, summarization_args, training_args = parse(ARGUMENTS, argv, description=__doc__)
+    settle_dtype(model_args, training_args)
     set_seed(training_args.seed)  # the adapter's
     training_args.eval_on_start = True  # evaluate() before train() would leave several processes without DDP
     with training_args.main_process_first():

@@ -1,14 +1,26 @@
-"""LoRA adapters: put on a model, and merged into it after training."""
+"""LoRA adapters: put on a model, added to a copy of its weights to generate, and merged into it after training."""
 
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from hf_temporal._peft import is_lora
 
 from .models import NEW_IN_A_DECODER, ModelArguments, Seq2SeqModelArguments
+
+logger = logging.get_logger(__name__)
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -66,3 +78,83 @@ def merge_adapter(trainer: Any) -> None:
     if trainer.args.should_save:
         for name in FILES:
             (Path(trainer.args.output_dir) / name).unlink(missing_ok=True)
+
+
+# ---- generation
+
+
+@contextmanager
+def adapter_added(model: nn.Module) -> Iterator[None]:
+    """Let a model compute with its LoRA adapter added to a copy of the weights it is on.
+
+    x (W + s B A)ᵀ is one matrix product, where the adapter beside the weight makes it three. The trained weights are
+    put aside and put back as they were, also after an error. Where the sum would not give the same answers or finds no
+    room, the adapter stays where it is. One line of the log, at level `info`, says which.
+    """
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and not module.merged and not module.disable_adapters
+    ]
+    if not layers:
+        yield
+        return
+    problem = _problem(model, layers)
+    bases = [layer.get_base_layer() for layer in layers]
+    trained = [(parameter, parameter.data) for base in bases for parameter in base.parameters()]
+
+    def restore() -> None:
+        for parameter, data in trained:
+            parameter.data = data
+        for layer in layers:
+            layer.merged_adapters.clear()
+
+    try:
+        if not problem:
+            try:
+                for layer in layers:
+                    layer.merge(safe_merge=True)  # makes new tensors, which the parameters hold from then on
+            except (ValueError, RuntimeError) as error:
+                problem = str(error)
+                restore()
+        if problem:
+            logger.info(f"Answers are generated with the adapter beside the weights: {problem}.")
+        else:
+            size = f"{_size(bases) / 2**20:,.1f} MiB"
+            logger.info(f"Answers are generated with the adapter added to a copy of the weights, which takes {size}.")
+        yield
+    finally:
+        restore()
+
+
+def _problem(model: nn.Module, layers: list[Any]) -> str:
+    """Why adapters cannot be added to a copy of the weights, or not without other answers; empty where they can."""
+    bases = [layer.get_base_layer() for layer in layers]
+    for layer, base in zip(layers, bases, strict=True):
+        if not is_lora(layer) or not isinstance(base, nn.Linear | Conv1D):
+            return f"{type(base).__name__} is no plain linear layer with a LoRA adapter"
+        if any(name in layer.lora_variant for name in layer.active_adapters):
+            return "the adapter is a variant of LoRA"
+        if type(base.weight.data) is not Tensor or base.weight.is_meta or hasattr(base.weight, "ds_id"):
+            return "the weights are sharded, quantized or elsewhere"
+        if base.weight.dtype not in (torch.float32, torch.float64):
+            return f"it would be rounded in weights of {str(base.weight.dtype).removeprefix('torch.')}"
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    if any(uses[id(base.weight)] > 1 for base in bases):
+        return "one of its weights is shared, such as a tied LM head's, and adding to it would change the other layer"
+    size, free = _size(bases), _free_memory(bases[0].weight.device)
+    if 2 * size > free:
+        return f"the copy takes {size / 2**20:,.1f} MiB, more than half of the {free / 2**20:,.1f} MiB that are free"
+    return ""
+
+
+def _size(bases: list[nn.Module]) -> int:
+    return sum(base.weight.nbytes for base in bases)  # type: ignore[misc]
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, for each of this machine's processes where they share them."""
+    if device.type in ("cuda", "xpu"):
+        own: Any = torch.get_device_module(device)
+        return int(own.mem_get_info(device)[0] + own.memory_reserved(device) - own.memory_allocated(device))
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

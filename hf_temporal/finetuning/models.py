@@ -43,7 +43,11 @@ class ModelArguments:
     config_overrides: str | None = argument(
         None, "Its configuration, if not the default: hidden_size=64,vocab_size=16."
     )
-    dtype: str = argument("float32", "Of the weights when loaded.", ["auto", "bfloat16", "float16", "float32"])
+    dtype: str = argument(
+        "float32",
+        "Of the weights when loaded; auto: bfloat16 under an adapter where the device has it, else float32.",
+        ["auto", "bfloat16", "float16", "float32"],
+    )
     use_peft: bool = argument(False, "Train a LoRA adapter instead of all weights.")
     lora_r: int = argument(8, "Rank of the adapter.")
     lora_alpha: int = argument(16, "The adapter's output is scaled by lora_alpha / lora_r.")
@@ -219,8 +223,7 @@ def _source(arguments: ModelArguments) -> tuple[str, str, str]:
 
 def _load(kind: Any, arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if arguments.model_type:
-        dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-        return kind.from_config(new_config(arguments, tokenizer), dtype=dtype)
+        return kind.from_config(new_config(arguments, tokenizer), dtype=getattr(torch, arguments.dtype))
     argument, name, revision = _source(arguments)
     settings: dict[str, Any] = {"revision": revision, "dtype": arguments.dtype}
     if arguments.load_in_4bit:

@@ -32,6 +32,7 @@ from hf_temporal.training_args import TemporalSeq2SeqTrainingArguments, Temporal
 
 from .adapters import add_adapter, check_mergeable
 from .continuation import Continuation
+from .dtype import settle_dtype
 from .end_tokens import agree_on_the_end
 from .models import ModelArguments, Seq2SeqModelArguments, load_causal_lm, load_seq2seq_lm, require_4bit
 from .run import begin, carry_out, publish, settings_of, share_cores, tell_powers
@@ -187,6 +188,7 @@ def _prepare(parsed: Sequence[Any], load_model: Callable[[Task], tuple[Any, Any]
     model_args, task_args, summarization_args = arguments[0], arguments[1], arguments[3]
     require_4bit(model_args)
     share_cores()
+    settle_dtype(model_args, training_args)
     set_seed(training_args.seed)
     task = load_task(arguments[1 : 1 + len(TASK_KINDS)], training_args)
     if not training_args.do_predict and len(task.data.splits) > 1:

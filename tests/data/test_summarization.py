@@ -20,7 +20,7 @@ from hf_temporal.data import summarization
 from hf_temporal.data.loading import DataArguments
 from hf_temporal.data.small_t5 import train_tokenizer
 from hf_temporal.data.summarization import SummarizationArguments, SummaryScores, load_pairs
-from hf_temporal.finetuning.trainers import generate_completions, prompt_of
+from hf_temporal.finetuning.generation import generate_completions, prompt_of
 from tests.tiny_summarization import PAIRS, tiny_llama, tiny_tokenizer, write_pairs
 
 PAIR = {"text": PAIRS[3]["article"], "summary": PAIRS[3]["highlights"]}

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_temporal.finetuning.trainers import brief_waiting_when_busy
+from hf_temporal.finetuning.generation import brief_waiting_when_busy
 
 CODE = """
 import json, resource, time
 import torch
-from hf_temporal.finetuning import trainers
+from hf_temporal.finetuning import generation
 
 def sleeps(times=200):
     values, before = torch.ones(1 << 16), resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
@@ -29,9 +29,9 @@ def sleeps(times=200):
     return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
 
 torch.set_num_threads({threads})
-trainers.PERIOD = 0.01
+generation.PERIOD = 0.01
 before = sleeps()
-with trainers.brief_waiting_when_busy():
+with generation.brief_waiting_when_busy():
     time.sleep({pause})
     inside = sleeps()
 print(json.dumps([before, inside, sleeps()]))

@@ -1,0 +1,173 @@
+"""Answers generated for an evaluation: greedily or by beam search, from prompts alone, in batches of like length."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+from transformers import BatchEncoding, DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from hf_temporal._peft import base_model
+from hf_temporal.positions import IGNORE_INDEX
+
+from .adapters import adapter_added
+
+MIN_PREFIX = 8  # tokens that all prompts begin with
+PERIOD = 0.25  # seconds between two looks
+BUSY_SHARE = 0.75  # of a core: 0.99 on an idle machine, 0.2 to 0.5 beside three busy processes on two cores
+
+
+def prompt_of(encoded: dict[str, list[int]]) -> list[int]:
+    """The tokens in front of the first target: all that a model may see when it generates."""
+    first = next(position for position, label in enumerate(encoded["labels"]) if label != IGNORE_INDEX)
+    return encoded["input_ids"][:first]
+
+
+@torch.no_grad()
+def generate_completions(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    batch_size: int = 16,
+    synced_gpus: bool = False,
+) -> list[list[int]]:
+    """The tokens with which a decoder-only `model` continues each prompt, end and padding included.
+
+    Left-padded batches of similar length, no sampling. A LoRA adapter is added to a copy of the weights as long as
+    this takes. As many prompts go into a batch as fit into the memory that `batch_size` of the longest take, and what
+    all prompts begin with is computed once. Under autocast, and with weights that are quantized or of less than 32
+    bits, it is `batch_size` prompts, each computed in full: how such numbers are rounded depends on the batch.
+
+    Args:
+        synced_gpus: The weights are sharded: every process has as many batches as the others, and no adapter is added.
+    """
+    was_training = model.training
+    model.eval()
+    completions: list[list[int]] = [[]] * len(prompts)
+    base = base_model(model)
+    autocast = "forward" in vars(base)  # which accelerate has put there
+    rounded = autocast or getattr(base, "is_quantized", False) or torch.finfo(model.dtype).bits < 32
+    exact = not synced_gpus and not rounded
+    batches = make_batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens if exact else None)
+    with brief_waiting_when_busy(), nullcontext() if synced_gpus else adapter_added(model):
+        prefix = prefix_cache(model, prompts) if exact else None
+        for chosen in tqdm(batches, "Generating", leave=False):
+            batch: BatchEncoding = tokenizer.pad(
+                {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
+            )
+            batch = batch.to(model.device)
+            given = {}
+            if prefix is not None:
+                padding = (batch["attention_mask"] == 0).sum(1).repeat_interleave(num_beams)
+                given["past_key_values"] = cache_behind_padding(prefix, padding)
+            tokens = model.generate(
+                **batch,
+                **given,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=synced_gpus,
+            )
+            for index, row in zip(chosen, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                completions[index] = row
+    model.train(was_training)
+    return completions
+
+
+def make_batches(lengths: Sequence[int], batch_size: int, new_tokens: int | None) -> list[list[int]]:
+    """Batches of the indices of prompts of these lengths, from the shortest to the longest.
+
+    n prompts up to a length of L take the memory of n (L + new_tokens) tokens, and a batch has no more of them than
+    `batch_size` of the longest prompts. Without `new_tokens` it has `batch_size` prompts, whatever their lengths.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        rows = batch_size
+        if new_tokens is not None:
+            rows = batch_size * (max(lengths) + new_tokens) // (lengths[index] + new_tokens)
+        if batches and len(batches[-1]) < rows:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def prefix_cache(model: Any, prompts: Sequence[list[int]]) -> DynamicCache | None:
+    """Keys and values of the tokens that all prompts begin with; each prompt keeps its last token to itself.
+
+    None where these tokens are few, where the cache of the model is more than a key and a value for each token, and
+    for a mixture of experts that returns what its routers say, which cannot go on from a cache.
+    """
+    base = base_model(model)
+    takes = {"position_ids", "logits_to_keep"} <= set(inspect.signature(base.forward).parameters)
+    if len(prompts) < 2 or not takes or getattr(base.config, "output_router_logits", False):
+        return None
+    length = min(len(prompt) for prompt in prompts) - 1
+    for column in reversed(range(length)):
+        if len({prompt[column] for prompt in prompts}) > 1:
+            length = column
+    if length < MIN_PREFIX:
+        return None
+    tokens = torch.tensor([prompts[0][:length]], device=model.device)
+    cache = base(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return cache if plain else None
+
+
+def cache_behind_padding(cache: DynamicCache, padding: Tensor) -> DynamicCache:
+    """The first columns of left-padded rows: `padding` [rows] tokens, then those of `cache`, cut at its length.
+
+    What stands at the padding is masked.
+    """
+    columns = torch.arange(cache.get_seq_length(), device=padding.device) - padding[:, None]
+    rows = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        own: Any = layer
+        keys, values = (each[0][:, columns.clamp(min=0)].transpose(0, 1) for each in (own.keys, own.values))
+        rows.update(keys.contiguous(), values.contiguous(), index)
+    return rows
+
+
+@contextmanager
+def brief_waiting_when_busy() -> Iterator[None]:
+    """Let OpenMP's threads wait briefly for each other, from when other processes take this thread's core.
+
+    Threads that wait actively lose whole time slices to the others. libgomp, the OpenMP of PyTorch's builds for Linux,
+    waits briefly while a process has more OpenMP threads than there are cores, so a second team of threads is held
+    from then until the end. On an idle machine nothing changes, where passive waiting would cost a fifth of the time.
+    """
+    if not hasattr(time, "pthread_getcpuclockid") or torch.get_num_threads() == 1:
+        yield
+        return
+    stop = threading.Event()
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    watcher = threading.Thread(target=_watch, args=(clock, stop), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _watch(clock: int, stop: threading.Event) -> None:
+    """Hold a second team once the thread with this clock gets less than `BUSY_SHARE` of a core."""
+    wall, used = time.perf_counter(), time.clock_gettime(clock)
+    while not stop.wait(PERIOD):
+        before = wall, used
+        wall, used = time.perf_counter(), time.clock_gettime(clock)
+        if used - before[1] < BUSY_SHARE * (wall - before[0]):
+            torch.ones(1 << 20).add_(1)  # large enough that its threads are made
+            stop.wait()
