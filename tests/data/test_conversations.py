@@ -128,7 +128,9 @@ def check_rows(
             assert ids[:stop] == want.tokens[:stop], f"message {index} is not tokenized as the template writes it"
         if kind in EXACT:
             answer = written[len(before) :]
-            if kind == "bytes-no-chat-tokens":  # EOS is the one end that is a token; one that spans the end is learned
+            if (
+                kind == "bytes-no-chat-tokens" and answer != want.answer
+            ):  # EOS is the one end that is a token; one that spans the end is learned
                 answer = answer.removesuffix(family.eos if family.eos not in family.ends else "").removesuffix("\n")
             assert answer == want.answer, f"message {index}"
         else:
@@ -268,7 +270,7 @@ def test_rows_of_a_batch_do_not_mix(rows: list[Conversation], family: Family, ki
     tokenizer = tokenizer_for(family, kind)
     refused = [place for place, row in enumerate(rows) if outcome(family, kind, row) != "learned"]
     if refused:
-        with pytest.raises(ValueError, match=rf"row {refused[0]}\b"):
+        with pytest.raises(ValueError, match=rf"row ({'|'.join(map(str, refused))})\b"):
             encode(rows, tokenizer)
         return
     singly = [each for row in rows for each in encode([row], tokenizer)]
