@@ -167,7 +167,8 @@ def rendered(
 ) -> Any:
     """The template's text, or its tokens, for the messages before `stop`."""
     options = {"tokenize": False, **(row.get("chat_template_kwargs") or {}), **how}
-    messages = row["messages"][:stop]
+    # a null says the same as no key: newer releases of transformers leave it out themselves
+    messages = [{key: each for key, each in message.items() if each is not None} for message in row["messages"][:stop]]
     return tokenizer.apply_chat_template(messages, row.get("tools"), add_generation_prompt=prompt, **options)
 
 
