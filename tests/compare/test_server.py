@@ -184,7 +184,8 @@ def test_a_forked_recipe_gives_what_its_command_gives(
     assert main([str(script), *recipe_flags, *grid]) == 0
     again = read_arguments([str(script), *recipe_flags, *grid, "--output_dir", str(tmp_path / "again")])
     cell = list(again.cells())[1]
-    subprocess.run([*runs.LAUNCHER, *again.command(cell)], env=child_environment, check=True)
+    cores = {"HF_TEMPORAL_CORES": child_environment["OMP_NUM_THREADS"]}  # a cell's share: sums depend on the threads
+    subprocess.run([*runs.LAUNCHER, *again.command(cell)], env={**child_environment, **cores}, check=True)
     forked, launched = (output_dir / cell.name, cell.folder)
     name = "adapter_model.safetensors"
     assert (forked / name).read_bytes() == (launched / name).read_bytes()
