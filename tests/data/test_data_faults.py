@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from hf_temporal.data.language_modeling import (
@@ -174,6 +175,7 @@ def test_calls_that_are_none_or_that_the_template_leaves_out_are_refused() -> No
         calling(two, HERMES)
 
 
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="older releases refuse a column of two types by themselves")
 def test_a_stream_may_hold_texts_and_parts(tmp_path: Path) -> None:
     parts = {**QUESTION, "content": [{"type": "text", "text": "Where is x1?"}]}
     path = write(tmp_path / "train.jsonl", {"messages": [QUESTION, ANSWER]}, {"messages": [parts, ANSWER]})
