@@ -2,7 +2,7 @@
 # transformers and the chat templates of DeepSeek: a call of a tool with content null cannot be rendered.
 #
 # OpenAI's files write "content": null beside tool_calls, and DeepSeek's templates ask whether `message['content']` is
-# none for it. From 5.x on, apply_chat_template leaves out the keys whose value is null before the template sees them,
+# none for it. transformers 5.23 leaves out the keys whose value is null before the template sees the messages,
 # so that the question itself raises: content is not none but undefined. With content "" that of DeepSeek-V3 writes the
 # call, and that of the R1 distillations leaves it out without a word. Qwen2.5's template writes the call either way.
 set -euo pipefail
