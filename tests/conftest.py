@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from unittest import mock
@@ -31,3 +32,12 @@ def sixteen_bits_are_native() -> Iterator[None]:
     native = {"avx512_bf16": True, "avx512_fp16": True}
     with mock.patch.object(torch.cpu, "get_capabilities", create=True, return_value=native):
         yield
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What is logged, by transformers too, whose loggers do not hand on to the root."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,15 +244,6 @@ def test_a_saved_model_has_the_usual_attention(tmp_path: Path) -> None:
 # ---- models that cannot do it
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the library logs; transformers' loggers do not hand on to the root."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 def gpt_oss() -> Any:
     return GptOssForCausalLM(
         GptOssConfig(
@@ -279,11 +268,11 @@ UNABLE = {
 
 
 @pytest.mark.parametrize("reason", UNABLE)
-def test_others_keep_their_attention_and_the_log_says_why(reason: str, log: pytest.LogCaptureFixture) -> None:
+def test_others_keep_their_attention_and_the_log_says_why(reason: str, said: pytest.LogCaptureFixture) -> None:
     model = UNABLE[reason]()
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     assert not use_padding_free(model)
-    (line,) = log.messages
+    (line,) = said.messages
     assert "to be padded" in line
     assert reason in line
     assert getattr(getattr(model, "config", None), "_attn_implementation", None) == own

@@ -7,6 +7,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, TemplateError, meta
@@ -98,7 +99,7 @@ def encode_conversations(
             starts = [_start(whole, answer, lead_ids[answer.prompt[answer.lead :]]) for answer in group]
             within = [(answer, start) for answer, start in zip(group, starts, strict=True) if start is not None]
             if within:
-                made.append(_row(whole, within, conversation, patterns))
+                made.append(_row(whole.ids, whole.offsets, within, conversation, patterns))
             alone = [answer for answer, start in zip(group, starts, strict=True) if start is None]
             made += [_row_of_one(answer, conversation, patterns, tokenizer) for answer in alone]
         rows.append(made)
@@ -118,10 +119,13 @@ def _start(whole: Any, answer: Answer, lead: list[int]) -> int | None:
 
 
 def _row(
-    whole: Any, answers: list[tuple[Answer, int]], conversation: Conversation, patterns: Sequence[Pattern]
+    tokens: list[int],
+    offsets: list[tuple[int, int]],
+    answers: list[tuple[Answer, int]],
+    conversation: Conversation,
+    patterns: Sequence[Pattern],
 ) -> Row:
-    """A row of several answers, each with the place where it begins among the tokens."""
-    tokens, offsets = whole.ids, whole.offsets
+    """A row of answers, each with the place where it begins among the tokens."""
     labels, weights = [IGNORE_INDEX] * len(tokens), [0.0] * len(tokens)
     starts = [start for start, _ in offsets]
     for answer, start in answers:
@@ -129,34 +133,21 @@ def _row(
         end = bisect_left(starts, first + answer.end, lo=start)
         spans = [(begin - first, stop - first) for begin, stop in offsets[start:end]]
         labels[start:end] = tokens[start:end]
-        weights[start:end] = _weights(answer, spans, conversation, patterns)
-    return Row(tokens, labels, weights if _are_weighted(conversation, patterns) else None)
+        weight = conversation.answers[answer.message]
+        weights[start:end] = spread(answer.text[: answer.end], spans, weight, patterns)
+    is_weighted = bool(patterns) or any(weight != 1 for weight in conversation.answers.values())
+    return Row(tokens, labels, weights if is_weighted else None)
 
 
 def _row_of_one(
     answer: Answer, conversation: Conversation, patterns: Sequence[Pattern], tokenizer: PreTrainedTokenizerBase
 ) -> Row:
     """The row of one answer behind the tokens of its prompt."""
-    name = conversation.where(answer.message)
+    name, first = conversation.where(answer.message), len(answer.prompt)
     asked, whole = tokenize(tokenizer, [answer.prompt, answer.prompt + answer.text])
-    prompt = asked.ids
-    tokens, spans = continued(prompt, answer.prompt, answer.text, whole, tokenizer, name)
-    end = bisect_left([start for start, _ in spans], answer.end)
-    unlearned = [IGNORE_INDEX] * len(prompt)
-    behind = len(tokens) - end
-    weights = [0.0] * len(prompt) + _weights(answer, spans[:end], conversation, patterns) + [0.0] * behind
-    labels = unlearned + tokens[:end] + [IGNORE_INDEX] * behind
-    return Row(prompt + tokens, labels, weights if _are_weighted(conversation, patterns) else None)
-
-
-def _are_weighted(conversation: Conversation, patterns: Sequence[Pattern]) -> bool:
-    return bool(patterns) or any(weight != 1 for weight in conversation.answers.values())
-
-
-def _weights(
-    answer: Answer, spans: list[tuple[int, int]], conversation: Conversation, patterns: Sequence[Pattern]
-) -> list[float]:
-    return spread(answer.text[: answer.end], spans, conversation.answers[answer.message], patterns)
+    tokens, spans = continued(asked.ids, answer.prompt, answer.text, whole, tokenizer, name)
+    offsets = [*asked.offsets, *((start + first, end + first) for start, end in spans)]
+    return _row([*asked.ids, *tokens], offsets, [(answer, len(asked.ids))], conversation, patterns)
 
 
 def _check_settings(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -216,19 +207,15 @@ def _writes(tokenizer: PreTrainedTokenizerBase, *, as_parts: bool) -> bool:
     return _written[key]
 
 
-_known_variables: dict[str, frozenset[str]] = {}
-
-
+@cache
 def _variables(template: str) -> frozenset[str]:
     """The names that a template reads; empty where its syntax is none of plain Jinja's."""
-    if template not in _known_variables:
-        environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)  # only parses
-        try:
-            tree = environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))
-            _known_variables[template] = frozenset(meta.find_undeclared_variables(tree))
-        except TemplateError:
-            _known_variables[template] = frozenset()
-    return _known_variables[template]
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)  # only parses
+    try:
+        tree = environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))
+    except TemplateError:
+        return frozenset()
+    return frozenset(meta.find_undeclared_variables(tree))
 
 
 def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, ends: Ends) -> list[Answer]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -110,15 +111,21 @@ def load_columns(
     return TaskData(chosen, name, digest.hexdigest(), provenance, rows)
 
 
+_heads: WeakKeyDictionary[IterableDataset, Dataset] = WeakKeyDictionary()  # so that a stream is begun once
+
+
 def head_of(examples: Any) -> Dataset:
     """The first examples of a stream, from which its columns are told; any other data set as it is."""
     if not isinstance(examples, IterableDataset):
         return examples
+    if examples in _heads:
+        return _heads[examples]
     first = [*examples.take(HEAD)]
     if not first:
         raise ValueError("the stream of the train data has no example; accepted: at least one.")
     mixed = "on_mixed_types" in inspect.signature(Dataset.from_list).parameters  # contents of texts and of parts
-    return Dataset.from_list(first, **{"on_mixed_types": "use_json"} if mixed else {})
+    _heads[examples] = Dataset.from_list(first, **{"on_mixed_types": "use_json"} if mixed else {})
+    return _heads[examples]
 
 
 def _load_splits(arguments: DataArguments) -> tuple[dict[str, Any], str, dict[str, Any] | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +51,16 @@ class Row(NamedTuple):
             labels = [IGNORE_INDEX] * lost + labels[lost:]
             weights = weights and [0.0] * lost + weights[lost:]
         return Row(tokens, labels, weights)
+
+
+def runs_of_targets(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and end of each contiguous run of targets."""
+    edges = [place for place, pair in enumerate(pairwise([IGNORE_INDEX, *labels, IGNORE_INDEX])) if _is_edge(*pair)]
+    return [*zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _is_edge(label: int, following: int) -> bool:
+    return (label == IGNORE_INDEX) != (following == IGNORE_INDEX)
 
 
 def learned_after(prompt: list[int], completion: list[int]) -> Row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +12,21 @@ from typing import Any
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_temporal.positions import IGNORE_INDEX
-
 from . import argument, check_counts
 from .chat import Conversation, encode_conversations, ends_a_turn
 from .loading import HEAD, DataArguments, TaskData, check_column, load_columns
 from .rouge import ROUGE_TOKENIZERS, one_sentence_per_line
-from .rows import CUT, Row, as_batch, closed_once, length_metrics, special_tokens_around, texts_of, tokens_without
+from .rows import (
+    CUT,
+    Row,
+    as_batch,
+    closed_once,
+    length_metrics,
+    runs_of_targets,
+    special_tokens_around,
+    texts_of,
+    tokens_without,
+)
 from .tokenizing import rows_of_pairs
 
 Batch = Mapping[str, list[str]]
@@ -80,18 +88,21 @@ def encode_pairs_for_causal_lm(
     arguments: SummarizationArguments,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     *,
+    rows: Sequence[int] = (),
+    split: str = "the data",
     counted: bool = False,
 ) -> dict[str, list[Any]]:
     """Rows of prompt, summary and end token; the labels are those of the summary and its end token, −100 before.
 
     Text and summary are a turn of the user and one of the assistant in the tokenizer's chat template where it has one.
     A summary that is cut at `max_target_length` has no end token. Where `counted`, a column says which pairs are cut.
+    `rows` and `split` are what an error calls the pairs, as in `language_modeling.encode_for_causal_lm`.
     """
     texts = [arguments.source_prefix + text for text in _first_tokens(batch["text"], tokenizer, arguments)]
-    names = [f"row {row} of the data" for row in range(len(texts))]
+    names = [f"row {row} of {split}" for row in rows or range(len(texts))]
     if tokenizer.chat_template is None:
         prompts = [f"{text}\n\nSummary:\n" for text in texts]
-        rows = rows_of_pairs(prompts, batch["summary"], names, tokenizer)
+        made = rows_of_pairs(prompts, batch["summary"], names, tokenizer)
     else:
         turns = [
             [{"role": "user", "content": text}, {"role": "assistant", "content": summary}]
@@ -101,27 +112,27 @@ def encode_pairs_for_causal_lm(
         conversations = [
             Conversation(turn, {1: 1.0}, settings, "summary", name) for turn, name in zip(turns, names, strict=True)
         ]
-        rows = [_closed(row, tokenizer) for (row,) in encode_conversations(conversations, tokenizer)]
-    short = [_cut_summary(row, arguments) for row in rows]
+        made = [_closed(row, tokenizer) for (row,) in encode_conversations(conversations, tokenizer)]
+    short = [_cut_summary(row, arguments) for row in made]
     if not counted:
         return as_batch(short)
     cut = [
         len(less.tokens) < len(row.tokens) or text != arguments.source_prefix + whole
-        for less, row, text, whole in zip(short, rows, texts, batch["text"], strict=True)
+        for less, row, text, whole in zip(short, made, texts, batch["text"], strict=True)
     ]
     return as_batch(short, cut=cut)
 
 
 def _cut_summary(row: Row, arguments: SummarizationArguments) -> Row:
-    start = next((place for place, label in enumerate(row.labels) if label != IGNORE_INDEX), len(row.labels))
-    return row.cut(start + arguments.max_target_length)
+    runs = runs_of_targets(row.labels)
+    return row.cut(runs[0][0] + arguments.max_target_length) if runs else row
 
 
 def _closed(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
     """The row up to its last target, and the tokenizer's end token behind it if the chat template puts none there."""
-    end = max((place for place, label in enumerate(row.labels) if label != IGNORE_INDEX), default=-1) + 1
-    closed = row.cut(end)
-    if end == 0 or ends_a_turn(row.tokens[end - 1], tokenizer):
+    runs = runs_of_targets(row.labels)
+    closed = row.cut(runs[-1][1] if runs else 0)
+    if not runs or ends_a_turn(closed.tokens[-1], tokenizer):
         return closed
     return Row([*closed.tokens, tokenizer.eos_token_id], [*closed.labels, tokenizer.eos_token_id])
 
@@ -146,9 +157,10 @@ def encode_for_seq2seq_lm(
     target = tokenizer(text_target=batch["summary"], truncation=True, max_length=arguments.max_target_length)
     labels = [row[1:] if row[:1] == [decoder_start_token_id] else row for row in target.input_ids]
     (_, closing), (_, closing_target) = (special_tokens_around(tokenizer, target=target) for target in (False, True))
+    sources = [closed_once(row, closing) for row in source.input_ids]
     encoded = {
-        "input_ids": [closed_once(row, closing) for row in source.input_ids],
-        "attention_mask": [[1] * len(closed_once(row, closing)) for row in source.input_ids],
+        "input_ids": sources,
+        "attention_mask": [[1] * len(row) for row in sources],
         "labels": [closed_once(row, closing_target) for row in labels],
     }
     if not counted:

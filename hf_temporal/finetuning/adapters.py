@@ -148,8 +148,8 @@ def _problem(model: nn.Module, layers: list[Any]) -> str:
     return ""
 
 
-def _size(bases: list[nn.Module]) -> int:
-    return sum(base.weight.nbytes for base in bases)  # type: ignore[misc]
+def _size(bases: list[Any]) -> int:
+    return sum(base.weight.nbytes for base in bases)
 
 
 def _free_memory(device: torch.device) -> int:

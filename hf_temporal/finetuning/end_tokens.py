@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import groupby, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +11,7 @@ from transformers.utils import logging
 
 from hf_temporal._transformers import align_special_tokens
 from hf_temporal.data.chat import ends_a_turn
-from hf_temporal.data.rows import CUT
-from hf_temporal.positions import IGNORE_INDEX
+from hf_temporal.data.rows import CUT, runs_of_targets
 
 logger = logging.get_logger(__name__)
 
@@ -25,14 +23,13 @@ def ends_of_answers(rows: Any) -> Counter[int]:
     ends: Counter[int] = Counter()
     for row in rows.select(range(min(LOOKED_AT, len(rows)))):
         if not row[CUT]:
-            following = pairwise([*row["labels"], IGNORE_INDEX])
-            ends.update(label for label, after in following if label != IGNORE_INDEX and after == IGNORE_INDEX)
+            ends.update(row["labels"][end - 1] for _, end in runs_of_targets(row["labels"]))
     return ends
 
 
 def texts_of_answers(rows: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What is learned of the rows, each run of targets as a text."""
-    runs = [[*run] for labels in rows["labels"] for learned, run in groupby(labels, IGNORE_INDEX.__ne__) if learned]
+    runs = [labels[start:end] for labels in rows["labels"] for start, end in runs_of_targets(labels)]
     return [str(tokenizer.decode(run)) for run in runs]
 
 

@@ -16,7 +16,7 @@ from transformers import BatchEncoding, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from hf_temporal._peft import base_model
-from hf_temporal.positions import IGNORE_INDEX
+from hf_temporal.data.rows import runs_of_targets
 
 from .adapters import adapter_added
 
@@ -27,7 +27,7 @@ BUSY_SHARE = 0.75  # of a core: 0.99 on an idle machine, 0.2 to 0.5 beside three
 
 def prompt_of(encoded: dict[str, list[int]]) -> list[int]:
     """The tokens in front of the first target: all that a model may see when it generates."""
-    first = next(position for position, label in enumerate(encoded["labels"]) if label != IGNORE_INDEX)
+    first, _ = runs_of_targets(encoded["labels"])[0]
     return encoded["input_ids"][:first]
 
 
@@ -93,10 +93,11 @@ def make_batches(lengths: Sequence[int], batch_size: int, new_tokens: int | None
     `batch_size` of the longest prompts. Without `new_tokens` it has `batch_size` prompts, whatever their lengths.
     """
     batches: list[list[int]] = []
+    longest = max(lengths, default=0)
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         rows = batch_size
         if new_tokens is not None:
-            rows = batch_size * (max(lengths) + new_tokens) // (lengths[index] + new_tokens)
+            rows = batch_size * (longest + new_tokens) // (lengths[index] + new_tokens)
         if batches and len(batches[-1]) < rows:
             batches[-1].append(index)
         else:

@@ -121,11 +121,16 @@ class Task(ABC):
     ) -> dict[str, Any]:
         """Every split through `function(batch, **settings)`, without the rows that the model cannot learn from.
 
-        If `with_ends`, the tokens that end the answers are counted in `ends`.
+        That of a decoder-only model is told the numbers of the rows and the split, for its errors. If `with_ends`, the
+        tokens that end the answers are counted in `ends`.
         """
         encoded = {}
         for split in self.used():
-            rows = self._mapped(split, function, **settings)
+            if config.is_encoder_decoder:
+                rows = self._mapped(split, function, **settings)
+            else:
+                own = {"encode": function, "where": split, "numbers": self.data.rows.get(split)}
+                rows = self._mapped(split, _encode_numbered, with_indices=True, **own, **settings)
             limits = {"input_ids": positions(config, "encoder"), "labels": positions(config, "decoder")}
             how: dict[str, Any] = {"limits": limits, "first": int(not config.is_encoder_decoder)}
             if isinstance(rows, IterableDataset):
@@ -275,14 +280,14 @@ class LanguageModeling(Task):
         if config.is_encoder_decoder:
             raise ValueError("task='language_modeling' is for finetune_causal_lm.py; accepted: summarization, copying")
         examples = head_of(next(iter(self.data.splits.values())))
-        settings = {"tokenizer": tokenizer, "arguments": self.arguments}
+        settings = {"tokenizer": tokenizer, "arguments": self.arguments, "counted": True}
         with_ends = language_modeling.are_conversations(examples[:1])
         if with_ends and "strftime_now" in str(tokenizer.chat_template):
             logger.warning(
                 "The chat template writes the date of the day on which a row is made: what the model is given later "
                 "differs there. Where the template reads a date, --chat_template_kwargs sets it."
             )
-        encoded = self._tokenized(config, _encode_numbered, with_ends=with_ends, **settings)
+        encoded = self._tokenized(config, language_modeling.encode_for_causal_lm, with_ends=with_ends, **settings)
         if patterns := self.arguments.patterns:
             few = head_of(encoded[next(iter(encoded))])
             answers = texts_of_answers(few.select(range(min(LOOKED_AT, len(few)))), tokenizer)
@@ -294,13 +299,9 @@ class LanguageModeling(Task):
 
     def _mapped(self, split: str, function: Callable[..., Any], **settings: Any) -> Dataset:
         examples = self.data.splits[split]
-        own = {
-            "where": split,
-            "numbers": self.data.rows.get(split),
-            "weighted": isinstance(examples, IterableDataset)  # whose later rows may bring weights
-            or language_modeling.brings_weights(examples, self.arguments),
-        }
-        rows = super()._mapped(split, function, with_indices=True, **settings, **own)
+        weighted = isinstance(examples, IterableDataset)  # whose later rows may bring weights
+        weighted = weighted or language_modeling.brings_weights(examples, self.arguments)
+        rows = super()._mapped(split, function, weighted=weighted, **settings)
         if isinstance(rows, Dataset) and len(rows) > len(examples) and "text" not in examples.column_names:
             times = f"{len(rows) / len(examples):.2f} times as many"
             logger.warning(
@@ -332,11 +333,16 @@ def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Tas
 
 
 def _encode_numbered(
-    batch: dict[str, list[Any]], indices: list[int], where: str, numbers: list[int] | None, **settings: Any
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    encode: Callable[..., dict[str, list[Any]]],
+    where: str,
+    numbers: list[int] | None,
+    **settings: Any,
 ) -> dict[str, list[Any]]:
     """The rows of a batch, in which errors count the rows of the file."""
     rows = batch.get(ROW) or (indices if numbers is None else [numbers[index] for index in indices])
-    return language_modeling.encode_for_causal_lm(batch, rows=rows, split=where, counted=True, **settings)
+    return encode(batch, rows=rows, split=where, **settings)
 
 
 def _can_be_learned(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_temporal.collator import LOSS_WEIGHTS
 from hf_temporal.data.chat import ends_a_turn
 from hf_temporal.data.loading import head_of
+from hf_temporal.data.rows import runs_of_targets
 from hf_temporal.positions import IGNORE_INDEX, target_positions
 from hf_temporal.tables import markdown
 from hf_temporal.weighting import TemporalWeighting
@@ -69,8 +69,7 @@ def _padded(rows: Any, value: float) -> Tensor:
 
 def _parts(row: list[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
     """The places of each part of a row's answers, by the name of the part."""
-    runs = groupby(range(len(row)), key=lambda place: row[place] != IGNORE_INDEX)
-    answers = [[*places] for are_targets, places in runs if are_targets]
+    answers = [[*range(start, end)] for start, end in runs_of_targets(row)]
     parts: list[tuple[str, list[int]]] = []
     for turn, places in enumerate(answers, start=1):
         if len(answers) > 1:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +51,6 @@ def write(path: Path, rows: list[dict[str, Any]]) -> list[str]:
 def trained(tiny: Tiny, folder: Path, *flags: str) -> dict[str, torch.Tensor]:
     finetune_causal_lm.main(["--model_name_or_path", str(tiny.model), *QUICK, *flags, "--output_dir", str(folder)])
     return load_file(folder / "model.safetensors")
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What is logged; transformers' loggers do not hand on to the root."""
-    logger = logging.getLogger("transformers")
-    ours = logging.getLogger("hf_temporal")
-    for each in (logger, ours):
-        each.addHandler(caplog.handler)
-    yield caplog
-    for each in (logger, ours):
-        each.removeHandler(caplog.handler)
 
 
 def test_a_stream_is_learned_as_the_file_is(tiny: Tiny, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
@@ -187,3 +173,17 @@ def test_columns_that_are_not_read_are_told(tmp_path: Path, said: pytest.LogCapt
     said.clear()
     encoded(tmp_path / "all.jsonl", [{"instruction": "Do.", "output": "Done."}])
     assert "not read" not in said.text
+
+
+@pytest.mark.parametrize("task", ["summarization", "language_modeling"])
+def test_an_error_names_the_row_of_the_file(task: str, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{% if 'no' in messages[-1].content %}{{ 1 / 0 }}{% endif %}" + TEMPLATE)
+    pairs = [["a", "b"], ["", "b"], *[["a", "b"]] * 1200, ["a", "no"]]  # more than one batch
+    if task == "summarization":
+        rows: list[Any] = [{"article": text, "highlights": summary} for text, summary in pairs]
+    else:
+        turns = [[{"role": "user", "content": ask}, {"role": "assistant", "content": said}] for ask, said in pairs]
+        rows = [{"messages": turn if turn[0]["content"] else []} for turn in turns]
+    file = write(tmp_path / "train.jsonl", rows)
+    with pytest.raises(ValueError, match=r"message 1 of row 1202 of train"):
+        trained(tiny, tmp_path / "run", *file, "--task", task, "--chat_template", str(tmp_path / "chat.jinja"))

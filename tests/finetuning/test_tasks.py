@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +56,6 @@ CHATS = [
 def evaluations(output_dir: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((output_dir / "evaluations.json").read_text("utf-8"))["evaluations"]
     return found
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the library logs; transformers' loggers do not hand on to the root."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 # ---- copying
@@ -176,12 +165,12 @@ PREFIX = "padding_free='auto': batches are padded, since "
     ],
 )
 def test_batches_are_padded_where_they_have_to_be(
-    flags: tuple[str, ...], problem: str, tiny: Tiny, tmp_path: Path, warnings: pytest.LogCaptureFixture
+    flags: tuple[str, ...], problem: str, tiny: Tiny, tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
     data = () if "--task" in flags else (str(tiny.model), *tiny.data_flags)
     argv = [*flags, *data, *QUICK, "--output_dir", str(tmp_path)]
     run = prepare_causal_lm(parse(CAUSAL_ARGUMENTS, argv))
-    assert [line.removeprefix(PREFIX) for line in warnings.messages if line.startswith(PREFIX)] == (
+    assert [line.removeprefix(PREFIX) for line in said.messages if line.startswith(PREFIX)] == (
         [f"{problem}."] if problem else []
     )
     assert isinstance(run.data_collator, DataCollatorForSeq2Seq if problem else DataCollatorWithFlattening)
@@ -190,26 +179,24 @@ def test_batches_are_padded_where_they_have_to_be(
     assert (run.model.config._attn_implementation == ATTENTION) == (not problem)
 
 
-def test_an_encoder_decoder_s_batches_are_padded(
-    tiny: Tiny, tmp_path: Path, warnings: pytest.LogCaptureFixture
-) -> None:
+def test_an_encoder_decoder_s_batches_are_padded(tiny: Tiny, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     t5 = ("--model_type", "t5", "--config_overrides", SMALL_T5, "--tokenizer_name", str(tiny.model))
     argv = [*t5, *tiny.data_flags, *QUICK, "--output_dir", str(tmp_path)]
     run = prepare_seq2seq(parse(SEQ2SEQ_ARGUMENTS, argv))
     assert isinstance(run.data_collator, DataCollatorForSeq2Seq)
-    assert f"{PREFIX}an encoder-decoder has rows of two lengths." in warnings.messages
+    assert f"{PREFIX}an encoder-decoder has rows of two lengths." in said.messages
     with pytest.raises(ValueError, match="padding_free='on' for a T5ForConditionalGeneration"):
         prepare_seq2seq(parse(SEQ2SEQ_ARGUMENTS, [*argv, "--padding_free", "on"]))
 
 
 def test_a_model_whose_attention_stays_is_packed_where_that_is_asked_for(
-    tiny: Tiny, tmp_path: Path, warnings: pytest.LogCaptureFixture
+    tiny: Tiny, tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
     new = ("--model_type", "gptj", "--config_overrides", "n_embd=16,n_layer=1,n_head=2,rotary_dim=4,n_positions=64")
     argv = [*new, "--tokenizer_name", str(tiny.model), *tiny.data_flags, *QUICK, "--output_dir", str(tmp_path)]
     asked = prepare_causal_lm(parse(CAUSAL_ARGUMENTS, [*argv, "--padding_free", "on"]))
     assert isinstance(asked.data_collator, DataCollatorWithFlattening)
-    assert "padding_free='on': the model's own attention goes over each row as a whole, since" in warnings.text
+    assert "padding_free='on': the model's own attention goes over each row as a whole, since" in said.text
     assert isinstance(prepare_causal_lm(parse(CAUSAL_ARGUMENTS, argv)).data_collator, DataCollatorForSeq2Seq)
 
 
@@ -246,7 +233,7 @@ def summarization(tiny: Tiny, **settings: Any) -> Summarization:
 
 
 def test_rows_that_the_model_has_no_positions_for_are_left_out_and_counted(
-    tiny: Tiny, warnings: pytest.LogCaptureFixture
+    tiny: Tiny, said: pytest.LogCaptureFixture
 ) -> None:
     task, tokenizer = summarization(tiny), tiny_tokenizer()
     lengths = [len(row) for row in task.encode(tokenizer, LlamaConfig())["train"]["input_ids"]]
@@ -255,7 +242,7 @@ def test_rows_that_the_model_has_no_positions_for_are_left_out_and_counted(
     short = [length for length in lengths if length <= limit]
     assert 10 <= len(short) < 24
     assert [len(row) for row in kept["input_ids"]] == short
-    assert f"train: {24 - len(short)} of 24 rows have no target token or more tokens" in warnings.text
+    assert f"train: {24 - len(short)} of 24 rows have no target token or more tokens" in said.text
     with pytest.raises(ValueError, match="train: 24 of 24 rows have no target token or more tokens"):
         task.encode(tokenizer, LlamaConfig(max_position_embeddings=3))
 
