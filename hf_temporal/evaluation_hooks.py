@@ -1,21 +1,27 @@
 """The hooks of a `Trainer` by which its evaluation also tells the loss by position."""
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import Seq2SeqTrainer, Trainer
 
-from hf_temporal.model.fused_head import answer_logits
-from hf_temporal.model.model_loss import logits_of, missing_decoder_inputs
+from hf_temporal.model.fused_head import FusedHead, answer_logits
+from hf_temporal.model.model_loss import ModelLoss, logits_of, missing_decoder_inputs
+from hf_temporal.model.target_head import head_at
+from hf_temporal.model.weighted_loss import OutputsWithoutLogits
 
 from ._transformers import attribute
-from .collator import DOCUMENTS, LOSS_WEIGHTS, OWN_KEYS, POSITIONS
-from .evaluation import PROFILE_NAME, PositionProfile, TokenBatch, save_profile, token_losses
+from .collator import DOCUMENTS, LOSS_WEIGHTS, OWN_KEYS, POSITIONS, without
+from .evaluation import PROFILE_NAME, PositionProfile, TokenBatch, losses_and_hits, save_profile, token_losses
+from .positions import IGNORE_INDEX, shift_left
 from .timeline_hooks import TimelineHooks
+from .training_args import TemporalFields
 from .weighting import wide_dtype
 
 
@@ -66,15 +72,39 @@ class EvaluationByPosition(TimelineHooks):
         observer, is_whole = self._temporal_observer, POSITIONS in timeline and self.get_cp_size() == 1
         if observer is None or not is_whole or self._problem_with(batch):
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
-        calls: deque[Any] = deque(maxlen=1)
-        with model.register_forward_hook(lambda *call: calls.append(call[-1])):
-            result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
-        batch = self._prepare_inputs(batch)
-        labels, positions = batch.pop("labels"), timeline[POSITIONS]
-        losses, correct = self._token_losses(model, batch, labels, positions > 0, calls[0])
+        positions = timeline[POSITIONS]
+        if prediction_loss_only and self._needs_target_logits_alone(batch["labels"]):
+            alone = TargetLoss(self._root, self._read_model_loss())
+            with alone.around(model):
+                result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
+            losses: Tensor = alone.losses
+            correct: Tensor | None = alone.correct
+        else:
+            calls: deque[Any] = deque(maxlen=1)
+            with model.register_forward_hook(lambda *call: calls.append(call[-1])):
+                result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
+            batch = self._prepare_inputs(batch)
+            labels = batch.pop("labels")
+            losses, correct = self._token_losses(model, batch, labels, positions > 0, calls[0])
         losses = losses.to(wide_dtype(losses.device)).where(positions > 0, 0)
         observer(TokenBatch(losses, correct, positions, timeline.get(DOCUMENTS), timeline.get(LOSS_WEIGHTS)))
         return result
+
+    def _needs_target_logits_alone(self, labels: Tensor) -> bool:
+        """Whether an evaluation that returns its loss alone needs no other logits than those that answer targets."""
+        own, args = self._read_model_loss(), self.args
+        is_off = isinstance(args, TemporalFields) and args.temporal_fused_head == "off"
+        return (
+            isinstance(own.fused_head, FusedHead)
+            and not (is_off or labels.is_floating_point() or own.auxiliary_coefficient or args.torch_compile)
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+            and not any(
+                {"compute_loss", "prediction_step"} & vars(kind).keys()
+                for kind in type(self).__mro__
+                if kind not in (Trainer, Seq2SeqTrainer) and kind.__module__.partition(".")[0] != __package__
+            )
+        )
 
     def _token_losses(
         self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, target: Tensor, outputs: Any
@@ -91,3 +121,51 @@ class EvaluationByPosition(TimelineHooks):
             logits = answer_logits(self._root, logits, labels.shape[1])
         shifts, kind = self._read_model_loss().shifts_labels, self.weighting.regression_loss
         return token_losses(logits, labels, target, shifts_labels=shifts, regression_loss=kind)
+
+
+class TargetLoss:
+    """The model's own loss in an evaluation, from the logits alone that answer a target.
+
+    `losses` and `correct` are those of a `TokenBatch`, of the last call.
+    """
+
+    losses: Tensor
+    correct: Tensor
+
+    def __init__(self, root: nn.Module, own: ModelLoss) -> None:
+        self.root, self.own = root, own
+        self._labels: Tensor | None = None  # of the call in progress
+        self._items: Any = None
+        self._rows: Tensor
+        self._head = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def around(self, model: nn.Module) -> Iterator[None]:
+        """`model` is what the trainer calls: the root, or what wraps it."""
+        before = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        with before, model.register_forward_hook(self._after), self._head:
+            yield
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        labels = self._labels = kwargs["labels"]
+        self._items = kwargs.get("num_items_in_batch") if self.own.counts_items else None
+        answers = shift_left(labels, IGNORE_INDEX) if self.own.shifts_labels else labels
+        self._rows = (answers != IGNORE_INDEX).flatten().nonzero()[:, 0]
+        assert isinstance(self.own.fused_head, FusedHead)
+        self._head.enter_context(head_at(self.own.fused_head.head, self.root, self._rows, labels.shape[1]))
+        inputs = without(kwargs, ("labels", "shift_labels", "num_items_in_batch"))
+        return args, inputs | missing_decoder_inputs(self.root, inputs, labels)
+
+    def _after(self, _: nn.Module, __: Any, outputs: Any) -> Any:
+        self._head.close()
+        labels = self._labels
+        assert labels is not None
+        logits = logits_of(outputs, labels)
+        places = self._rows + int(self.own.shifts_labels)
+        everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        found, hits = losses_and_hits(logits, everywhere, labels.flatten()[places].to(logits.device))
+        self.losses = found.new_zeros(labels.shape, device=labels.device)
+        self.correct = torch.zeros_like(labels, dtype=torch.bool)
+        self.losses.view(-1)[places], self.correct.view(-1)[places] = found.to(places.device), hits.to(places.device)
+        loss = found.sum() / (len(found) if self._items is None else self._items)
+        return OutputsWithoutLogits({**without(outputs, ["logits"]), "loss": loss})

@@ -121,7 +121,79 @@ def test_no_value_of_stock_is_changed(name: str, smoothing: float, tmp_path: Pat
         metrics.append({key: value for key, value in one.evaluate().items() if key not in TIMINGS})
     stock, ours = metrics
     assert set(ours) - set(stock) == ADDED
-    assert {key: ours[key] for key in stock} == stock
+    assert {key: ours[key] for key in stock} == pytest.approx(stock, rel=1e-6)
+
+
+HEADS = [("llama", "lora_head"), ("gpt2", "plain"), ("gemma2", "saved_head"), ("cohere", "plain"), ("bart", "plain")]
+
+
+@pytest.mark.parametrize(("name", "adapter"), HEADS)
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+def test_logits_are_computed_of_the_targets_alone(name: str, adapter: str, layout: str, tmp_path: Path) -> None:
+    """The same metrics and profile, from a position of logits for each target."""
+    if name == "bart" and layout != "right":
+        pytest.skip("an encoder-decoder is padded on the right")
+    collator = PackCollator(rows=2) if layout == "packed" else PadCollator(side=layout, extra=3)
+    found = []
+    for mode in ("auto", "off"):
+        args = TemporalTrainingArguments(str(tmp_path / mode), temporal_fused_head=mode, **SETTINGS)
+        model, rows = tiny_model(name, adapter), examples(name, 8)
+        trainer = TemporalWeightTrainer(model, args, eval_dataset=rows, data_collator=collator)
+        trainer.evaluate()  # the model is looked at
+        positions: list[int] = []
+        head = model.get_output_embeddings()
+        hook = head.register_forward_hook(lambda *call, seen=positions: seen.append(call[-1].shape[:-1].numel()))
+        metrics = trainer.evaluate()
+        hook.remove()
+        assert "forward" not in vars(head)
+        profile = load_profiles(tmp_path / mode / "loss_by_position.json")[-1]["bins"]
+        found.append((sum(positions), {key: metrics[key] for key in {*ADDED, "eval_loss"}}, profile))
+    (few, metrics, profile), (every, expected, expected_profile) = found
+    targets = sum(entry["count"] for entry in profile)
+    assert targets <= few <= targets + len(rows) < every  # the trainer's own loss may count the first token of a row
+    assert metrics == pytest.approx(expected, rel=1e-6)
+    for entry, other in zip(profile, expected_profile, strict=True):
+        numbers = {key: value for key, value in other.items() if value is not None}
+        assert {key: entry[key] for key in numbers} == pytest.approx(numbers, rel=1e-6)
+        assert all(entry[key] is None for key in entry.keys() - numbers.keys())
+
+
+class LooksAtLogits(TemporalWeightTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
+        return loss + outputs.logits.mean(), outputs
+
+
+@pytest.mark.parametrize("why", ["own loss", "smoothing", "metrics", "auxiliary loss"])
+def test_all_logits_are_computed_where_somebody_needs_them(why: str, tmp_path: Path) -> None:
+    name = "mixtral" if why == "auxiliary loss" else "llama"
+    smoothing = 0.1 if why == "smoothing" else 0.0
+    args = TemporalTrainingArguments(str(tmp_path), label_smoothing_factor=smoothing, temporal_power=0.0, **SETTINGS)
+    how: dict[str, Any] = {"compute_metrics": lambda _: {}} if why == "metrics" else {}
+    kind = LooksAtLogits if why == "own loss" else TemporalWeightTrainer
+    model = tiny_model(name)
+    trainer = kind(model, args, eval_dataset=examples(name, 3), data_collator=PadCollator(), **how)
+    shapes: list[Any] = []
+    model.get_output_embeddings().register_forward_hook(lambda *call: shapes.append(call[-1].shape))
+    assert "eval_tail_loss" in trainer.evaluate()
+    assert shapes[-1][0] == 3
+
+
+def test_the_head_is_as_before_when_a_model_fails_in_an_evaluation(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    args = TemporalTrainingArguments(str(tmp_path), **SETTINGS)
+    trainer = TemporalWeightTrainer(model, args, eval_dataset=examples("llama", 3), data_collator=PadCollator())
+    trainer.evaluate()
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    handle = model.lm_head.register_forward_hook(fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        trainer.evaluate()
+    handle.remove()
+    assert "forward" not in vars(model.lm_head)
+    assert "eval_loss" in trainer.evaluate()
 
 
 def test_label_smoothing_where_stock_leaves_the_decoder_without_inputs(tmp_path: Path) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
-from transformers import BatchEncoding, DynamicCache, PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import BatchEncoding, DynamicCache, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
 from hf_temporal._peft import base_model
@@ -21,6 +22,7 @@ from hf_temporal.data.rows import runs_of_targets
 from .adapters import adapter_added
 
 MIN_PREFIX = 8  # tokens that all prompts begin with
+LENGTH_RULES = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty")
 PERIOD = 0.25  # seconds between two looks
 BUSY_SHARE = 0.75  # of a core: 0.99 on an idle machine, 0.2 to 0.5 beside three busy processes on two cores
 
@@ -45,9 +47,9 @@ def generate_completions(
     """The tokens with which a decoder-only `model` continues each prompt, end and padding included.
 
     Left-padded batches of similar length, no sampling. A LoRA adapter is added to a copy of the weights as long as
-    this takes. As many prompts go into a batch as fit into the memory that `batch_size` of the longest take, and what
-    all prompts begin with is computed once. Under autocast, and with weights that are quantized or of less than 32
-    bits, it is `batch_size` prompts, each computed in full: how such numbers are rounded depends on the batch.
+    this takes. What all prompts begin with is computed once, and a batch has as many prompts as `room` says. Under
+    autocast, and with weights that are quantized or of less than 32 bits, it is `batch_size` prompts, each computed in
+    full: how such numbers are rounded depends on the batch.
 
     Args:
         synced_gpus: The weights are sharded: every process has as many batches as the others, and no adapter is added.
@@ -59,46 +61,111 @@ def generate_completions(
     autocast = "forward" in vars(base)  # which accelerate has put there
     rounded = autocast or getattr(base, "is_quantized", False) or torch.finfo(model.dtype).bits < 32
     exact = not synced_gpus and not rounded
-    batches = make_batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens if exact else None)
+    lengths = [len(prompt) for prompt in prompts]
+    how = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "synced_gpus": synced_gpus,
+    }
     with brief_waiting_when_busy(), nullcontext() if synced_gpus else adapter_added(model):
         prefix = prefix_cache(model, prompts) if exact else None
+        tokens = room(base, prefix, batch_size, max(lengths, default=0) + max_new_tokens)
+        batches = make_batches(lengths, lambda length: tokens // (length + max_new_tokens) if exact else batch_size)
+        generate = generate_and_drop if prefix and can_drop(model, num_beams) else generate_all
         for chosen in tqdm(batches, "Generating", leave=False):
             batch: BatchEncoding = tokenizer.pad(
                 {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
             )
             batch = batch.to(model.device)
-            given = {}
             if prefix is not None:
                 padding = (batch["attention_mask"] == 0).sum(1).repeat_interleave(num_beams)
-                given["past_key_values"] = cache_behind_padding(prefix, padding)
-            tokens = model.generate(
-                **batch,
-                **given,
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                synced_gpus=synced_gpus,
-            )
-            for index, row in zip(chosen, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                batch["past_key_values"] = cache_behind_padding(prefix, padding)
+            for index, row in zip(chosen, generate(model, batch, **how), strict=True):
                 completions[index] = row
     model.train(was_training)
     return completions
 
 
-def make_batches(lengths: Sequence[int], batch_size: int, new_tokens: int | None) -> list[list[int]]:
+def generate_all(model: Any, batch: Any, **how: Any) -> list[list[int]]:
+    """What `generate` appends to each row of a batch."""
+    tokens = model.generate(**batch, **how)
+    rows: list[list[int]] = tokens[:, batch["input_ids"].shape[1] :].tolist()
+    return rows
+
+
+def generate_and_drop(model: Any, batch: Any, *, max_new_tokens: int, **how: Any) -> list[list[int]]:
+    """The same, without the rows that have ended as soon as these are half of the batch, again and again."""
+    ids, mask, cache = batch["input_ids"], batch["attention_mask"], batch["past_key_values"]
+    width = ids.shape[1]
+    rows: list[list[int]] = [[]] * len(ids)
+    places = torch.arange(len(ids))
+    while True:
+        ended = HalfEnded(model.generation_config.eos_token_id, len(ids))
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=width + max_new_tokens - ids.shape[1],
+            stopping_criteria=StoppingCriteriaList([ended]),
+            return_dict_in_generate=True,
+            **how,
+        )
+        ids, cache = out.sequences, out.past_key_values
+        for place, row in zip(places.tolist(), ids[:, width:].tolist(), strict=True):
+            rows[place] = row
+        going = (~ended.rows).nonzero()[:, 0]
+        if not len(going) or ids.shape[1] == width + max_new_tokens:
+            return rows
+        ids, places = ids[going], places[going]
+        mask = F.pad(mask[going], (0, ids.shape[1] - mask.shape[1]), value=1)
+        cache.batch_select_indices(going)
+
+
+class HalfEnded(StoppingCriteria):
+    """Stops all rows once half of them have written a token that ends them."""
+
+    def __init__(self, ends: int | list[int] | None, rows: int) -> None:
+        self.ends = torch.tensor([] if ends is None else ends, dtype=torch.long)
+        self.rows = torch.zeros(rows, dtype=torch.bool)  # which have ended
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
+        self.rows |= torch.isin(input_ids[:, -1], self.ends)
+        return self.rows | (2 * self.rows.sum() >= len(self.rows))
+
+
+def can_drop(model: Any, num_beams: int) -> bool:
+    """Whether dropping rows pays, and `generate` goes on as if it had not stopped.
+
+    On a CPU a step takes the longer the more rows there are. What `LENGTH_RULES` set counts from where it began.
+    """
+    own = model.generation_config
+    return model.device.type == "cpu" and num_beams == 1 and not any(getattr(own, name, None) for name in LENGTH_RULES)
+
+
+def room(base: Any, prefix: DynamicCache | None, batch_size: int, longest: int) -> int:
+    """The tokens that a batch may have, prompts and answers.
+
+    As many as `batch_size` of the longest rows have; more where a token's keys and values are smaller than its logits
+    in float32, for which an evaluation of `batch_size` rows needs room.
+    """
+    tokens = batch_size * longest
+    if prefix is None:
+        return tokens
+    layers: Any = prefix.layers
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // prefix.get_seq_length()
+    return tokens * max(1, 4 * base.get_input_embeddings().weight.shape[0] // cached)
+
+
+def make_batches(lengths: Sequence[int], most: Callable[[int], int]) -> list[list[int]]:
     """Batches of the indices of prompts of these lengths, from the shortest to the longest.
 
-    n prompts up to a length of L take the memory of n (L + new_tokens) tokens, and a batch has no more of them than
-    `batch_size` of the longest prompts. Without `new_tokens` it has `batch_size` prompts, whatever their lengths.
+    A batch whose longest prompt has L tokens has no more than `most(L)` prompts, unless it is a single one.
     """
     batches: list[list[int]] = []
-    longest = max(lengths, default=0)
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        rows = batch_size
-        if new_tokens is not None:
-            rows = batch_size * (longest + new_tokens) // (lengths[index] + new_tokens)
-        if batches and len(batches[-1]) < rows:
+        if batches and len(batches[-1]) < most(lengths[index]):
             batches[-1].append(index)
         else:
             batches.append([index])

@@ -35,7 +35,8 @@ from .continuation import Continuation
 from .dtype import settle_dtype
 from .end_tokens import agree_on_the_end
 from .models import ModelArguments, Seq2SeqModelArguments, load_causal_lm, load_seq2seq_lm, require_4bit
-from .run import begin, carry_out, publish, settings_of, share_cores, tell_powers
+from .process import keep_freed_memory, share_cores
+from .run import begin, carry_out, publish, settings_of, tell_powers
 from .tasks import TASK_KINDS, LanguageModeling, Scores, Summarization, Task, load_task
 from .trainers import Answers
 from .weight_shares import tell_shares
@@ -188,6 +189,7 @@ def _prepare(parsed: Sequence[Any], load_model: Callable[[Task], tuple[Any, Any]
     model_args, task_args, summarization_args = arguments[0], arguments[1], arguments[3]
     require_4bit(model_args)
     share_cores()
+    keep_freed_memory()
     settle_dtype(model_args, training_args)
     set_seed(training_args.seed)
     task = load_task(arguments[1 : 1 + len(TASK_KINDS)], training_args)

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-import torch
 from accelerate import load_checkpoint_in_model
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
@@ -88,18 +87,6 @@ def tell_powers(trainer: Any) -> None:
     report.plot(picture)
     write_json(picture.with_suffix(".json"), asdict(report))
     print(f"\n{report}\n\n{picture}")
-
-
-def share_cores() -> None:
-    """Share the CPU's cores among this machine's processes.
-
-    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 where nothing else is asked for: a run on the CPU of one
-    machine would leave all cores but one idle. `HF_TEMPORAL_CORES` says how many there are to share, where not all.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
-        cores = int(os.environ.get("HF_TEMPORAL_CORES") or os.cpu_count() or 1)
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class EvaluationLog(TrainerCallback):

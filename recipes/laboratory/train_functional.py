@@ -26,7 +26,8 @@ from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.controls import ControlArguments, controlled
 from hf_temporal.finetuning.functional import FunctionalArguments, LearnedFunctional, MemoryScores
 from hf_temporal.finetuning.models import ModelArguments
-from hf_temporal.finetuning.run import CardMixin, begin, carry_out, command_line, publish, share_cores
+from hf_temporal.finetuning.process import share_cores
+from hf_temporal.finetuning.run import CardMixin, begin, carry_out, command_line, publish
 from hf_temporal.memory.functionals import pad_series
 from hf_temporal.memory.models import FAMILIES
 from hf_temporal.trainer import TemporalWeightTrainer

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from hf_temporal.finetuning.run import share_cores
+from hf_temporal.finetuning.process import share_cores
 
 share_cores()
 found = {

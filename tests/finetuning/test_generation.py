@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,14 @@ from transformers import DynamicCache
 
 from hf_temporal.finetuning import adapters, generation
 from hf_temporal.finetuning.adapters import adapter_added, add_adapter
-from hf_temporal.finetuning.generation import cache_behind_padding, generate_completions, make_batches, prefix_cache
+from hf_temporal.finetuning.generation import (
+    cache_behind_padding,
+    can_drop,
+    generate_completions,
+    make_batches,
+    prefix_cache,
+    room,
+)
 from hf_temporal.finetuning.models import ModelArguments
 from tests.tiny_models import tiny_model
 from tests.tiny_summarization import tiny_llama, tiny_tokenizer
@@ -84,9 +93,7 @@ def test_the_answers_are_those_of_the_adapter_beside_the_weights(
     assert model.training
     monkeypatch.setattr(generation, "adapter_added", lambda _: nullcontext())
     monkeypatch.setattr(generation, "prefix_cache", lambda *_: None)
-    monkeypatch.setattr(
-        generation, "make_batches", lambda lengths, size, _: make_batches(lengths, size, new_tokens=None)
-    )
+    monkeypatch.setattr(generation, "make_batches", lambda lengths, _: make_batches(lengths, lambda _: batch_size))
     assert found == answers()
     with model.disable_adapter():
         assert found != answers()
@@ -241,21 +248,33 @@ def test_sharded_weights_are_neither_copied_nor_batched_unevenly(monkeypatch: py
 # ---- batches
 
 
-@pytest.mark.parametrize("new_tokens", [1, 8, 100])
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_batches_take_no_more_memory_than_one_of_the_longest(new_tokens: int, batch_size: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 45, 200])
+def test_batches_have_what_their_longest_prompt_allows(tokens: int) -> None:
     lengths = [len(prompt) for prompt in some_prompts(60)]
-    batches = make_batches(lengths, batch_size, new_tokens)
+    batches = make_batches(lengths, lambda length: tokens // length)
     assert sorted(index for batch in batches for index in batch) == list(range(60))
-    longest = max(lengths)
-    for batch in batches:
-        padded = max(lengths[index] for index in batch)
-        assert len(batch) * (padded + new_tokens) <= batch_size * (longest + new_tokens)
-        assert len(batch) * padded <= batch_size * longest
-    by_count = make_batches(lengths, batch_size, None)
-    assert [len(batch) for batch in by_count] == [batch_size] * (60 // batch_size)
-    assert len(batches) <= len(by_count)
-    assert make_batches([], batch_size, new_tokens) == []
+    for batch, following in pairwise([*batches, []]):
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) == 1 or len(batch) * longest <= tokens
+        assert not following or (len(batch) + 1) * lengths[following[0]] > tokens
+        assert longest <= min((lengths[index] for index in following), default=longest)
+    assert make_batches([], lambda length: tokens // length) == []
+
+
+@pytest.mark.parametrize(("name", "times"), [("97 tokens", 3), ("large vocabulary", 7)])
+def test_a_batch_takes_no_more_memory_than_the_logits_of_an_evaluation_or_its_rows(name: str, times: int) -> None:
+    model = tiny_model("llama")
+    layers, heads, size = (
+        model.config.num_hidden_layers,
+        model.config.num_key_value_heads,
+        model.config.hidden_size // model.config.num_attention_heads,
+    )
+    cached = layers * heads * size * 2 * 4  # bytes of a token's keys and values
+    if name == "large vocabulary":
+        model.resize_token_embeddings(-(-times * cached // 4))
+    prefix = prefix_cache(model.eval(), [[*range(3, 15), 40], [*range(3, 15), 41]])
+    assert room(model, prefix, 4, 50) == 4 * 50 * times
+    assert room(model, None, 4, 50) == 4 * 50
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast", "quantized"])
@@ -270,17 +289,59 @@ def test_batches_stay_as_they_were_where_rounding_depends_on_them(kind: str, mon
         AcceleratorState._reset_state()
     elif kind == "quantized":
         model.is_quantized = True  # as transformers marks it
-    given: list[int | None] = []
+    rows, looked = [], []
 
-    def batches(lengths: list[int], size: int, new_tokens: int | None) -> list[list[int]]:
-        given.append(new_tokens)
-        return make_batches(lengths, size, new_tokens)
+    def batches(lengths: list[int], most: Callable[[int], int]) -> list[list[int]]:
+        rows.append([most(length) for length in (1, 28)])
+        return make_batches(lengths, most)
 
     monkeypatch.setattr(generation, "make_batches", batches)
     shared = [[*range(3, 30), end] for end in (40, 50, 60)]
-    monkeypatch.setattr(generation, "prefix_cache", lambda *_: given.append(-1))
-    generate_completions(with_adapter(model) if kind == "quantized" else model, tokenizer, shared, max_new_tokens=2)
-    assert given == ([2, -1] if kind == "float32" else [None])
+    monkeypatch.setattr(generation, "prefix_cache", lambda *_: looked.append(True))
+    model = with_adapter(model) if kind == "quantized" else model
+    generate_completions(model, tokenizer, shared, max_new_tokens=2, batch_size=3)
+    exact = kind == "float32"
+    assert rows == [[3 * 30 // 3, 3] if exact else [3, 3]]
+    assert looked == [True] * exact
+
+
+# ---- rows that have ended
+
+
+def test_rows_that_have_ended_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    model = with_adapter(tiny_llama(len(tokenizer)))
+    prompts = [[*range(3, 15), *end] for end in some_prompts(40)]
+
+    ends = model.generation_config.eos_token_id = [*range(5, len(tokenizer), 4)]
+
+    def answers() -> list[list[int]]:
+        """Each up to its first end, behind which there is padding."""
+        rows = generate_completions(model, tokenizer, prompts, max_new_tokens=20, batch_size=40)
+        first = [next((place for place, token in enumerate(row) if token in ends), len(row)) for row in rows]
+        return [row[: place + 1] for place, row in zip(first, rows, strict=True)]
+
+    seen: list[int] = []
+    hook = model.get_base_model().register_forward_hook(lambda *call: seen.append(len(call[-1].logits)))
+    found = answers()
+    hook.remove()
+    lengths = sorted(map(len, found))
+    assert lengths[0] < lengths[20] < lengths[-1]
+    prefix, *rows = seen
+    assert prefix == 1
+    assert rows == sorted(rows, reverse=True)
+    assert (len(rows), rows[0], rows[1]) == (20, 40, 40)
+    assert len(set(rows)) > 2
+    monkeypatch.setattr(generation, "can_drop", lambda *_: False)
+    assert found == answers()
+
+
+@pytest.mark.parametrize("rule", [{"min_new_tokens": 9}, {"begin_suppress_tokens": [5]}, {}])
+def test_rules_that_count_from_the_prompt_keep_the_rows_together(rule: dict[str, Any]) -> None:
+    model = tiny_llama(len(tiny_tokenizer()))
+    model.generation_config.update(**rule)
+    assert can_drop(model, 1) is not bool(rule)
+    assert not can_drop(model, 2)
 
 
 # ---- what all prompts begin with
