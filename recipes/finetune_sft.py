@@ -13,13 +13,16 @@ A look at the whole way in about a minute, on two CPU cores:
         --output_dir outputs/smollm2_sft_docstrings_look
 
 Other pairs of text and summary, and other models, by the flags of finetune_causal_lm.py; those of training are
-SFTConfig's.
+SFTConfig's. Batches are computed without padding, on CPUs as on GPUs, unless `--padding_free false` is given.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from transformers import set_seed
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, set_seed
 
 from hf_temporal.data.loading import DataArguments
 from hf_temporal.data.summarization import SummarizationArguments
@@ -29,9 +32,21 @@ from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.dtype import settle_dtype
 from hf_temporal.finetuning.models import ModelArguments, load_causal_lm
 from hf_temporal.finetuning.tasks import Summarization
+from hf_temporal.padding_free import use_padding_free
 from hf_temporal.trl import TemporalSFTConfig, TemporalWeightSFTTrainer
 
-ARGUMENTS = (ModelArguments, DataArguments, SummarizationArguments, TemporalSFTConfig)
+
+@dataclass(repr=False)
+class SFTArguments(TemporalSFTConfig):
+    """SFTConfig, whose `padding_free` is chosen where it is not given."""
+
+    padding_free: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Whether a batch is one row without padding; unset: where its losses stay the same."},
+    )
+
+
+ARGUMENTS = (ModelArguments, DataArguments, SummarizationArguments, SFTArguments)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         pairs = Summarization(data_args, summarization_args)
         pairs.unused = ("test",)
         rows = pairs.encode(tokenizer, model.config)  # input_ids, and labels that are -100 in the prompt
+    trained = add_adapter(model, model_args, "CAUSAL_LM") if model_args.use_peft else model
+    pad_nothing(trained, training_args, rows)
     trainer = TemporalWeightSFTTrainer(
-        add_adapter(model, model_args, "CAUSAL_LM") if model_args.use_peft else model,
+        trained,
         training_args,  # training_args.temporal_power is p
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
@@ -58,6 +75,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+
+
+def pad_nothing(model: PreTrainedModel | PeftModel, args: SFTArguments, rows: Mapping[str, Dataset]) -> None:
+    """Set `padding_free` where it is not given, and let the model's attention run document by document."""
+    if args.padding_free is False and not args.packing:
+        return
+    keeps_documents_apart = use_padding_free(model)
+    if args.packing:
+        return
+    longest = max(len(ids) for split in rows.values() for ids in split["input_ids"])
+    is_whole = longest <= (args.max_length or longest)
+    if args.padding_free is None:
+        args.padding_free = keeps_documents_apart and is_whole and args.per_device_train_batch_size > 1
+    if args.padding_free and is_whole:
+        args.max_length = None  # TRL cuts no row of a batch without padding, and here there is none to cut
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from hf_temporal.trl import TemporalSFTConfig, TemporalWeightSFTTrainer  # noqa: E402
 from tests.test_mixin import ROWS, TWO_STEPS, reference  # noqa: E402
 from tests.test_mixin import run as run_plain  # noqa: E402
+from tests.tiny_training import distance  # noqa: E402
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
 PROMPTS = [
@@ -132,14 +133,20 @@ def test_packing_does_not_change_a_weighted_step(case: dict[str, Any], tmp_path:
     assert (losses[1] == pytest.approx(losses[0], rel=1e-6)) is (case.get("packing_strategy") != "wrapped")
 
 
-def test_padding_free_batches_without_flash_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_padding_free_batches_without_flash_attention(checkpointing: bool, tmp_path: Path) -> None:
     model = tiny_model("llama")
     assert use_padding_free(model)
-    config = {"temporal_power": 2.0, "max_length": None, "per_device_train_batch_size": 4}
+    config = {
+        "temporal_power": 2.0, "max_length": None, "per_device_train_batch_size": 4, "max_steps": 3,
+        "gradient_accumulation_steps": 1, "gradient_checkpointing": checkpointing,
+    }  # fmt: skip
     padded = run(TemporalWeightSFTTrainer, TemporalSFTConfig, tmp_path, **config)
     packed = run(TemporalWeightSFTTrainer, TemporalSFTConfig, tmp_path, model=model, padding_free=True, **config)
     expected = {key: value for key, value in numbers(padded).items() if "num_tokens" not in key}
     assert {key: numbers(packed)[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    assert first(packed)["loss"] == pytest.approx(reference(2.0), rel=1e-6)
+    assert distance(packed.model.state_dict(), padded.model.state_dict()) < 1e-5
 
 
 def test_a_plain_class_with_the_mixin_and_a_plain_config(tmp_path: Path) -> None:

@@ -214,25 +214,21 @@ def _head(
     dtypes: Sequence[torch.dtype],
     options: dict[str, Any],
 ) -> Head:
-    from . import triton_kernel  # only here: it imports Triton
+    from . import kernel_trial, triton_kernel  # only here: they import Triton
     from .row_head import RowHead
 
     exact = reduce(torch.promote_types, (tensor.dtype for tensor in flat), torch.float32)
     stored = exact if len(set(dtypes)) > 1 else dtypes[0]
-    has_kernel = stored in triton_kernel.DTYPES and triton_kernel.is_available(flat[0].device)
+    settings = {"exact": exact, "stored": stored, **options}
     terms = []
     for matrix, dtype, needs_x, needs_matrix in zip(flat[1::2], dtypes, needs[0::2], needs[1::2], strict=True):
         # a matrix that is wider than its products is converted once, a narrower one where it is used
         converted = matrix.to(dtype) if dtype.itemsize < matrix.dtype.itemsize else matrix
         terms.append(Term(converted, dtype, needs_x, matrix.dtype if needs_matrix else None))
-    return (RowHead if has_kernel else BlockHead)(
-        terms,
-        bias=bias,
-        grad_bias=torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None,
-        exact=exact,
-        stored=stored,
-        **options,
-    )
+    has_kernel = stored in triton_kernel.DTYPES and triton_kernel.is_available(flat[0].device)
+    backend = RowHead if has_kernel and kernel_trial.is_trusted(terms, bias, **settings) else BlockHead
+    grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None
+    return backend(terms, bias=bias, grad_bias=grad_bias, **settings)
 
 
 def _gathered(parameter: Tensor) -> Tensor:

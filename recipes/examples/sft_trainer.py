@@ -10,6 +10,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_temporal import use_padding_free
 from hf_temporal.trl import TemporalSFTConfig, TemporalWeightSFTTrainer
 
 words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1} | {f"w{number}": number for number in range(2, 64)}))
@@ -25,6 +26,8 @@ examples = Dataset.from_list([{"prompt": text, "completion": f" {text}"} for tex
 args = TemporalSFTConfig(
     "outputs/example_sft_trainer",
     temporal_power=2.0,  # p: the weight of the k-th target token grows with k^p
+    padding_free=use_padding_free(model),  # a batch is one row without padding, on CPUs, too
+    max_length=None,
     max_steps=100,
     learning_rate=1e-2,
     use_cpu=True,

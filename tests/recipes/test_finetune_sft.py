@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("trl", minversion="1.16.0")
 
 from hf_temporal.finetuning.configuration import parse
+from hf_temporal.finetuning.models import load_causal_lm
+from hf_temporal.finetuning.tasks import Summarization
+from hf_temporal.trl import TemporalWeightSFTTrainer
 from recipes import finetune_causal_lm, finetune_sft
 from tests.recipes.test_configs import COMMAND, RECIPES
 from tests.tiny_run import Tiny
+from tests.tiny_training import distance
 
 QUICK = ("--bf16", "false", "--gradient_checkpointing", "false", "--optim", "sgd", "--max_grad_norm", "0")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -60,6 +66,67 @@ def test_it_trains_what_the_main_recipe_trains(tiny: Tiny, tmp_path: Path) -> No
     after = json.loads((tmp_path / "sft" / "eval_results.json").read_text("utf-8"))
     assert after["eval_loss"] < before(tmp_path / "sft")["eval_loss"]
     assert "eval_tail_loss" in after
+
+
+@pytest.mark.parametrize("flags", [QUICK, ("--bf16", "true")], ids=["float32", "TRL's defaults"])
+def test_no_padding_is_computed_and_nothing_else_changes(
+    flags: tuple[str, ...],
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainers: dict[str, Any] = {}
+
+    def run(name: str, *more: str) -> dict[str, torch.Tensor]:
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            return trainers.setdefault(name, TemporalWeightSFTTrainer(*args, **kwargs))
+
+        monkeypatch.setattr(finetune_sft, "TemporalWeightSFTTrainer", keep)
+        common = (*flags, "--lora_dropout", "0", "--temporal_power", "2", "--max_steps", "3", "--save_steps", "3")
+        finetune_sft.main(tiny.flags(tmp_path / name, *common, *more))
+        return load_file(tmp_path / name / "adapter_model.safetensors")
+
+    rounding = 1e-5 if flags is QUICK else 2e-2
+    with caplog.at_level("WARNING"):
+        packed = run("packed")
+    assert not [record for record in caplog.records if "padding" in record.message]
+    padded = run("padded", "--padding_free", "false")
+    batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
+    assert {name: len(batch["input_ids"]) for name, batch in batches.items()} == {"packed": 1, "padded": 4}
+    assert distance(packed, padded) < rounding
+    for ours, right in zip(*(history(tmp_path / name) for name in ("packed", "padded")), strict=True):
+        for key in {
+            "loss",
+            "entropy",
+            "mean_token_accuracy",
+            "eval_loss",
+            "eval_temporal_loss",
+            "eval_tail_loss",
+        } & right.keys():
+            assert ours[key] == pytest.approx(right[key], rel=rounding, abs=rounding / 10), key
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--max_length", "20"),
+        ("--per_device_train_batch_size", "1"),
+        ("--packing", "true"),
+        ("--padding_free", "true"),
+    ],
+    ids=" ".join,
+)
+def test_where_batches_are_single_rows(flags: tuple[str, ...], tiny: Tiny, tmp_path: Path) -> None:
+    """Not where TRL would cut rows or there is nothing to gain; where packing does it, rows are cut as ever."""
+    *_, args = parsed = parse(finetune_sft.ARGUMENTS, [*tiny.flags(tmp_path), "--bf16", "false", *flags])
+    model, tokenizer = load_causal_lm(parsed[0], None)
+    rows = Summarization(*parsed[1:3]).encode(tokenizer, model.config)
+    limit = args.max_length
+    finetune_sft.pad_nothing(model, args, rows)
+    assert bool(args.padding_free) is ("--padding_free" in flags)
+    assert args.max_length == (None if args.padding_free else limit)
+    assert model.config._attn_implementation == "padding_free"
 
 
 def test_two_processes_train_one_model(tiny: Tiny, tmp_path: Path, child_environment: dict[str, str]) -> None:
