@@ -25,7 +25,7 @@ def passages(tokenizer: PreTrainedTokenizerBase, arguments: CopyingArguments = P
     settings: dict[str, Any] = {"split": "train", "size": 20, "seed": 7, "is_encoder_decoder": False}
     texts = changes.pop("texts", TEXTS)
     tokens = tokenize_texts({"text": texts}, tokenizer)["tokens"] if texts else []
-    return TextCopies(arguments, tokens, tokenizer, **settings | changes)
+    return TextCopies(arguments, tokenizer, tokens, **settings | changes)
 
 
 def seq2seq_tokenizer(template: str = "$A </s>") -> PreTrainedTokenizerFast:
