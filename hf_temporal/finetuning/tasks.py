@@ -246,6 +246,10 @@ class Copying(Task):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         encoded: dict[str, Any] = {}
+        rows, tokens = config.get_text_config(decoder=True).vocab_size, len(tokenizer)
+        if "symbols" in self.arguments.settings and rows != tokens:
+            symbols = f"symbols={self.arguments.symbols} make {tokens} tokens"
+            raise ValueError(f"{symbols}, and the model has {rows}; accepted: a model of as many")
         for split in self.used():
             how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
             if self.generates:

@@ -11,6 +11,11 @@ from hf_temporal.data import argument, check_counts
 READS = {
     "digits": ("copy_length", "blank_length"),
     "text": ("copy_length", "blank_length"),
+    "selective": ("copy_length", "blank_length", "symbols"),
+    "induction": ("blank_length", "symbols"),
+    "mqar": ("blank_length", "symbols", "num_pairs", "num_queries", "gap_exponent"),
+    "needles": ("copy_length", "blank_length", "num_needles", "num_queries"),
+    "arithmetic": ("num_steps",),
 }
 ROOMS = range(10, 100)  # the names of needles
 

@@ -34,6 +34,7 @@ class PromptedDataset(CopyingDataset):
     generates: ClassVar = True
     prompt: ClassVar[str]  # with a `SLOT` for each part that is the example's own
     opening: ClassVar[str]  # of the answer, at the end of a prompt without chat template
+    characters: ClassVar[str] = ""  # those of which the example's own parts are written, one token each
 
     tokenizer: InitVar[PreTrainedTokenizerBase]
 
@@ -41,8 +42,12 @@ class PromptedDataset(CopyingDataset):
         super().__post_init__()
         how = {"is_encoder_decoder": self.is_encoder_decoder}
         self._pieces = prompt_pieces(tokenizer, self.prompt, self.opening, **how)
+        self._tokens = character_tokens(tokenizer, self.characters)
         around = special_tokens_around(tokenizer, target=True)
         self._answer_around = around if self.is_encoder_decoder else ([], [tokenizer.eos_token_id])
+
+    def _written(self, text: str) -> list[int]:
+        return [self._tokens[character] for character in text]
 
     def _prompted(self, parts: Sequence[list[int]], answer: list[int]) -> Row:
         """The row of a prompt with `parts` in its slots."""
