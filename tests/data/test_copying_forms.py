@@ -153,7 +153,7 @@ def guess(arguments: CopyingArguments, rng: np.random.Generator, labels: list[in
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
 def test_a_uniform_guess_reaches_the_chance_that_is_stated(settings: dict[str, Any]) -> None:
     arguments = CopyingArguments(**settings)
-    examples, tokenizer = drawn(arguments, size=600)
+    examples, tokenizer = drawn(arguments, size=300)
     rng = np.random.default_rng(3)
     labels = [example["labels"] for example in examples]
     guesses = [guess(arguments, rng, answer_of(row), tokenizer) for row in labels]
@@ -226,10 +226,13 @@ def test_needles_stand_at_ends_of_sentences_in_text_of_the_data_set() -> None:
     around = "".join(str(tokenizer.decode(tokenizer(text).input_ids)) for text in TEXTS * 2)
     depths = []
     for example in examples:
-        text = str(tokenizer.decode(example["input_ids"])).split("\n\n", 1)[1].rsplit("\n\nWhich", 1)[0]
+        whole = str(tokenizer.decode(example["input_ids"]))
+        text = whole.split("\n\n", 1)[1].rsplit("\n\nWhich", 1)[0]
         hay = re.split(r"\nThe pass key of room \d\d is \d{4}\.\n", text)
         assert len(hay) == 4
         assert "".join(hay) in around
+        shown, (asked,) = re.findall(r"of room (\d\d) is", text), re.findall(r"rooms: (\d\d,\d\d)\?", whole)
+        assert asked.split(",") == [room for room in shown if room in asked.split(",")]
         for place, part in enumerate(hay[:-1]):  # the end of the text is one, too
             assert part == "" or part.endswith(".") or "".join(hay[place + 1 :]) == ""
         depths.append(len(hay[0]) / len("".join(hay)))
