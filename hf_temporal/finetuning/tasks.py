@@ -6,7 +6,8 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import compress
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -15,8 +16,8 @@ from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBa
 from transformers.utils import logging
 
 from hf_temporal.collator import LOSS_WEIGHTS
-from hf_temporal.data import argument, check_counts, copying, language_modeling, summarization
-from hf_temporal.data.copying import CopyingArguments
+from hf_temporal.data import argument, check_counts, language_modeling, summarization
+from hf_temporal.data.copying import FORMS, CopyingArguments, CopyScores, tokenize_texts
 from hf_temporal.data.language_modeling import LanguageModelingArguments, load_texts
 from hf_temporal.data.loading import ROW, DataArguments, TaskData, head_of
 from hf_temporal.data.rows import CUT
@@ -80,7 +81,7 @@ class Scores(Recorder, Protocol):
 class Task(ABC):
     """What a recipe has to know of its task."""
 
-    verb: ClassVar[str]  # what a model learns to do
+    verb: str  # what a model learns to do
     pipeline_tag: ClassVar[str] = "text-generation"  # the Hub's name for it
     metrics: ClassVar[dict[str, tuple[str, int]]]  # what a table shows, by name in the logs: title and decimals
     data_args: DataArguments
@@ -196,13 +197,13 @@ class Summarization(Task):
 
 
 class Copying(Task):
-    """Digits after a blank, or a passage of text after another text."""
+    """What stood earlier in a sequence is asked for later, in one of several forms."""
 
-    verb = "copy"
     metrics: ClassVar = {
-        "recall": ("recall of the copied tokens", 3),
-        "exact_match": ("copied without a mistake", 3),
+        "recall": ("recall of the answer's tokens", 3),
+        "exact_match": ("answered without a mistake", 3),
         "blank_accuracy": ("accuracy on the blank", 3),
+        "chain_accuracy": ("accuracy on the chain", 3),
         **LOSSES,
         "gen_len": ("tokens per answer", 1),
         "empty": ("empty answers, %", 1),
@@ -212,53 +213,63 @@ class Copying(Task):
         self, data_args: DataArguments, arguments: CopyingArguments, *, text_column: str | None, seed: int
     ) -> None:
         self.data_args, self.arguments, self.seed = data_args, arguments, seed
-        self.generates = arguments.copying_form == "text"
+        self.form = FORMS[arguments.copying_form]
+        self.verb, self.generates = self.form.verb, self.form.generates
         if data_args.streaming:
             raise ValueError("streaming=True for task='copying', which draws its examples; accepted: no streaming.")
-        self.answer_length = arguments.answer_length + (1 if self.generates else 0)
+        self.answer_length = len(self.form.scored(arguments.held_out)) + (1 if self.generates else 0)
         self.sizes = {split: limit or MADE_ON_THE_FLY[split] for split, limit in data_args.limits.items()}
-        settings = f"{arguments.copy_length} tokens after {arguments.blank_length}"
-        if self.generates:
+        settings = arguments.settings
+        name = self.form.title
+        if self.form.from_texts:
             texts = load_texts(data_args, text_column)
             if "text" not in next(iter(texts.splits.values())).column_names:
-                raise ValueError("copying_form='text' needs a column of texts; accepted: data with one, --text_column")
-            self.data = TaskData(texts.splits, f"passages of {texts.name}, {settings}", texts.sha256, texts.provenance)
+                form = f"copying_form={arguments.copying_form!r}"
+                raise ValueError(f"{form} needs a column of texts; accepted: data with one, --text_column")
+            name = name.format(texts=texts.name, **settings)
+            self.data = TaskData(texts.splits, name, texts.sha256, texts.provenance)
         else:
-            known = json.dumps([asdict(arguments), self.sizes, seed])
+            known = json.dumps([settings, self.sizes, seed])
             examples = {split: range(size) for split, size in self.sizes.items()}
-            name = f"the copying problem, {settings}"
-            self.data = TaskData(examples, name, hashlib.sha256(known.encode()).hexdigest())
+            self.data = TaskData(examples, name.format(**settings), hashlib.sha256(known.encode()).hexdigest())
 
     def tokenizer(self, tokenizer_name: str | None) -> PreTrainedTokenizerBase | None:
-        return None if self.generates or tokenizer_name else copying.digit_tokenizer()
+        return None if tokenizer_name else self.form.tokenizer_of(self.arguments)
 
-    def example_digits(self) -> str:
-        """The first held-out input, without what only fills the last place."""
-        how: dict[str, Any] = {"split": "validation", "seed": self.seed, "is_encoder_decoder": True}
-        return "".join(map(str, copying.DigitCopies(self.arguments, size=1, **how)[0]["input_ids"]))
+    def example(self) -> tuple[list[int], list[int]]:
+        """The first held-out input of a form that is not generated, and at which places of it the answer is read."""
+        how: dict[str, Any] = {"split": "validation", "seed": self.seed, "is_encoder_decoder": False}
+        arguments = self.arguments.held_out
+        row = self.form(arguments, size=1, **how)[0]
+        places = [place - 1 for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX]
+        return row["input_ids"][:-1], [*compress(places, self.form.scored(arguments))]
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, Any]:
         encoded: dict[str, Any] = {}
+        rows, tokens = config.get_text_config(decoder=True).vocab_size, len(tokenizer)
+        if "symbols" in self.arguments.settings and rows != tokens:
+            symbols = f"symbols={self.arguments.symbols} make {tokens} tokens"
+            raise ValueError(f"{symbols}, and the model has {rows}; accepted: a model of as many")
         for split in self.used():
             how: dict[str, Any] = {"split": split, "seed": self.seed, "is_encoder_decoder": config.is_encoder_decoder}
-            size = self.sizes[split]
             if self.generates:
-                rows = self._mapped(split, copying.tokenize_texts, tokenizer=tokenizer)
-                encoded[split] = copying.TextCopies(self.arguments, rows["tokens"], tokenizer, size=size, **how)
-            else:
-                encoded[split] = copying.DigitCopies(self.arguments, size=size, **how)
-        example = encoded[next(iter(encoded))][0]
-        for side, row in (("encoder", "input_ids"), ("decoder", "labels")):
-            limit = positions(config, side)
-            if limit is not None and len(example[row]) > limit:
-                raise ValueError(
-                    f"copy_length={self.arguments.copy_length} and blank_length={self.arguments.blank_length} make "
-                    f"{len(example[row])} tokens, and the model has {limit} positions; accepted: at most that"
-                )
+                how["tokenizer"] = tokenizer
+            if self.form.from_texts:
+                how["texts"] = self._mapped(split, tokenize_texts, tokenizer=tokenizer)["tokens"]
+            arguments = self.arguments if split == "train" else self.arguments.held_out
+            encoded[split] = self.form(arguments, size=self.sizes[split], **how)
+            for side, row in (("encoder", "input_ids"), ("decoder", "labels")):
+                limit, length = positions(config, side), len(encoded[split][0][row])
+                if limit is not None and length > limit:
+                    named = [f"{name}={value}" for name, value in arguments.settings.items() if value is not None]
+                    raise ValueError(
+                        f"{' and '.join(named[1:])} make {length} tokens, and the model has {limit} positions; "
+                        "accepted: at most that"
+                    )
         return encoded
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Scores:
-        return copying.CopyScores(tokenizer, self.arguments, generated=config.is_encoder_decoder)
+        return CopyScores(tokenizer, self.arguments.held_out, generated=config.is_encoder_decoder)
 
 
 class LanguageModeling(Task):
@@ -320,9 +331,9 @@ def load_task(arguments: Sequence[Any], training_args: TrainingArguments) -> Tas
     """The task with its data, from one object of each of `TASK_KINDS`."""
     task_args, data_args, summarization_args, copying_args, language_modeling_args = arguments
     text_column = summarization_args.text_column
-    packs, copies = language_modeling_args.wants_one_row, task_args.task == "copying"
-    if packs and copies and copying_args.copying_form == "digits":
-        raise ValueError(f"{packs} and copying_form='digits': each row is read alone; accepted: one of them")
+    packs, form = language_modeling_args.wants_one_row, copying_args.copying_form
+    if packs and task_args.task == "copying" and not FORMS[form].generates:
+        raise ValueError(f"{packs} and copying_form={form!r}: each row is read alone; accepted: one of them")
     with training_args.main_process_first():
         if task_args.task == "summarization":
             kwargs = language_modeling_args.chat_template_kwargs

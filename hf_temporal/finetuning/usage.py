@@ -13,7 +13,7 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 PLAIN = 'inputs = tokenizer({text} + "\\n\\nSummary:\\n", return_tensors="pt")'
 SOURCE = 'inputs = tokenizer({text}, truncation=True, max_length={max_length}, return_tensors="pt")'
 TEXT = 'inputs = tokenizer(text, return_tensors="pt")'
-DIGITS = 'inputs = tokenizer("{digits}", add_special_tokens=False, return_tensors="pt")'
+SYMBOLS = 'inputs = tokenizer("{symbols}", add_special_tokens=False, return_tensors="pt")'
 
 GENERATE = """
 tokens = model.generate(**inputs, max_new_tokens={max_new_tokens}, num_beams={num_beams}, do_sample=False)
@@ -26,7 +26,7 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained({name!r}, trust_remote_code=True)
 outputs = model(input_values=torch.randn(1, {time}, {size})).logits
 """.strip()
-READ_OFF = "print(tokenizer.decode(model(**inputs).logits.argmax(-1)[0, -{copy_length}:]))"
+READ_OFF = "print(tokenizer.decode(model(**inputs).logits.argmax(-1)[0, {places}]))"
 AFTER_THE_PROMPT = ', inputs["input_ids"].shape[1] :'
 
 
@@ -44,7 +44,9 @@ def usage(
         return SERIES.format(name=name, time=task.arguments.length, size=config.input_size)
     lines = [*_load(model_args, config, name), _inputs(task, tokenizer, config)]
     if isinstance(task, Copying) and not task.generates and not config.is_encoder_decoder:
-        return "\n".join([*lines, READ_OFF.format(copy_length=task.arguments.copy_length)])
+        symbols, places = task.example()
+        at_the_end = places == [*range(len(symbols) - len(places), len(symbols))]
+        return "\n".join([*lines, READ_OFF.format(places=f"-{len(places)}:" if at_the_end else places)])
     answer = "" if config.is_encoder_decoder else AFTER_THE_PROMPT
     length = task.answer_length or 64
     return "\n".join([*lines, GENERATE.format(max_new_tokens=length, num_beams=num_beams, answer=answer)])
@@ -72,6 +74,6 @@ def _inputs(task: Task, tokenizer: PreTrainedTokenizerBase | None, config: PreTr
         if config.is_encoder_decoder:
             return SOURCE.format(text=text, max_length=task.arguments.max_source_length)
         return (CHAT if tokenizer is not None and tokenizer.chat_template else PLAIN).format(text=text)
-    if isinstance(task, Copying) and not task.generates:
-        return DIGITS.format(digits=task.example_digits())
+    if isinstance(task, Copying) and not task.generates and tokenizer is not None:
+        return SYMBOLS.format(symbols=tokenizer.decode(task.example()[0]))
     return TEXT

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from hf_temporal.data import HELD_OUT_SEED
-from hf_temporal.data.copying import END, PAD, CopyingArguments, digit_tokenizer
+from hf_temporal.data.copying import CopyingArguments, DigitCopies, digit_tokenizer
+from hf_temporal.data.copying.digits import END, PAD
 from tests.data.copies import digits
 from tests.tiny_summarization import tiny_llama
 
@@ -43,7 +44,7 @@ def test_lengths_are_those_of_the_task(L: int, T: int, seed: int, one: bool) -> 
     example = digits(arguments, seed=seed, is_encoder_decoder=not one)[0]
     assert len(example["input_ids"]) == len(example["labels"]) == len(example["attention_mask"]) == T + 2 * L + one
     targets = [label for label in example["labels"] if label != -100]
-    assert len(targets) == arguments.answer_length == T + 2 * L
+    assert len(targets) == len(DigitCopies.scored(arguments)) == T + 2 * L
     assert targets == [0] * (T + L) + example["input_ids"][:L]
     assert example["input_ids"].count(9) == L + 1
 

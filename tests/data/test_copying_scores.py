@@ -20,7 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_temporal.data.copying import END, PAD, CopyingArguments, CopyScores, argmax_of_logits, digit_tokenizer
+from hf_temporal.data.copying import CopyingArguments, CopyScores, DigitCopies, argmax_of_logits, digit_tokenizer
+from hf_temporal.data.copying.digits import END, PAD
 from hf_temporal.data.rows import bootstrap_interval
 from hf_temporal.data.small_t5 import small_t5_config
 from tests.data.copies import PASSAGES, SHORT, TEXTS, digits, passages, seq2seq_tokenizer
@@ -170,7 +171,7 @@ def test_a_trainer_scores_what_an_encoder_decoder_generates(tmp_path: Path) -> N
         report_to="none",
         dataloader_pin_memory=False,
         predict_with_generate=True,
-        generation_max_length=SHORT.answer_length + 1,
+        generation_max_length=len(DigitCopies.scored(SHORT)) + 1,
     )
     scores = CopyScores(tokenizer, SHORT, generated=True)
     trainer = Seq2SeqTrainer(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
-from hf_temporal.data.copying import CopyingArguments, prompt_pieces
+from hf_temporal.data.copying import CopyingArguments, TextCopies
+from hf_temporal.data.copying.text import prompt_pieces
 from tests.data.copies import TEXTS, passages, seq2seq_tokenizer
 from tests.tiny_summarization import tiny_tokenizer
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return prompt_pieces(tokenizer, TextCopies.prompt, TextCopies.opening, is_encoder_decoder=False)
+
+
 def test_the_passage_stands_in_the_prompt_and_is_the_completion() -> None:
     tokenizer = tiny_tokenizer()
-    before, between, after = prompt_pieces(tokenizer, is_encoder_decoder=False)
+    before, between, after = pieces(tokenizer)
     texts = [tokenizer(text).input_ids for text in TEXTS]
     for example in passages(tokenizer):
         labels = [label for label in example["labels"] if label != -100]
@@ -33,7 +39,10 @@ def test_the_passage_stands_in_the_prompt_and_is_the_completion() -> None:
 def test_the_distractor_is_of_other_texts_that_stand_together() -> None:
     tokenizer = tiny_tokenizer()
     texts = [f"{word}{word} " * 20 for word in ("a", "b", "c", "d")]
-    before, between, after = (len(piece) for piece in prompt_pieces(tokenizer, is_encoder_decoder=False))
+    before, between, after = (
+        len(piece)
+        for piece in prompt_pieces(tokenizer, TextCopies.prompt, TextCopies.opening, is_encoder_decoder=False)
+    )
     found = set()
     for example in passages(tokenizer, CopyingArguments("text", 6, 70), texts=texts, size=200):
         passage = str(tokenizer.decode(example["input_ids"][before : before + 6]))
