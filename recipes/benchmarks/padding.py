@@ -56,7 +56,7 @@ def sides_of(run: Any) -> dict[str, list[int]]:
     return {side: [len(row) for row in rows[column]] for side, column in columns.items()}
 
 
-def orders(sides: Mapping[str, Sequence[int]], seed: int) -> dict[str, Iterable[Sequence[int]]]:
+def orders(sides: Mapping[str, Sequence[int]], seed: int) -> dict[str, list[list[int]]]:
     """The batches of an epoch by the name of their order, "random" first."""
     count, source = len(sides["decoder"]), next(iter(sides.values()))
     grouped = {"group_by_length": [*source]}
@@ -65,9 +65,7 @@ def orders(sides: Mapping[str, Sequence[int]], seed: int) -> dict[str, Iterable[
     samplers: dict[str, Any] = {"random": RandomSampler(range(count), generator=_seeded(seed))}
     for name, lengths in grouped.items():
         samplers[name] = LengthGroupedSampler(BATCH, lengths=lengths, generator=_seeded(seed))
-    made: dict[str, Iterable[Sequence[int]]] = {
-        name: BatchSampler(sampler, BATCH, drop_last=False) for name, sampler in samplers.items()
-    }
+    made = {name: [*BatchSampler(sampler, BATCH, drop_last=False)] for name, sampler in samplers.items()}
     return made if "encoder" in sides else {**made, "padding_free": [[row] for row in range(count)]}
 
 
