@@ -228,7 +228,7 @@ def test_all_logits_are_computed_where_somebody_needs_them(
             remove_unused_columns=False,
             **SETTINGS,
         )
-        model = tiny_model(name)
+        model: Any = tiny_model(name)
         if why == "virtual tokens":
             model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
             model.prompt_encoder["default"].embedding.weight.data.copy_(torch.arange(64.0).view(4, 16) / 32 - 1)

@@ -399,7 +399,7 @@ def test_a_prefix_computed_once_gives_the_same_answers(
     prompts = [prefix, *(prefix + end for end in ends)]
 
     def answers() -> list[list[int]]:
-        how: dict[str, int] = {"max_new_tokens": 8, "num_beams": num_beams, "batch_size": 7}
+        how: dict[str, Any] = {"max_new_tokens": 8, "num_beams": num_beams, "batch_size": 7}
         rows = generate_completions(model, tiny_tokenizer(), prompts, **how)
         return [up_to_the_end(row, [END]) for row in rows]
 
