@@ -22,7 +22,10 @@ from hf_temporal.data.rows import runs_of_targets
 from .adapters import adapter_added
 
 MIN_PREFIX = 8  # tokens that all prompts begin with
-LENGTH_RULES = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+OF_WHOLE_ROWS = ("max_length", "min_length", "repetition_penalty", "no_repeat_ngram_size")
+AT_ONCE = 4  # results of the width of a gated feed-forward layer that are there at once
 PERIOD = 0.25  # seconds between two looks
 BUSY_SHARE = 0.75  # of a core: 0.99 on an idle machine, 0.2 to 0.5 beside three busy processes on two cores
 
@@ -71,7 +74,7 @@ def generate_completions(
     }
     with brief_waiting_when_busy(), nullcontext() if synced_gpus else adapter_added(model):
         prefix = prefix_cache(model, prompts) if exact else None
-        tokens = room(base, prefix, batch_size, max(lengths, default=0) + max_new_tokens)
+        tokens = room(base, prefix, batch_size, max(lengths, default=0) + max_new_tokens, max_new_tokens)
         batches = make_batches(lengths, lambda length: tokens // (length + max_new_tokens) if exact else batch_size)
         generate = generate_and_drop if prefix and can_drop(model, num_beams) else generate_all
         for chosen in tqdm(batches, "Generating", leave=False):
@@ -138,24 +141,27 @@ class HalfEnded(StoppingCriteria):
 def can_drop(model: Any, num_beams: int) -> bool:
     """Whether dropping rows pays, and `generate` goes on as if it had not stopped.
 
-    On a CPU a step takes the longer the more rows there are. What `LENGTH_RULES` set counts from where it began.
+    On a CPU a step takes the longer the more rows there are. Some entries of a generation configuration count from
+    where the call of `generate` began, or end it; those that are named here do not.
     """
-    own = model.generation_config
-    return model.device.type == "cpu" and num_beams == 1 and not any(getattr(own, name, None) for name in LENGTH_RULES)
+    known = {*TOKENS, *SAMPLING, *OF_WHOLE_ROWS, "use_cache", "transformers_version", "_from_model_config"}
+    given = {name for name, value in model.generation_config.to_diff_dict().items() if value}
+    return model.device.type == "cpu" and num_beams == 1 and given <= known
 
 
-def room(base: Any, prefix: DynamicCache | None, batch_size: int, longest: int) -> int:
-    """The tokens that a batch may have, prompts and answers.
+def room(base: Any, prefix: DynamicCache | None, batch_size: int, longest: int, max_new_tokens: int) -> int:
+    """The tokens that a batch may have, prompts and answers: as many as take the memory of an evaluation.
 
-    As many as `batch_size` of the longest rows have; more where a token's keys and values are smaller than its logits
-    in float32, for which an evaluation of `batch_size` rows needs room.
+    That is the memory of `batch_size` of the longest rows, and of their answers' logits in float32. A token takes its
+    keys and values, and what the widest layer makes of it.
     """
-    tokens = batch_size * longest
     if prefix is None:
-        return tokens
+        return batch_size * longest
     layers: Any = prefix.layers
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // prefix.get_seq_length()
-    return tokens * max(1, 4 * base.get_input_embeddings().weight.shape[0] // cached)
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    widest = max(max(weight.shape) for weight in base.parameters() if vocabulary not in weight.shape)
+    return batch_size * (longest + max_new_tokens * 4 * vocabulary // (cached + AT_ONCE * 4 * widest))
 
 
 def make_batches(lengths: Sequence[int], most: Callable[[int], int]) -> list[list[int]]:
@@ -175,10 +181,13 @@ def make_batches(lengths: Sequence[int], most: Callable[[int], int]) -> list[lis
 def prefix_cache(model: Any, prompts: Sequence[list[int]]) -> DynamicCache | None:
     """Keys and values of the tokens that all prompts begin with; each prompt keeps its last token to itself.
 
-    None where these tokens are few, where the cache of the model is more than a key and a value for each token, and
-    for a mixture of experts that returns what its routers say, which cannot go on from a cache.
+    None where these tokens are few, where the cache of the model is more than a key and a value for each token, where
+    the generation configuration wants another cache or none, and for a mixture of experts that returns what its
+    routers say, which cannot go on from a cache.
     """
-    base = base_model(model)
+    base, rules = base_model(model), model.generation_config
+    if rules.use_cache is False or rules.cache_implementation is not None:
+        return None
     takes = {"position_ids", "logits_to_keep"} <= set(inspect.signature(base.forward).parameters)
     if len(prompts) < 2 or not takes or getattr(base.config, "output_router_logits", False):
         return None
