@@ -74,7 +74,7 @@ def generate_completions(
     }
     with brief_waiting_when_busy(), nullcontext() if synced_gpus else adapter_added(model):
         prefix = prefix_cache(model, prompts) if exact else None
-        tokens = room(base, prefix, batch_size, max(lengths, default=0) + max_new_tokens, max_new_tokens)
+        tokens = room(base, prefix, batch_size, max(lengths, default=0) + max_new_tokens)
         batches = make_batches(lengths, lambda length: tokens // (length + max_new_tokens) if exact else batch_size)
         generate = generate_and_drop if prefix and can_drop(model, num_beams) else generate_all
         for chosen in tqdm(batches, "Generating", leave=False):
@@ -149,19 +149,20 @@ def can_drop(model: Any, num_beams: int) -> bool:
     return model.device.type == "cpu" and num_beams == 1 and given <= known
 
 
-def room(base: Any, prefix: DynamicCache | None, batch_size: int, longest: int, max_new_tokens: int) -> int:
-    """The tokens that a batch may have, prompts and answers: as many as take the memory of an evaluation.
+def room(base: Any, prefix: DynamicCache | None, batch_size: int, longest: int) -> int:
+    """The tokens that a batch may have, prompts and answers: `batch_size` of the longest rows, or more.
 
-    That is the memory of `batch_size` of the longest rows, and of their answers' logits in float32. A token takes its
-    keys and values, and what the widest layer makes of it.
+    With their logits in float32, as of the plain Trainer's evaluation, these rows take the memory of more of them with
+    keys and values instead. Both have what the widest layer makes of a token.
     """
     if prefix is None:
         return batch_size * longest
     layers: Any = prefix.layers
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // prefix.get_seq_length()
     vocabulary = base.get_input_embeddings().weight.shape[0]
-    widest = max(max(weight.shape) for weight in base.parameters() if vocabulary not in weight.shape)
-    return batch_size * (longest + max_new_tokens * 4 * vocabulary // (cached + AT_ONCE * 4 * widest))
+    widest = max((max(weight.shape) for weight in base.parameters() if vocabulary not in weight.shape), default=0)
+    layer = 4 * AT_ONCE * widest
+    return batch_size * longest * max(4 * vocabulary + layer, cached + layer) // (cached + layer)
 
 
 def make_batches(lengths: Sequence[int], most: Callable[[int], int]) -> list[list[int]]:

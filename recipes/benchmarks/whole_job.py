@@ -12,8 +12,7 @@ takes an hour on two cores. Parts alone, the trainings without an older tree:
   SFTTrainer, without gradient checkpointing and autocast, with batches of like length; and, as the floor, padding-free
   without LM head and loss. Of 50 batches that are sorted by length, as `group_by_length` does it, those in the middle
   of equal parts are an epoch: SFTTrainer takes them as they are, the others take their rows at random. Each lives in a
-  process of its own, and ours takes steps in turn with its peers: first with SFTTrainer, whose memory leaves no room
-  for others, then with the rest. A time is an epoch's.
+  process of its own, and ours takes steps in turn with one peer after the other. A time is an epoch's.
 - `document`: one docstring without padding in each batch, padding-free and padded.
 - `demo`: the whole command of `make demo`, a seed after the other, with the recipe of this tree and of the older one;
   and its first evaluation, which generates from the untuned model. Metrics are kept.
@@ -216,8 +215,8 @@ def measure(part: str, settings: Namespace) -> list[dict[str, Any]]:
         length = int(part.partition("-")[2])
         return [
             row
-            for peers in ([SFT], [PADDED, FLOOR])
-            for row in compared(part, training([OURS, *peers], length, 8, settings), OURS, peers)
+            for peer in (SFT, PADDED, FLOOR)
+            for row in compared(part, training([OURS, peer], length, 8, settings), OURS, [peer])
         ]
     found = commands(settings)
     times: dict[str, Callable[[dict[str, Any]], float]] = {

@@ -268,17 +268,18 @@ def test_batches_have_what_their_longest_prompt_allows(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [97, 5000])
-def test_a_batch_takes_no_more_memory_than_an_evaluation(vocabulary: int) -> None:
-    """Of rows of 50 tokens, 20 of them answers: keys and values of 2 layers, and four results of 24 numbers."""
+def test_a_batch_takes_no_more_memory_than_an_evaluation_with_all_logits(vocabulary: int) -> None:
+    """Of rows of 50 tokens: keys and values of 2 layers, and four results of 24 numbers."""
     model = tiny_model("llama")
     model.resize_token_embeddings(vocabulary)
     prefix = prefix_cache(model.eval(), [[*range(3, 15), 40], [*range(3, 15), 41]])
     config = model.config
     size = config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    token = 4 * (2 * size + 4 * config.intermediate_size)
-    evaluation = 4 * 50 * token + 4 * 20 * 4 * vocabulary
-    assert evaluation - 4 * token < room(model, prefix, 4, 50, 20) * token <= evaluation
-    assert room(model, None, 4, 50, 20) == 4 * 50
+    layer = 4 * 4 * config.intermediate_size
+    token = 4 * 2 * size + layer
+    evaluation = 4 * 50 * (4 * vocabulary + layer)
+    assert evaluation - token < room(model, prefix, 4, 50) * token <= evaluation
+    assert room(model, None, 4, 50) == 4 * 50
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast", "quantized"])
