@@ -48,6 +48,7 @@ CONFIG = "recipes/configs/summarization/smollm2_lora_docstrings.yaml"
 OURS, PADDED, SFT, FLOOR = "padding-free", "padded", "SFTTrainer", "floor"
 GROUPED = 50  # batches that the Trainer's sampler sorts by length together
 PARTS = ("training-512", "training-112", "document", "demo")
+DEMO = ("demo", "its first evaluation")
 COLUMNS = ("part", "what", "seconds", "against", "time", "low", "high", "MiB", "memory")
 PRELOADED = ["hf_temporal.finetuning.recipe", "hf_temporal.finetuning.trainers", "datasets", "peft"]
 
@@ -170,15 +171,17 @@ def command(tree: Path, folder: str, *extra: str) -> dict[str, Any]:
     return {"seconds": seconds, "MiB": used.ru_maxrss / 2**10, "metrics": metrics}
 
 
-def commands(settings: Namespace) -> dict[str, list[dict[str, Any]]]:
-    """The command in this tree and in the older one, which take turns; a seed for each round."""
-    found: dict[str, list[dict[str, Any]]] = {"now": [], "before": []}
+def commands(settings: Namespace, results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The command in this tree and in the older one, which take turns, a seed after the other; each is kept at once."""
     trees = {"now": ROOT, "before": settings.before.resolve()}
-    for round_ in range(settings.rounds):
-        for name in [*trees][:: 1 if round_ % 2 else -1]:
-            with tempfile.TemporaryDirectory() as folder:
-                found[name].append(command(trees[name], folder, "--seed", str(round_)))
-    return found
+    runs = results.setdefault("runs", [])
+    for seed in settings.seeds:
+        for name in [*trees][:: 1 if seed % 2 else -1]:
+            if not any((run["tree"], run["seed"]) == (name, seed) for run in runs):
+                with tempfile.TemporaryDirectory() as folder:
+                    runs.append({"tree": name, "seed": seed, **command(trees[name], folder, "--seed", str(seed))})
+                measured.write(settings.output, results)
+    return {name: [run for run in runs if run["tree"] == name and run["seed"] in settings.seeds] for name in trees}
 
 
 # ---- the table
@@ -207,7 +210,7 @@ def compared(part: str, found: dict[str, dict[str, Any]], ours: str, peers: Sequ
     return rows
 
 
-def measure(part: str, settings: Namespace) -> list[dict[str, Any]]:
+def measure(part: str, settings: Namespace, results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a part."""
     if part == "document":
         return compared(part, training([OURS, PADDED], 512, 1, settings), OURS, [PADDED])
@@ -218,18 +221,18 @@ def measure(part: str, settings: Namespace) -> list[dict[str, Any]]:
             for peer in (SFT, PADDED, FLOOR)
             for row in compared(part, training([OURS, peer], length, 8, settings), OURS, [peer])
         ]
-    found = commands(settings)
-    times: dict[str, Callable[[dict[str, Any]], float]] = {
-        "demo": lambda each: each["seconds"],
-        "its first evaluation": lambda each: each["metrics"][0]["eval_runtime"],
-    }
+    found = commands(settings, results)
+    times: list[Callable[[dict[str, Any]], float]] = [
+        lambda each: each["seconds"],
+        lambda each: each["metrics"][0]["eval_runtime"],
+    ]
     return [
         row
-        for what, seconds in times.items()
+        for what, seconds in zip(DEMO, times, strict=True)
         for row in compared(
             what,
             {
-                name: {"rounds": [*map(seconds, mine)], "MiB": max(each["MiB"] for each in mine), "runs": mine}
+                name: {"rounds": [*map(seconds, mine)], "MiB": max(each["MiB"] for each in mine)}
                 for name, mine in found.items()
             },
             "now",
@@ -244,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
     parser.set_defaults(repeats=3)
     parser.add_argument("--steps", type=int, default=4, help="of an epoch, which is trained --repeats times")
-    parser.add_argument("--rounds", type=int, default=3, help="of whole commands")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of whole commands")
     parser.add_argument("--before", type=Path, help="a checkout of an older tree, for the demo")
     settings = measured.parsed(parser, arguments)
     if "demo" in settings.parts and not settings.before:
@@ -252,10 +255,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     results: dict[str, Any] = {**measured.heading("whole_job", settings), "rows": []}
     if settings.output and settings.output.exists():
-        results["rows"] = measured.read_rows(settings.output, "whole_job")
-    there = {row["part"] for row in results["rows"]}
+        kept = json.loads(settings.output.read_text(encoding="utf-8"))
+        results |= {"rows": kept["rows"], "runs": kept.get("runs", [])}
+    there = {row["part"] for row in results["rows"]} - {"demo"}  # which may have more seeds
+    if "demo" in settings.parts:
+        results["rows"] = [row for row in results["rows"] if row["part"] not in DEMO]
     for part in tqdm([part for part in settings.parts if part not in there], "Parts", unit="part"):
-        results["rows"] += measure(part, settings)
+        results["rows"] += measure(part, settings, results)
         measured.write(settings.output, results)
     print(f"\n{table(results['rows'], COLUMNS)}")
 
