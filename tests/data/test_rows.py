@@ -41,7 +41,9 @@ class MakesDecoderInputs:
 
 @pytest.mark.parametrize("why", ["lengths", "columns", "tensors", "multiple", "longest", "decoder", "numpy"])
 def test_all_others_are_left_to_transformers(why: str) -> None:
-    given, how, asked = rows(4), {}, {}
+    given = rows(4)
+    how: dict[str, Any] = {}
+    asked: dict[str, Any] = {}
     if why == "lengths":
         given[1] = {name: values[:-2] for name, values in given[1].items()}
     elif why == "columns":
