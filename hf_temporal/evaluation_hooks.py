@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from transformers import Seq2SeqTrainer, Trainer
 
 from hf_temporal.model.fused_head import FusedHead, answer_logits
 from hf_temporal.model.model_loss import ModelLoss, logits_of, missing_decoder_inputs
 from hf_temporal.model.target_head import head_at
 from hf_temporal.model.weighted_loss import OutputsWithoutLogits
 
+from . import _trl
+from ._peft import is_prompt_learner
 from ._transformers import attribute
 from .collator import DOCUMENTS, LOSS_WEIGHTS, OWN_KEYS, POSITIONS, without
 from .evaluation import PROFILE_NAME, PositionProfile, TokenBatch, losses_and_hits, save_profile, token_losses
@@ -73,7 +76,7 @@ class EvaluationByPosition(TimelineHooks):
         if observer is None or not is_whole or self._problem_with(batch):
             return super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
         positions = timeline[POSITIONS]
-        if prediction_loss_only and self._needs_target_logits_alone(batch["labels"]):
+        if prediction_loss_only and self._needs_target_logits_alone(model, batch):
             alone = TargetLoss(self._root, self._read_model_loss())
             with alone.around(model):
                 result = super().prediction_step(model, batch, prediction_loss_only, *args, **kwargs)
@@ -90,20 +93,28 @@ class EvaluationByPosition(TimelineHooks):
         observer(TokenBatch(losses, correct, positions, timeline.get(DOCUMENTS), timeline.get(LOSS_WEIGHTS)))
         return result
 
-    def _needs_target_logits_alone(self, labels: Tensor) -> bool:
+    def _needs_target_logits_alone(self, model: nn.Module, batch: Mapping[str, Any]) -> bool:
         """Whether an evaluation that returns its loss alone needs no other logits than those that answer targets."""
-        own, args = self._read_model_loss(), self.args
+        root, own, args = self._root, self._read_model_loss(), self.args
+        if not isinstance(own.fused_head, FusedHead) or own.auxiliary_coefficient or is_prompt_learner(root):
+            return False  # virtual tokens in front of a row answer its first label
+        head, whole = own.fused_head.head, (model, root)
         is_off = isinstance(args, TemporalFields) and args.temporal_fused_head == "off"
-        return (
-            isinstance(own.fused_head, FusedHead)
-            and not (is_off or labels.is_floating_point() or own.auxiliary_coefficient or args.torch_compile)
-            and self.label_smoother is None
-            and self.compute_loss_func is None
-            and not any(
-                {"compute_loss", "prediction_step"} & vars(kind).keys()
-                for kind in type(self).__mro__
-                if kind not in (Trainer, Seq2SeqTrainer) and kind.__module__.partition(".")[0] != __package__
-            )
+        is_compiled = args.torch_compile or any(is_compiled_module(each) or each._compiled_call_impl for each in whole)
+        is_watched = any(each._forward_hooks and not isinstance(each, FSDPModule) for each in (*whole, head))
+        is_rounded = not own.counts_items and torch.finfo(head.weight.dtype).bits < 32  # as the logits are
+        has_own_loss = self._has_own("compute_loss", "prediction_step") or "compute_loss" in vars(self)
+        return not (
+            is_off
+            or is_compiled
+            or is_watched
+            or is_rounded
+            or has_own_loss
+            or _trl.is_sft(type(self))
+            or self.label_smoother is not None
+            or self.compute_loss_func is not None
+            or batch["labels"].is_floating_point()
+            or "shift_labels" in batch
         )
 
     def _token_losses(

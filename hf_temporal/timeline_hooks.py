@@ -29,7 +29,7 @@ class TimelineHooks(TrainerBase):
 
     _temporal_given_weighting: TemporalWeighting | None = None
     _temporal_model_loss: ModelLoss | None = None
-    _temporal_model_read: tuple[nn.Module, bool, int] | None = None
+    _temporal_model_read: tuple[Any, ...] | None = None
     _temporal_problem: str | None = None
     _temporal_eval_timeline: Timeline | None = None
 
@@ -104,7 +104,7 @@ class TimelineHooks(TrainerBase):
         return self.accelerator.unwrap_model(self.model) if self.is_fsdp_enabled else self.model
 
     def _read_model_loss(self) -> ModelLoss:
-        key = (self._root, self._can_run, _embedding_rows(self._root))
+        key = (self._root, self._can_run, *_ends(self._root))
         if self._temporal_model_loss is None or self._temporal_model_read != key:
             found = self._temporal_model_loss = read_model_loss(self._root, can_run=self._can_run)
             self._temporal_model_read, self._temporal_problem = key, None
@@ -185,9 +185,11 @@ class TimelineHooks(TrainerBase):
         )
 
 
-def _embedding_rows(root: nn.Module) -> int:
-    """How many tokens the model embeds, which `resize_token_embeddings` changes; 0 where it embeds none."""
+def _ends(root: nn.Module) -> tuple[int, nn.Module | None]:
+    """How many tokens the model embeds, which `resize_token_embeddings` changes, and its head; 0 and None without."""
     base = base_model(root)
+    if not isinstance(base, PreTrainedModel):
+        return 0, None
     with contextlib.suppress(NotImplementedError):  # of a model of sound or images
-        return getattr(base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None, "num_embeddings", 0)
-    return 0
+        return getattr(base.get_input_embeddings(), "num_embeddings", 0), base.get_output_embeddings()
+    return 0, None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_temporal import (
@@ -15,6 +17,8 @@ from hf_temporal import (
     TemporalWeighting,
     TemporalWeightSeq2SeqTrainer,
     TemporalWeightTrainer,
+    evaluation,
+    evaluation_hooks,
 )
 from hf_temporal.evaluation import LOGITS_AT_ONCE, load_profiles, losses_and_hits, save_profile
 from tests.tiny_models import PackCollator, PadCollator, examples, tiny_model
@@ -124,12 +128,28 @@ def test_no_value_of_stock_is_changed(name: str, smoothing: float, tmp_path: Pat
     assert {key: ours[key] for key in stock} == pytest.approx(stock, rel=1e-6)
 
 
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of positions of each batch whose logits the losses are read from."""
+    seen: list[int] = []
+
+    def counted(logits: torch.Tensor, *args: Any) -> Any:
+        seen.append(logits.shape[:-1].numel())
+        return losses_and_hits(logits, *args)
+
+    for module in (evaluation, evaluation_hooks):
+        monkeypatch.setattr(module, "losses_and_hits", counted)
+    return seen
+
+
 HEADS = [("llama", "lora_head"), ("gpt2", "plain"), ("gemma2", "saved_head"), ("cohere", "plain"), ("bart", "plain")]
 
 
 @pytest.mark.parametrize(("name", "adapter"), HEADS)
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
-def test_logits_are_computed_of_the_targets_alone(name: str, adapter: str, layout: str, tmp_path: Path) -> None:
+def test_logits_are_computed_of_the_targets_alone(
+    name: str, adapter: str, layout: str, tmp_path: Path, computed: list[int]
+) -> None:
     """The same metrics and profile, from a position of logits for each target."""
     if name == "bart" and layout != "right":
         pytest.skip("an encoder-decoder is padded on the right")
@@ -139,15 +159,11 @@ def test_logits_are_computed_of_the_targets_alone(name: str, adapter: str, layou
         args = TemporalTrainingArguments(str(tmp_path / mode), temporal_fused_head=mode, **SETTINGS)
         model, rows = tiny_model(name, adapter), examples(name, 8)
         trainer = TemporalWeightTrainer(model, args, eval_dataset=rows, data_collator=collator)
-        trainer.evaluate()  # the model is looked at
-        positions: list[int] = []
-        head = model.get_output_embeddings()
-        hook = head.register_forward_hook(lambda *call, seen=positions: seen.append(call[-1].shape[:-1].numel()))
+        computed.clear()
         metrics = trainer.evaluate()
-        hook.remove()
-        assert "forward" not in vars(head)
+        assert "forward" not in vars(model.get_output_embeddings())
         profile = load_profiles(tmp_path / mode / "loss_by_position.json")[-1]["bins"]
-        found.append((sum(positions), {key: metrics[key] for key in {*ADDED, "eval_loss"}}, profile))
+        found.append((sum(computed), {key: metrics[key] for key in {*ADDED, "eval_loss"}}, profile))
     (few, metrics, profile), (every, expected, expected_profile) = found
     targets = sum(entry["count"] for entry in profile)
     assert targets <= few <= targets + len(rows) < every  # the trainer's own loss may count the first token of a row
@@ -158,25 +174,90 @@ def test_logits_are_computed_of_the_targets_alone(name: str, adapter: str, layou
         assert all(entry[key] is None for key in entry.keys() - numbers.keys())
 
 
+def with_logits(compute_loss: Any, *args: Any, **kwargs: Any) -> Any:
+    loss, outputs = compute_loss(*args, **kwargs)
+    return loss + outputs.logits.mean(), outputs
+
+
 class LooksAtLogits(TemporalWeightTrainer):
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
-        return loss + outputs.logits.mean(), outputs
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return with_logits(super().compute_loss, *args, **kwargs)
 
 
-@pytest.mark.parametrize("why", ["own loss", "smoothing", "metrics", "auxiliary loss"])
-def test_all_logits_are_computed_where_somebody_needs_them(why: str, tmp_path: Path) -> None:
-    name = "mixtral" if why == "auxiliary loss" else "llama"
-    smoothing = 0.1 if why == "smoothing" else 0.0
-    args = TemporalTrainingArguments(str(tmp_path), label_smoothing_factor=smoothing, temporal_power=0.0, **SETTINGS)
-    how: dict[str, Any] = {"compute_metrics": lambda _: {}} if why == "metrics" else {}
-    kind = LooksAtLogits if why == "own loss" else TemporalWeightTrainer
-    model = tiny_model(name)
-    trainer = kind(model, args, eval_dataset=examples(name, 3), data_collator=PadCollator(), **how)
-    shapes: list[Any] = []
-    model.get_output_embeddings().register_forward_hook(lambda *call: shapes.append(call[-1].shape))
-    assert "eval_tail_loss" in trainer.evaluate()
-    assert shapes[-1][0] == 3
+class GivesShiftedLabels(PadCollator):
+    """Targets that `labels` do not tell of."""
+
+    def __call__(self, rows: Any) -> Any:
+        batch = super().__call__(rows)
+        batch["shift_labels"] = batch["labels"].roll(-1, 1)
+        batch["shift_labels"][:, -3:] = -100
+        return batch
+
+
+NEEDS = (
+    *(
+        "own loss",
+        "patched loss",
+        "smoothing",
+        "metrics",
+        "auxiliary loss",
+        "hook",
+        "hook on the head",
+        "virtual tokens",
+    ),
+    *("shifted labels", "compiled", "rounded loss", "new head"),
+)
+
+
+@pytest.mark.parametrize("why", NEEDS)
+def test_all_logits_are_computed_where_somebody_needs_them(
+    why: str, tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is then that of the trainer without our own way, and what is looked at is complete."""
+    name = {"auxiliary loss": "mixtral", "rounded loss": "bart"}.get(why, "llama")
+    rows = [{**row, "labels": [*row["input_ids"]]} if why == "virtual tokens" else row for row in examples(name, 3)]
+    collator = GivesShiftedLabels() if why == "shifted labels" else PadCollator()
+    losses, seen = [], []
+    for mode in ("off", "auto"):
+        args = TemporalTrainingArguments(
+            str(tmp_path),
+            temporal_fused_head=mode,
+            temporal_power=0.0,
+            label_smoothing_factor=0.1 if why == "smoothing" else 0.0,
+            bf16_full_eval=why == "rounded loss",
+            remove_unused_columns=False,
+            **SETTINGS,
+        )
+        model: Any = tiny_model(name)
+        if why == "virtual tokens":
+            model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+            model.prompt_encoder["default"].embedding.weight.data.copy_(torch.arange(64.0).view(4, 16) / 32 - 1)
+        how: dict[str, Any] = {"compute_metrics": lambda _: {}} if why == "metrics" else {}
+        kind = LooksAtLogits if why == "own loss" else TemporalWeightTrainer
+        trainer = kind(model, args, eval_dataset=rows, data_collator=collator, **how)
+        if why == "patched loss":
+            monkeypatch.setattr(trainer, "compute_loss", functools.partial(with_logits, trainer.compute_loss))
+        if why == "compiled":
+            model.compile(backend="eager")
+        if why.startswith("hook"):
+            watched = model if why == "hook" else model.get_output_embeddings()
+            watched.register_forward_hook(lambda *call: seen.append(call[-1]))
+        if why == "new head":
+            trainer.evaluate()
+            model.set_output_embeddings(torch.nn.Linear(16, 97, bias=False))
+            model.get_output_embeddings().weight.data.copy_(torch.arange(97 * 16.0).view(97, 16).sin())
+        computed.clear()
+        metrics = trainer.evaluate()
+        losses.append(metrics["eval_loss"])
+        if why == "new head":
+            assert metrics["eval_tail_loss"] > 0
+        else:
+            assert "eval_tail_loss" in metrics
+            assert computed == [3 * 6 if name == "bart" else 3 * 12]
+    assert losses[0] == losses[1] if why != "new head" else losses[0] == pytest.approx(losses[1], rel=1e-6)
+    if why.startswith("hook"):
+        *_, output = seen
+        assert (output if why == "hook on the head" else output.logits).shape[:2] == (3, 12)
 
 
 def test_the_head_is_as_before_when_a_model_fails_in_an_evaluation(tmp_path: Path) -> None:
@@ -188,7 +269,7 @@ def test_the_head_is_as_before_when_a_model_fails_in_an_evaluation(tmp_path: Pat
     def fails(*_: Any) -> None:
         raise RuntimeError("no memory")
 
-    handle = model.lm_head.register_forward_hook(fails)
+    handle = model.lm_head.register_forward_pre_hook(fails)
     with pytest.raises(RuntimeError, match="no memory"):
         trainer.evaluate()
     handle.remove()

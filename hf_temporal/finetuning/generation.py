@@ -22,7 +22,10 @@ from hf_temporal.data.rows import runs_of_targets
 from .adapters import adapter_added
 
 MIN_PREFIX = 8  # tokens that all prompts begin with
-LENGTH_RULES = ("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+OF_WHOLE_ROWS = ("max_length", "min_length", "repetition_penalty", "no_repeat_ngram_size")
+AT_ONCE = 4  # results of the width of a gated feed-forward layer that are there at once
 PERIOD = 0.25  # seconds between two looks
 BUSY_SHARE = 0.75  # of a core: 0.99 on an idle machine, 0.2 to 0.5 beside three busy processes on two cores
 
@@ -138,24 +141,28 @@ class HalfEnded(StoppingCriteria):
 def can_drop(model: Any, num_beams: int) -> bool:
     """Whether dropping rows pays, and `generate` goes on as if it had not stopped.
 
-    On a CPU a step takes the longer the more rows there are. What `LENGTH_RULES` set counts from where it began.
+    On a CPU a step takes the longer the more rows there are. Some entries of a generation configuration count from
+    where the call of `generate` began, or end it; those that are named here do not.
     """
-    own = model.generation_config
-    return model.device.type == "cpu" and num_beams == 1 and not any(getattr(own, name, None) for name in LENGTH_RULES)
+    known = {*TOKENS, *SAMPLING, *OF_WHOLE_ROWS, "use_cache", "transformers_version", "_from_model_config"}
+    given = {name for name, value in model.generation_config.to_diff_dict().items() if value}
+    return model.device.type == "cpu" and num_beams == 1 and given <= known
 
 
 def room(base: Any, prefix: DynamicCache | None, batch_size: int, longest: int) -> int:
-    """The tokens that a batch may have, prompts and answers.
+    """The tokens that a batch may have, prompts and answers: `batch_size` of the longest rows, or more.
 
-    As many as `batch_size` of the longest rows have; more where a token's keys and values are smaller than its logits
-    in float32, for which an evaluation of `batch_size` rows needs room.
+    With their logits in float32, as of the plain Trainer's evaluation, these rows take the memory of more of them with
+    keys and values instead. Both have what the widest layer makes of a token.
     """
-    tokens = batch_size * longest
     if prefix is None:
-        return tokens
+        return batch_size * longest
     layers: Any = prefix.layers
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // prefix.get_seq_length()
-    return tokens * max(1, 4 * base.get_input_embeddings().weight.shape[0] // cached)
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    widest = max((max(weight.shape) for weight in base.parameters() if vocabulary not in weight.shape), default=0)
+    layer = 4 * AT_ONCE * widest
+    return batch_size * longest * max(4 * vocabulary + layer, cached + layer) // (cached + layer)
 
 
 def make_batches(lengths: Sequence[int], most: Callable[[int], int]) -> list[list[int]]:
@@ -175,10 +182,13 @@ def make_batches(lengths: Sequence[int], most: Callable[[int], int]) -> list[lis
 def prefix_cache(model: Any, prompts: Sequence[list[int]]) -> DynamicCache | None:
     """Keys and values of the tokens that all prompts begin with; each prompt keeps its last token to itself.
 
-    None where these tokens are few, where the cache of the model is more than a key and a value for each token, and
-    for a mixture of experts that returns what its routers say, which cannot go on from a cache.
+    None where these tokens are few, where the cache of the model is more than a key and a value for each token, where
+    the generation configuration wants another cache or none, and for a mixture of experts that returns what its
+    routers say, which cannot go on from a cache.
     """
-    base = base_model(model)
+    base, rules = base_model(model), model.generation_config
+    if rules.use_cache is False or rules.cache_implementation is not None:
+        return None
     takes = {"position_ids", "logits_to_keep"} <= set(inspect.signature(base.forward).parameters)
     if len(prompts) < 2 or not takes or getattr(base.config, "output_router_logits", False):
         return None

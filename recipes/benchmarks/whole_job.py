@@ -3,18 +3,19 @@ r"""The whole job of fine-tuning on docstrings, part by part, each beside its pe
     git worktree add /tmp/before 7da344f
     python recipes/benchmarks/whole_job.py --before /tmp/before --output outputs/whole_job.json
 
-takes an hour and a half on two cores. Parts alone, the trainings without an older tree:
+takes an hour on two cores. Parts alone, the trainings without an older tree:
 
     python recipes/benchmarks/whole_job.py --parts training-512 training-112 document --output outputs/training.json
 
 - `training-L`: SmolLM2-135M-Instruct with LoRA learns the same docstrings, cut at L tokens, in batches of 8: by the
   recipe's trainer with padding-free batches; by the same with padded ones, as before there were others; by TRL's
-  SFTTrainer with rows grouped by length, without gradient checkpointing and autocast; and, as the floor, padding-free
-  without LM head and loss. Each lives in a process of its own, and ours takes steps in turn with its peers: first with
-  SFTTrainer, whose memory leaves no room for others, then with the rest. A time is an epoch's.
+  SFTTrainer, without gradient checkpointing and autocast, with batches of like length; and, as the floor, padding-free
+  without LM head and loss. Of 50 batches that are sorted by length, as `group_by_length` does it, those in the middle
+  of equal parts are an epoch: SFTTrainer takes them as they are, the others take their rows at random. Each lives in a
+  process of its own, and ours takes steps in turn with one peer after the other. A time is an epoch's.
 - `document`: one docstring without padding in each batch, padding-free and padded.
-- `evaluation`: the first evaluation of the demo, by `eval_runtime`, with the recipe of this tree and of the older one.
-- `demo`: the whole command of `make demo`, a seed after the other; its metrics are kept.
+- `demo`: the whole command of `make demo`, a seed after the other, with the recipe of this tree and of the older one;
+  and its first evaluation, which generates from the untuned model. Metrics are kept.
 
 Memory is a process's largest resident size. Ratios are medians over rounds, and `low` and `high` their extremes.
 """
@@ -45,7 +46,8 @@ from hf_temporal.tables import table
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "recipes/configs/summarization/smollm2_lora_docstrings.yaml"
 OURS, PADDED, SFT, FLOOR = "padding-free", "padded", "SFTTrainer", "floor"
-PARTS = ("training-512", "training-112", "document", "evaluation", "demo")
+GROUPED = 50  # batches that the Trainer's sampler sorts by length together
+PARTS = ("training-512", "training-112", "document", "demo")
 COLUMNS = ("part", "what", "seconds", "against", "time", "low", "high", "MiB", "memory")
 PRELOADED = ["hf_temporal.finetuning.recipe", "hf_temporal.finetuning.trainers", "datasets", "peft"]
 
@@ -85,11 +87,12 @@ def trainer_of(kind: str, length: int, batch_size: int, steps: int, epochs: int,
     if kind == SFT:  # which has its memory as its users do
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "as it is"
     run = prepare_causal_lm(parse(CAUSAL_ARGUMENTS, ["--config", CONFIG, *given]))
-    split = run.splits["train"]
-    if batch_size == 1:  # whole documents
-        longest = max(map(len, split["input_ids"]))
-        split = split.filter(lambda row: len(row["input_ids"]) == longest)
-    rows = split.shuffle(seed=0).select(range(steps * batch_size))
+    drawn = run.splits["train"].shuffle(seed=0).select(range(GROUPED * batch_size))
+    lengths = [len(ids) for ids in drawn["input_ids"]]
+    by_length = sorted(range(len(drawn)), key=lambda index: lengths[index])
+    batches = [by_length[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
+    chosen = [index for step in range(steps) for index in batches[(2 * step + 1) * len(batches) // (2 * steps)]]
+    rows = drawn.select(chosen)
     how: dict[str, Any] = {"train_dataset": rows, "processing_class": run.tokenizer}
     if kind == SFT:
         import trl
@@ -99,7 +102,7 @@ def trainer_of(kind: str, length: int, batch_size: int, steps: int, epochs: int,
         settings = trl.SFTConfig(
             folder,
             **kept,
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy="sequential",
             gradient_checkpointing=False,
             bf16=False,
             max_length=None,
@@ -167,24 +170,15 @@ def command(tree: Path, folder: str, *extra: str) -> dict[str, Any]:
     return {"seconds": seconds, "MiB": used.ru_maxrss / 2**10, "metrics": metrics}
 
 
-def commands(settings: Namespace, *extra: str, seconds: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
-    """Seconds of each round and MiB of this tree and the older one, which take turns; a seed for each round."""
+def commands(settings: Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The command in this tree and in the older one, which take turns; a seed for each round."""
     found: dict[str, list[dict[str, Any]]] = {"now": [], "before": []}
     trees = {"now": ROOT, "before": settings.before.resolve()}
     for round_ in range(settings.rounds):
         for name in [*trees][:: 1 if round_ % 2 else -1]:
             with tempfile.TemporaryDirectory() as folder:
-                own = ["--seed", str(round_), *extra]
-                found[name].append(command(trees[name], folder, *own))
-    return {
-        name: {
-            "rounds": [seconds(each) for each in mine],
-            "MiB": max(each["MiB"] for each in mine),
-            "whole command": [each["seconds"] for each in mine],
-            "metrics": [each["metrics"] for each in mine],
-        }
-        for name, mine in found.items()
-    }
+                found[name].append(command(trees[name], folder, "--seed", str(round_)))
+    return found
 
 
 # ---- the table
@@ -221,14 +215,27 @@ def measure(part: str, settings: Namespace) -> list[dict[str, Any]]:
         length = int(part.partition("-")[2])
         return [
             row
-            for peers in ([SFT], [PADDED, FLOOR])
-            for row in compared(part, training([OURS, *peers], length, 8, settings), OURS, peers)
+            for peer in (SFT, PADDED, FLOOR)
+            for row in compared(part, training([OURS, peer], length, 8, settings), OURS, [peer])
         ]
-    if part == "evaluation":
-        found = commands(settings, "--do_train", "false", seconds=lambda each: each["metrics"][0]["eval_runtime"])
-    else:
-        found = commands(settings, seconds=lambda each: each["seconds"])
-    return compared(part, found, "now", ["before"])
+    found = commands(settings)
+    times: dict[str, Callable[[dict[str, Any]], float]] = {
+        "demo": lambda each: each["seconds"],
+        "its first evaluation": lambda each: each["metrics"][0]["eval_runtime"],
+    }
+    return [
+        row
+        for what, seconds in times.items()
+        for row in compared(
+            what,
+            {
+                name: {"rounds": [*map(seconds, mine)], "MiB": max(each["MiB"] for each in mine), "runs": mine}
+                for name, mine in found.items()
+            },
+            "now",
+            ["before"],
+        )
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -238,10 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.set_defaults(repeats=3)
     parser.add_argument("--steps", type=int, default=4, help="of an epoch, which is trained --repeats times")
     parser.add_argument("--rounds", type=int, default=3, help="of whole commands")
-    parser.add_argument("--before", type=Path, help="a checkout of an older tree, for evaluation and demo")
+    parser.add_argument("--before", type=Path, help="a checkout of an older tree, for the demo")
     settings = measured.parsed(parser, arguments)
-    if not settings.before and {"evaluation", "demo"} & {*settings.parts}:
-        parser.error("--before is needed for the parts evaluation and demo; accepted: a checkout of an older commit.")
+    if "demo" in settings.parts and not settings.before:
+        parser.error("--parts demo needs --before; accepted: a checkout of an older commit.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     results: dict[str, Any] = {**measured.heading("whole_job", settings), "rows": []}
     if settings.output and settings.output.exists():

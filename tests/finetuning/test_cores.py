@@ -57,7 +57,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 @pytest.mark.parametrize(
     ("how", "environment", "blocks"),
-    [("keep", {}, (0, 20)), ("not", {}, (38, 60)), ("keep", {"MALLOC_MMAP_THRESHOLD_": "1048576"}, (38, 60))],
+    [
+        ("keep", {}, (0, 20)),
+        ("not", {}, (38, 60)),
+        ("keep", {"MALLOC_MMAP_THRESHOLD_": "1048576"}, (38, 60)),
+        ("keep", {"MALLOC_TRIM_THRESHOLD_": "131072"}, (38, 60)),
+    ],
 )
 def test_freed_memory_is_used_again(how: str, environment: dict[str, str], blocks: tuple[int, int]) -> None:
     """40 blocks of 64 MiB, each freed before the next: how many of them the system had to give page by page."""

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from hf_temporal.finetuning.generation import (
     room,
 )
 from hf_temporal.finetuning.models import ModelArguments
-from tests.tiny_models import tiny_model
+from tests.tiny_models import END, tiny_model
 from tests.tiny_summarization import tiny_llama, tiny_tokenizer
 
 WORDS = 300  # of the vocabulary
@@ -50,6 +51,11 @@ def with_adapter(model: Any, **settings: Any) -> Any:
 def some_prompts(number: int, seed: int = 0) -> list[list[int]]:
     generator = random.Random(seed)
     return [[generator.randrange(3, WORDS) for _ in range(generator.randrange(2, 40))] for _ in range(number)]
+
+
+def up_to_the_end(row: list[int], ends: list[int]) -> list[int]:
+    first = next((place for place, token in enumerate(row) if token in ends), len(row))
+    return row[: first + 1]
 
 
 def kept(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
@@ -261,19 +267,18 @@ def test_batches_have_what_their_longest_prompt_allows(tokens: int) -> None:
     assert make_batches([], lambda length: tokens // length) == []
 
 
-@pytest.mark.parametrize(("name", "times"), [("97 tokens", 3), ("large vocabulary", 7)])
-def test_a_batch_takes_no_more_memory_than_the_logits_of_an_evaluation_or_its_rows(name: str, times: int) -> None:
+@pytest.mark.parametrize("vocabulary", [97, 5000])
+def test_a_batch_takes_no_more_memory_than_an_evaluation_with_all_logits(vocabulary: int) -> None:
+    """Of rows of 50 tokens: keys and values of 2 layers, and four results of 24 numbers."""
     model = tiny_model("llama")
-    layers, heads, size = (
-        model.config.num_hidden_layers,
-        model.config.num_key_value_heads,
-        model.config.hidden_size // model.config.num_attention_heads,
-    )
-    cached = layers * heads * size * 2 * 4  # bytes of a token's keys and values
-    if name == "large vocabulary":
-        model.resize_token_embeddings(-(-times * cached // 4))
+    model.resize_token_embeddings(vocabulary)
     prefix = prefix_cache(model.eval(), [[*range(3, 15), 40], [*range(3, 15), 41]])
-    assert room(model, prefix, 4, 50) == 4 * 50 * times
+    config = model.config
+    size = config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    layer = 4 * 4 * config.intermediate_size
+    token = 4 * 2 * size + layer
+    evaluation = 4 * 50 * (4 * vocabulary + layer)
+    assert evaluation - token < room(model, prefix, 4, 50) * token <= evaluation
     assert room(model, None, 4, 50) == 4 * 50
 
 
@@ -318,8 +323,7 @@ def test_rows_that_have_ended_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -
     def answers() -> list[list[int]]:
         """Each up to its first end, behind which there is padding."""
         rows = generate_completions(model, tokenizer, prompts, max_new_tokens=20, batch_size=40)
-        first = [next((place for place, token in enumerate(row) if token in ends), len(row)) for row in rows]
-        return [row[: place + 1] for place, row in zip(first, rows, strict=True)]
+        return [up_to_the_end(row, ends) for row in rows]
 
     seen: list[int] = []
     hook = model.get_base_model().register_forward_hook(lambda *call: seen.append(len(call[-1].logits)))
@@ -336,12 +340,46 @@ def test_rows_that_have_ended_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -
     assert found == answers()
 
 
-@pytest.mark.parametrize("rule", [{"min_new_tokens": 9}, {"begin_suppress_tokens": [5]}, {}])
+RULES: list[dict[str, Any]] = [
+    *({"min_new_tokens": 9}, {"begin_suppress_tokens": [5]}, {"exponential_decay_length_penalty": (2, 1.5)}),
+    *({"encoder_repetition_penalty": 1.5}, {"encoder_no_repeat_ngram_size": 2}, {"guidance_scale": 2.0}),
+    {"max_time": 60.0},
+]
+KNOWN: list[dict[str, Any]] = [
+    *({}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"min_length": 40}, {"top_k": 3}),
+    *({"eos_token_id": 5}, {"eos_token_id": None}),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_rules_that_count_from_the_prompt_keep_the_rows_together(rule: dict[str, Any]) -> None:
     model = tiny_llama(len(tiny_tokenizer()))
-    model.generation_config.update(**rule)
-    assert can_drop(model, 1) is not bool(rule)
+    assert can_drop(model, 1)
     assert not can_drop(model, 2)
+    model.generation_config.update(**rule)
+    assert not can_drop(model, 1)
+
+
+@pytest.mark.parametrize("setting", KNOWN)
+def test_a_generation_configuration_says_the_same_without_the_rows_that_have_ended(
+    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    prompts = [[*range(3, 15), *end] for end in some_prompts(20)]
+
+    def answers() -> list[list[int]]:
+        model = tiny_llama(len(tokenizer))
+        model.generation_config.update(**{"eos_token_id": [*range(5, len(tokenizer), 4)], **setting})
+        ends = model.generation_config.eos_token_id or []
+        rows = generate_completions(model, tokenizer, prompts, max_new_tokens=12, batch_size=20)
+        return [up_to_the_end(row, [ends] if isinstance(ends, int) else ends) for row in rows]
+
+    dropping = Mock(side_effect=generation.generate_and_drop)
+    monkeypatch.setattr(generation, "generate_and_drop", dropping)
+    found = answers()
+    dropping.assert_called()
+    monkeypatch.setattr(generation, "can_drop", lambda *_: False)
+    assert found == answers()
 
 
 # ---- what all prompts begin with
@@ -362,9 +400,9 @@ def test_a_prefix_computed_once_gives_the_same_answers(
     prompts = [prefix, *(prefix + end for end in ends)]
 
     def answers() -> list[list[int]]:
-        return generate_completions(
-            model, tiny_tokenizer(), prompts, max_new_tokens=8, num_beams=num_beams, batch_size=7
-        )
+        how: dict[str, Any] = {"max_new_tokens": 8, "num_beams": num_beams, "batch_size": 7}
+        rows = generate_completions(model, tiny_tokenizer(), prompts, **how)
+        return [up_to_the_end(row, [END]) for row in rows]
 
     computed: list[int] = []
 

@@ -1,0 +1,67 @@
+"""Where the time of a recipe's command goes, from its first import to its last line.
+
+    python recipes/benchmarks/profile_recipe.py --config recipes/configs/summarization/smollm2_lora_docstrings.yaml \
+        --output_dir outputs/profiled_docstrings
+
+Arguments are those of finetune_causal_lm.py, which runs under `cProfile`, without the seconds of `accelerate launch`.
+"""
+
+import cProfile
+import pstats
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hf_temporal.tables import markdown
+
+SCRIPT = Path(__file__).resolve().parents[1] / "finetune_causal_lm.py"
+PARTS = {  # by the functions that take the time, of which no one calls another: end of the file's name, name
+    "imports": [("<frozen importlib._bootstrap>", "_find_and_load")],
+    "model and adapter": [("finetuning/models.py", "load_causal_lm"), ("finetuning/adapters.py", "add_adapter")],
+    "data, from the cache": [("data/summarization.py", "load_pairs"), ("finetuning/tasks.py", "encode")],
+    "a trial of the model's loss and attention": [
+        ("model/model_loss.py", "read_model_loss"),
+        ("padding_free.py", "switch_attention"),
+    ],
+    "training: batches and their weights": [("hf_temporal/trainer.py", "get_batch_samples")],
+    "training: forward and backward pass": [("transformers/trainer.py", "training_step")],
+    "training: clipping and optimizer": [
+        ("transformers/trainer.py", "_clip_grad_norm"),
+        ("accelerate/optimizer.py", "step"),
+    ],
+    "checkpoints": [("transformers/trainer.py", "_save_checkpoint")],
+    "evaluation: losses": [("hf_temporal/evaluation_hooks.py", "evaluation_loop")],
+    "evaluation: generation": [("finetuning/generation.py", "generate_completions")],
+    "evaluation: ROUGE": [("data/summarization.py", "score")],
+    "pictures, card, last model": [("finetuning/run.py", "publish")],
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Run the recipe and print a table."""
+    profile = cProfile.Profile()
+    sys.argv = [str(SCRIPT), *arguments]
+    start = time.perf_counter()
+    with profile:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    whole = time.perf_counter() - start
+    stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    lines, known = [["part", "seconds", "share"]], 0.0
+    for part, functions in PARTS.items():
+        seconds = sum(
+            max(
+                (found[3] for (file, _, name), found in stats.items() if file.endswith(end) and name == asked),
+                default=0,
+            )
+            for end, asked in functions
+        )
+        known += seconds
+        lines.append([part, f"{seconds:.1f}", f"{seconds / whole:.1%}"])
+    lines += [["all else", f"{whole - known:.1f}", f"{1 - known / whole:.1%}"], ["whole", f"{whole:.1f}", ""]]
+    print(f"\n{markdown(lines)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
