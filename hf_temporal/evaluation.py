@@ -186,7 +186,8 @@ def save_profile(path: str | os.PathLike[str], *, split: str, step: int, bins: l
     known = load_profiles(path) if path.exists() else []
     kept = [profile for profile in known if profile["split"] != split or profile["step"] < step]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"version": 1, "profiles": [*kept, {"split": split, "step": step, "bins": bins}]})
+    content = {"version": 1, "profiles": [*kept, {"split": split, "step": step, "bins": bins}]}
+    write_json(path, content, line_by_line="profiles")
 
 
 def load_profiles(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

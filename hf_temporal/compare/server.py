@@ -2,6 +2,7 @@
 
 import ast
 import atexit
+import gc
 import os
 import runpy
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import torch
 from accelerate.commands.config.config_args import default_config_file
+
+IMPORTED_LATE = ["hf_temporal.plots"]  # by a recipe, once it has trained
 
 
 class Forked(ForkServerProcess):
@@ -42,7 +45,7 @@ class Server:
     def __init__(self, recipe: Path, environment: Mapping[str, str]) -> None:
         # This variable tells a recipe that it was launched and is to take its share of the cores.
         self._environment = {"ACCELERATE_MIXED_PRECISION": "no", **environment}
-        forkserver.set_forkserver_preload([__name__, *imports_of(recipe)])
+        forkserver.set_forkserver_preload([__name__, *imports_of(recipe), *IMPORTED_LATE])
         before = dict(os.environ)
         os.environ.update(environment)  # The server's libraries read it when they are imported.
         try:
@@ -76,6 +79,7 @@ def imports_of(recipe: Path) -> list[str]:
 def _be_cell(argv: list[str], environment: Mapping[str, str], log: Connection) -> None:
     """Run the recipe in the forked process, with a session, streams and an environment of its own."""
     os.setsid()
+    gc.freeze()  # no collection goes over the objects of all imports, or copies the memory that cells share
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)

@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import (
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,6 +23,7 @@ from transformers.utils import logging
 from hf_temporal._peft import base_model
 from hf_temporal.data.cache import made_once
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL, EMBEDDED_PROVENANCE
+from hf_temporal.data.rows import RowCollator
 from hf_temporal.data.small_t5 import small_t5_config, train_tokenizer
 from hf_temporal.model.model_loss import read_model_loss
 from hf_temporal.padding_free import switch_attention
@@ -209,7 +209,7 @@ def _prepare(parsed: Sequence[Any], load_model: Callable[[Task], tuple[Any, Any]
         model, tokenizer = load()
         splits = task.encode(tokenizer, model.config)
     agree_on_the_end(model, tokenizer, task.ends)
-    collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORE_INDEX)
+    collator = RowCollator(tokenizer, model=model, label_pad_token_id=IGNORE_INDEX)
     scores, num_beams = task.scores(tokenizer, model.config), summarization_args.num_beams
     prepared = (model, tokenizer, splits, collator, scores, num_beams, origin)
     return FineTuning(training_args, arguments, task, continuation, load, *prepared)

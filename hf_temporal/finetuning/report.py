@@ -27,7 +27,7 @@ def save_evaluation(output_dir: Path, evaluation: Evaluation) -> None:
     `{"evaluations": [{"step": 0, "metrics": {...}, "generated": [...], "references": [...]}, ...]}`
     """
     earlier = [each for each in load_evaluations(output_dir) if each["step"] < evaluation["step"]]
-    write_json(output_dir / EVALUATIONS_NAME, {"evaluations": [*earlier, evaluation]})
+    write_json(output_dir / EVALUATIONS_NAME, {"evaluations": [*earlier, evaluation]}, line_by_line="evaluations")
 
 
 def load_evaluations(output_dir: Path) -> list[Evaluation]:

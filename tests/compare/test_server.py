@@ -164,6 +164,12 @@ def test_the_script_itself_is_not_run_for_its_imports(tmp_path: Path) -> None:
     assert imports_of(script_of(tmp_path, text)) == ["os", "json.decoder", "pathlib"]
 
 
+def test_a_cell_finds_what_recipes_import_late_and_does_not_collect_what_cells_share(tmp_path: Path) -> None:
+    text = "import gc, sys\nprint('hf_temporal.plots' in sys.modules, gc.get_freeze_count() > 10_000)"
+    assert started(script_of(tmp_path, text), tmp_path / "log.txt").wait(120) == 0
+    assert (tmp_path / "log.txt").read_text("utf-8") == "True True\n"
+
+
 def test_random_names_of_data_differ_between_cells(tmp_path: Path) -> None:
     text = "from datasets.fingerprint import generate_random_fingerprint\nprint(generate_random_fingerprint())"
     script = script_of(tmp_path, text)

@@ -71,7 +71,8 @@ class CopyScores:
         return metrics
 
     def _score(self, answers: Any, labels: Any) -> dict[str, float]:
-        pairs = [self._aligned(*pair) for pair in zip(answers, labels, strict=True)]
+        lists = ([np.asarray(row).tolist() for row in rows] for rows in (answers, labels))
+        pairs = [self._aligned(*pair) for pair in zip(*lists, strict=True)]
         answered, wanted = np.array(pairs).swapaxes(0, 1)
         right = answered == wanted
         copied, others = right[:, self._scored], right[:, ~self._scored]
@@ -87,14 +88,14 @@ class CopyScores:
         self.record = {"generated": given, "references": expected, "recall_by_position": recalls}
         return {name: float(value) for name, value in metrics.items()}
 
-    def _aligned(self, answer: Any, labels: Any) -> tuple[list[int], list[int]]:
+    def _aligned(self, answer: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """The answered and the wanted token at each ordinary target token; `NO_ANSWER` behind the answer's end."""
-        targets = [int(token) for token in labels if token != IGNORE_INDEX]
+        targets = [token for token in labels if token != IGNORE_INDEX]
         wanted = {place: token for place, token in enumerate(targets) if token not in self._special}
         if len(wanted) != len(self._scored):
             given = f"labels with {len(wanted)} target tokens beside special ones"
             raise ValueError(f"{given}; accepted: {len(self._scored)}, for {self.arguments}.")
-        answered = [int(answer[place]) if place < len(answer) else NO_ANSWER for place in wanted]
+        answered = [answer[place] if place < len(answer) else NO_ANSWER for place in wanted]
         return answered, [*wanted.values()]
 
 
