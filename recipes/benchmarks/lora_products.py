@@ -87,9 +87,9 @@ def model_of(way: str) -> Any:
             factors = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
             return function.apply(x, layer.base_layer.weight, *factors, layer.scaling["default"])
 
-        for layer in model.modules():
-            if isinstance(layer, Linear):
-                layer.forward = types.MethodType(forward, layer)
+        layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, Linear)]
+        for layer in layers:
+            layer.forward = types.MethodType(forward, layer)
     return model.train()
 
 

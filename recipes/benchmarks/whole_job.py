@@ -72,9 +72,9 @@ class OnCommand(TrainerCallback):
 
 def trainer_of(kind: str, length: int, batch_size: int, steps: int, epochs: int, folder: str) -> Any:
     """A trainer of the demo's model on `steps` batches of docstrings of at most `length` tokens."""
-    from peft import PeftModel
     from step_trainers import HeadlessTrainer
 
+    from hf_temporal._peft import base_model
     from hf_temporal.finetuning.configuration import parse
     from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, prepare_causal_lm
     from hf_temporal.trainer import TemporalWeightTrainer
@@ -111,13 +111,13 @@ def trainer_of(kind: str, length: int, batch_size: int, steps: int, epochs: int,
         lists = rows.select_columns(["input_ids", "labels"])
         return trl.SFTTrainer(run.model, settings, **how | {"train_dataset": lists})
     if kind == FLOOR:
-        assert isinstance(run.model, PeftModel)
-        run.model.get_base_model().set_output_embeddings(nn.Identity())
+        base: Any = base_model(run.model)
+        base.set_output_embeddings(nn.Identity())
         return HeadlessTrainer(run.model, run.training_args, data_collator=run.data_collator, **how)
     return TemporalWeightTrainer(run.model, run.training_args, data_collator=run.data_collator, **how)
 
 
-def serve(connection: Connection, job: tuple[Any, ...], threads: int, log: Path) -> None:
+def serve(connection: Connection, job: tuple[str, int, int, int, int], threads: int, log: Path) -> None:
     """Train, a step per command; what is printed goes into a file."""
     with log.open("wb") as file:
         for stream in (1, 2):
@@ -172,7 +172,7 @@ def command(tree: Path, folder: str, *extra: str) -> dict[str, Any]:
 
 
 def commands(settings: Namespace, results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The command in this tree and in the older one, which take turns, a seed after the other; each is kept at once."""
+    """The command in this tree and in the older one, which take turns, a seed after the other; each run is kept."""
     trees = {"now": ROOT, "before": settings.before.resolve()}
     runs = results.setdefault("runs", [])
     for seed in settings.seeds:
