@@ -30,13 +30,14 @@ SMALL: dict[str, dict[str, Any]] = {
         "attention_window_size": 16,
         "block_types": ["recurrent", "attention"],
     },
-    # gated delta rule alone, without experts
+    # gated delta rule alone, without experts; transformers' cache asks an attention layer for the length
     "qwen3_next": {
         **_DELTA,
         "head_dim": 16,
         "layer_types": ["linear_attention", "linear_attention"],
         "mlp_only_layers": [0, 1],
         "num_experts": 0,
+        "use_cache": False,
     },
     # hybrids: a layer with a state, and one of attention
     "olmo_hybrid": {**_DELTA, "layer_types": ["linear_attention", "full_attention"]},
