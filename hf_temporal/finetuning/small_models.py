@@ -49,7 +49,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 32,
         "attn_layer_indices": [1],
     },
-    "xlstm": {**_WIDTH, "num_heads": 4, "chunk_size": 16},
+    # its cache rounds the width of queries up to 64, its layers do not
+    "xlstm": {**_WIDTH, "num_heads": 4, "qk_dim_factor": 1.0, "chunk_size": 16},
     "rwkv": {**_FEED_FORWARD, "attention_hidden_size": 64},
     "memory_linear_rnn": {"hidden_size": 64},
     "memory_tanh_rnn": {"hidden_size": 64},

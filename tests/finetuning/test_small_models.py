@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_temporal.data.copying.digits import digit_tokenizer
 from hf_temporal.finetuning.models import ModelArguments, load_causal_lm
@@ -37,6 +38,7 @@ def test_the_loss_of_a_small_model_is_read_exactly(name: str) -> None:
     read = read_model_loss(model)
     assert read.in_words().startswith("loss: cross-entropy; labels: shifted by the model; ")
     assert model.num_parameters() < 400_000
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape[:2] == (1, 3)  # as in the code of a model card
 
 
 @pytest.mark.parametrize("given", ["small,num_hidden_layers=4", "num_hidden_layers=4,small"])
