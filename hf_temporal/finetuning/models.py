@@ -24,6 +24,8 @@ import hf_temporal.memory.models  # noqa: F401 - model_type knows the laboratory
 from hf_temporal.data import argument
 from hf_temporal.data.embedded_model import EMBEDDED_MODEL, embedded_model_folder
 
+from .small_models import small_settings
+
 logger = logging.get_logger(__name__)
 
 NEW_IN_A_DECODER = ("crossattention", "enc_to_dec_proj")  # what a warm-started pair has to learn from nothing
@@ -41,7 +43,7 @@ class ModelArguments:
     )
     model_type: str | None = argument(None, "Train a model of this kind (llama, t5, ...) from random weights.")
     config_overrides: str | None = argument(
-        None, "Its configuration, if not the default: hidden_size=64,vocab_size=16."
+        None, "Its configuration, if not the default: hidden_size=64,vocab_size=16; small: two layers of width 64."
     )
     dtype: str = argument(
         "float32",
@@ -91,20 +93,26 @@ class ModelArguments:
                 raise ValueError(f"{why}, and {name}={getattr(self, name)!r}; accepted: one of them")
 
     def config_values(self) -> dict[str, Any]:
-        """The values in `config_overrides`, each of the type that the configuration of `model_type` has there."""
+        """The values in `config_overrides`, each of the type that the configuration of `model_type` has there.
+
+        "small" stands for those of `small_models.SMALL`; what is given beside it wins.
+        """
         try:
             config = AutoConfig.for_model(str(self.model_type))
         except ValueError as error:
             raise ValueError(f"model_type={self.model_type!r}: {error}") from None
         values: dict[str, Any] = {}
         for setting in self.config_overrides.split(",") if self.config_overrides else ():
+            if setting.strip() == "small":
+                values = small_settings(str(self.model_type)) | values
+                continue
             name, _, value = (part.strip() for part in setting.partition("="))
             try:
                 config.update_from_string(f"{name}={value}")
             except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"config_overrides={self.config_overrides!r}: {error}; "
-                    f"accepted: name=value,... with names and values of {type(config).__name__}"
+                    f"accepted: name=value,... with names and values of {type(config).__name__}, or small"
                 ) from None
             values[config.attribute_map.get(name, name)] = getattr(config, name)
         return values

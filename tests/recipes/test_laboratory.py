@@ -28,6 +28,7 @@ TINY = {
     "linear_functional": ("--length 9 --eval_samples 4", "memory_linear_rnn"),
     "sensitivity": ("--length 9 --eval_samples 4", "memory_tanh_rnn"),
     "copying_memory": ("--blank_length 4 --copy_length 2 --max_eval_samples 4", "memory_tcn"),
+    "memory_tasks": ("--blank_length 4 --copy_length 2 --max_eval_samples 4", "memory_state_space"),
 }
 
 
@@ -56,7 +57,7 @@ def test_a_comparison_of_the_laboratory_from_one_command(name: str, tmp_path: Pa
     assert combination["values"] == {"model_type": model_type}
     assert "gradient norm" in [each["title"] for each in combination["quantities"]]
     assert (tmp_path / "metric_by_power.png").is_file()
-    assert (tmp_path / model_type / "memory.png").is_file() == (name != "copying_memory")
+    assert (tmp_path / model_type / "memory.png").is_file() == (name not in ("copying_memory", "memory_tasks"))
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -65,7 +66,7 @@ def test_flags_stand_unless_others_are_given(name: str, monkeypatch: pytest.Monk
     grid = ["--grid", str(COMPARISONS[name])]
     usual, other = (read_arguments([*grid, *argv]) for argv in ([], ["--seeds", "7", "--max_steps=3"]))
     assert usual.recipe.as_posix() in ("recipes/laboratory/train_functional.py", "recipes/finetune_causal_lm.py")
-    assert usual.arguments.seeds == [0, 1, 2]
+    assert usual.arguments.seeds == [*range(5 if name == "memory_tasks" else 3)]
     assert other.arguments.seeds == [7]
     assert [flag for flag in other.overrides if "max_steps" in flag] == ["--max_steps=3"]
     assert usual.arguments.powers == other.arguments.powers
@@ -89,6 +90,7 @@ def test_the_commands_of_the_laboratory_parse(monkeypatch: pytest.MonkeyPatch) -
     assert dict(zip([*COMPARISONS, "results"], seen, strict=True)) == {
         "copying_memory": 5 + 2 + 4,
         "linear_functional": 10 + 6 + 10,
+        "memory_tasks": 6 * 10,
         "sensitivity": 4,
         "results": (5 + 4 + 2) + (10 + 3) + 3 + (2 + 2) + 4,
     }
