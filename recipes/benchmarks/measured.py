@@ -111,7 +111,11 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace
 
 def heading(benchmark: str, settings: Namespace) -> dict[str, Any]:
     """What a file of results begins with: machine, versions and settings."""
-    asked = {name: value for name, value in vars(settings).items() if name not in ("output", "picture", "redraw")}
+    asked = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(settings).items()
+        if name not in ("output", "picture", "redraw")
+    }
     return {"benchmark": benchmark, **environment(), "settings": asked}
 
 
