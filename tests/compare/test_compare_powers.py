@@ -158,7 +158,11 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
             ["--metric", "recal"],
             r"(?s)metric='recal' is not measured; accepted: .*, recall, .*nearest is 'recall'",
         ),
-        (CAUSAL, ["--metric", "rouge1"], r"metric='rouge1' is not measured; accepted: blank_accuracy, empty"),
+        (
+            CAUSAL,
+            ["--metric", "rouge1"],
+            r"metric='rouge1' is not measured; accepted: blank_accuracy, chain_accuracy, empty",
+        ),
         (
             CAUSAL,
             ["--do_eval=false", "--eval_strategy=no"],
