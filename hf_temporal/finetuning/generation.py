@@ -162,7 +162,7 @@ def room(base: Any, prefix: DynamicCache | None, batch_size: int, longest: int) 
     vocabulary = base.get_input_embeddings().weight.shape[0]
     widest = max((max(weight.shape) for weight in base.parameters() if vocabulary not in weight.shape), default=0)
     layer = 4 * AT_ONCE * widest
-    return batch_size * longest * max(4 * vocabulary + layer, cached + layer) // (cached + layer)
+    return batch_size * longest * (max(4 * vocabulary, cached) + layer) // (cached + layer)
 
 
 def make_batches(lengths: Sequence[int], most: Callable[[int], int]) -> list[list[int]]:

@@ -68,12 +68,6 @@ def comparison(tree: Path, seed: int, parallel: int, settings: Namespace) -> dic
     return {"seconds": seconds, "per hour": 3600 * len(cells) / (end - begun), "metrics": metrics}
 
 
-def commit_of(tree: Path) -> str:
-    """The commit that a tree is a checkout of."""
-    command = ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def largest_difference(found: dict[str, Any], other: dict[str, Any]) -> float:
     """The largest difference of a metric between the cells of two comparisons, those of time left out."""
     return max(
@@ -119,7 +113,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = measured.parsed(parser, arguments)
     settings.flags = ["--report_to", "none", "--save_strategy", "no", "--max_steps", str(settings.max_steps)]
     results: dict[str, Any] = {**measured.heading("comparison", settings), "rows": []}
-    results["settings"]["before"] = commit_of(settings.before)
     if settings.output and settings.output.exists():
         results["rows"] = measured.read_rows(settings.output, "comparison")
     for number in tqdm(range(len(results["rows"]), settings.repeats), "Rounds", unit="round"):

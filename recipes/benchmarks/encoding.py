@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from measured import heading, median_ratio, parsed, parser_of, spread, write
+from measured import carry_out, median_ratio, parsed, parser_of, spread
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hf_temporal.data.language_modeling import LanguageModelingArguments
 from hf_temporal.data.loading import DataArguments
 from hf_temporal.finetuning.models import ModelArguments, load_causal_lm
 from hf_temporal.finetuning.tasks import LanguageModeling
-from hf_temporal.tables import table
 
 WORDS = "the value of a file folder reads writes returns array matrix number rows and columns given by name if not set"
 TURN = 40  # words
@@ -115,10 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--conversations", type=int, default=20_000)
     parser.add_argument("--workers", type=int, help="processes of each; unset: one")
     settings = parsed(parser, arguments)
-    results = heading("encoding", settings)
-    results["rows"] = measure(settings)
-    print(f"\n{table(results['rows'], ['what', 'conversations a second', 'rate', 'noise'])}")
-    write(settings.output, results)
+    carry_out("encoding", settings, measure, ["what", "conversations a second", "rate", "noise"])
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from measured import heading, median_ratio, parsed, parser_of, spread, write
+from measured import carry_out, median_ratio, parsed, parser_of, spread
 from peft.tuners.lora import Linear
 from torch import Tensor
 
 from hf_temporal.finetuning.adapters import add_adapter
 from hf_temporal.finetuning.models import ModelArguments, load_causal_lm
 from hf_temporal.padding_free import use_padding_free
-from hf_temporal.tables import table
 
 DOCUMENTS = 8
 
@@ -131,10 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[640, 2048], help="of a batch")
     settings = parsed(parser, arguments)
-    results = heading("lora_products", settings)
-    results["rows"] = measure(settings)
-    print(f"\n{table(results['rows'], ['tokens', 'way', 'seconds', 'time / PEFT', 'noise'])}")
-    write(settings.output, results)
+    carry_out("lora_products", settings, measure, ["tokens", "way", "seconds", "time / PEFT", "noise"])
 
 
 if __name__ == "__main__":

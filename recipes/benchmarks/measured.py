@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hf_temporal.tables import environment, write_json
+from hf_temporal.tables import environment, table, write_json
 
 
 class Child:
@@ -51,6 +52,13 @@ class Child:
         self.process.terminate()
         self.process.join()
         self.connection.close()
+
+
+def print_into(log: Path) -> None:
+    """Let everything that this process prints from now on go into a file."""
+    with log.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
 
 
 def in_turn(children: Sequence[Child], repeats: int) -> list[list[Any]]:
@@ -111,12 +119,29 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace
 
 def heading(benchmark: str, settings: Namespace) -> dict[str, Any]:
     """What a file of results begins with: machine, versions and settings."""
-    asked = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(settings).items()
-        if name not in ("output", "picture", "redraw")
-    }
+    asked = {name: value for name, value in vars(settings).items() if name not in ("output", "picture", "redraw")}
+    if asked.get("before"):
+        asked["before"] = commit_of(asked["before"])
     return {"benchmark": benchmark, **environment(), "settings": asked}
+
+
+def commit_of(tree: Path) -> str:
+    """The commit that a tree is a checkout of."""
+    command = ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def carry_out(
+    benchmark: str,
+    settings: Namespace,
+    measure: Callable[[Namespace], list[dict[str, Any]]],
+    columns: Sequence[str],
+) -> None:
+    """Measure the rows of a benchmark, print a table of these columns, and write the file that was asked for."""
+    results = heading(benchmark, settings)
+    results["rows"] = measure(settings)
+    print(f"\n{table(results['rows'], columns)}")
+    write(settings.output, results)
 
 
 def most_repeated(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:

@@ -12,13 +12,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from measured import heading, median_ratio, parsed, parser_of, write
+from measured import carry_out, median_ratio, parsed, parser_of
 from torch.utils.data import BatchSampler, RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, SEQ2SEQ_ARGUMENTS, prepare_causal_lm, prepare_seq2seq
-from hf_temporal.tables import table
 
 BATCH = 8
 # what prepares a run of each configuration, the arguments that it takes, and caps of source and target in tokens
@@ -109,11 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.set_defaults(repeats=3)
     settings = parsed(parser, arguments)
-    results = heading("padding", settings)
-    results["rows"] = measure(settings)
     columns = ["config", "rows", "caps", "batches", "encoder", "decoder", "all", "tokens / random"]
-    print(f"\n{table(results['rows'], columns)}")
-    write(settings.output, results)
+    carry_out("padding", settings, measure, columns)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from measured import heading, parsed, parser_of, spread, write
+from measured import carry_out, parsed, parser_of, spread
 from torch.utils.data import default_collate
 from transformers import AutoConfig
 
@@ -22,14 +22,18 @@ from hf_temporal.data.copying import FORMS, CopyingArguments
 from hf_temporal.finetuning.models import ModelArguments, Seq2SeqModelArguments, load_causal_lm, load_seq2seq_lm
 from hf_temporal.finetuning.small_models import SMALL
 from hf_temporal.model.model_loss import read_model_loss
-from hf_temporal.tables import table
 
 TASK = CopyingArguments(copying_form="digits", copy_length=10, blank_length=60)
 BATCH = 32
 COLUMNS = ["model", "parameters", "tokens", "seconds a step", "noise", "loss", "documents apart", "fused head"]
 
 
-def measure(name: str, repeats: int, seed: int) -> dict[str, Any]:
+def measure(settings: Namespace) -> list[dict[str, Any]]:
+    """The rows of all models."""
+    return [row_of(name, settings.repeats, settings.seed) for name in settings.models]
+
+
+def row_of(name: str, repeats: int, seed: int) -> dict[str, Any]:
     """The row of a model."""
     torch.manual_seed(seed)
     is_encoder_decoder = AutoConfig.for_model(name).is_encoder_decoder
@@ -71,11 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
     parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=SMALL, default=list(SMALL), metavar="MODEL_TYPE")
-    settings: Namespace = parsed(parser, arguments)
-    results = heading("small_models", settings)
-    results["rows"] = [measure(name, settings.repeats, settings.seed) for name in settings.models]
-    print(f"\n{table(results['rows'], COLUMNS)}")
-    write(settings.output, results)
+    settings = parsed(parser, arguments)
+    carry_out("small_models", settings, measure, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from measured import memory, peak_memory
+from measured import memory, peak_memory, print_into
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -205,9 +204,7 @@ def rows(job: Job) -> list[dict[str, Tensor]]:
 
 def serve(connection: Connection, job: Job, log: Path) -> None:
     """Build the model and train it, a step per command; what is printed goes into a file."""
-    with log.open("wb") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    print_into(log)
     torch.set_num_threads(job.threads)
     with tempfile.TemporaryDirectory() as folder:
         build_trainer(job, folder, [OnCommand(connection)]).train()

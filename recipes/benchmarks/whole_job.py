@@ -38,7 +38,7 @@ from typing import Any
 import measured
 import torch
 from huggingface_hub.utils import tqdm
-from measured import Child, in_turn, peak_memory
+from measured import Child, in_turn, peak_memory, print_into
 from torch import nn
 from transformers import TrainerCallback
 
@@ -119,9 +119,7 @@ def trainer_of(kind: str, length: int, batch_size: int, steps: int, epochs: int,
 
 def serve(connection: Connection, job: tuple[str, int, int, int, int], threads: int, log: Path) -> None:
     """Train, a step per command; what is printed goes into a file."""
-    with log.open("wb") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    print_into(log)
     os.chdir(ROOT)
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -187,57 +185,45 @@ def commands(settings: Namespace, results: dict[str, Any]) -> dict[str, list[dic
 # ---- the table
 
 
-def compared(part: str, found: dict[str, dict[str, Any]], ours: str, peers: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each peer, with ours in units of it."""
-    mine, rows = found[ours], []
-    for peer in peers:
-        other = found[peer]
-        ratios = [one / two for one, two in zip(mine["rounds"], other["rounds"], strict=True)]
-        rows.append(
-            {
-                "part": part,
-                "what": ours,
-                "seconds": statistics.median(mine["rounds"]),
-                "against": peer,
-                "time": statistics.median(ratios),
-                "low": min(ratios),
-                "high": max(ratios),
-                "MiB": mine["MiB"],
-                "memory": mine["MiB"] / other["MiB"],
-                "all": {ours: mine, peer: other},
-            }
-        )
-    return rows
+def compared(part: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The row of a part, with what was found first in units of the second."""
+    (ours, mine), (peer, other) = found.items()
+    ratios = [one / two for one, two in zip(mine["rounds"], other["rounds"], strict=True)]
+    return {
+        "part": part,
+        "what": ours,
+        "seconds": statistics.median(mine["rounds"]),
+        "against": peer,
+        "time": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "MiB": mine["MiB"],
+        "memory": mine["MiB"] / other["MiB"],
+        "all": found,
+    }
 
 
 def measure(part: str, settings: Namespace, results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a part."""
     if part == "document":
-        return compared(part, training([OURS, PADDED], 512, 1, settings), OURS, [PADDED])
+        return [compared(part, training([OURS, PADDED], 512, 1, settings))]
     if part.startswith("training"):
         length = int(part.partition("-")[2])
-        return [
-            row
-            for peer in (SFT, PADDED, FLOOR)
-            for row in compared(part, training([OURS, peer], length, 8, settings), OURS, [peer])
-        ]
+        return [compared(part, training([OURS, peer], length, 8, settings)) for peer in (SFT, PADDED, FLOOR)]
     found = commands(settings, results)
     times: list[Callable[[dict[str, Any]], float]] = [
         lambda each: each["seconds"],
         lambda each: each["metrics"][0]["eval_runtime"],
     ]
     return [
-        row
-        for what, seconds in zip(DEMO, times, strict=True)
-        for row in compared(
+        compared(
             what,
             {
                 name: {"rounds": [*map(seconds, mine)], "MiB": max(each["MiB"] for each in mine)}
                 for name, mine in found.items()
             },
-            "now",
-            ["before"],
         )
+        for what, seconds in zip(DEMO, times, strict=True)
     ]
 
 

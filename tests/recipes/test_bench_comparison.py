@@ -52,7 +52,7 @@ def test_rounds_are_run_in_turns_and_kept(
     capsys.readouterr()
     comparison.main([*flags, "--repeats", "2"])
     found = json.loads(output.read_text(encoding="utf-8"))
-    assert found["settings"]["before"] == comparison.commit_of(before)
+    assert found["settings"]["before"] == comparison.measured.commit_of(before)
     assert str(tmp_path) not in output.read_text(encoding="utf-8")
     first, second = found["rows"]
     assert (first["round"], second["round"], first["cells"]) == (0, 1, 2)
