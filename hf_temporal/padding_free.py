@@ -4,9 +4,10 @@ A padded batch computes its padding in every layer. `DataCollatorWithFlattening`
 examples of a batch into one row instead, with `position_ids` that start again at each. transformers keeps them apart
 by flash attention on GPUs, and elsewhere by a mask of all tokens by all tokens, most of which is computed for nothing.
 The attention that is registered here under the name `ATTENTION` calls `scaled_dot_product_attention` once for each
-document.
+document. What all documents of a row begin with goes through the model once.
 """
 
+import contextlib
 from collections.abc import Callable
 from itertools import groupby, pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from ._peft import base_model, described, is_prompt_learner
 from .model.undisturbed import undisturbed
+from .shared_prefix import MIN_PREFIX, prefix_length, share_prefix
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +36,9 @@ def use_padding_free(model: nn.Module) -> bool:
     exact as `sdpa`. Padded batches and generation take the usual way. The model keeps its own attention, and one line
     of the log says why, where the logits of three short documents in a row are not those of each alone. Pack with
     `position_ids`, and without an `attention_mask` or a cache (`use_cache=False`, as in training).
+
+    Where `ATTENTION` is set, tokens that all documents of a row begin with, at least eight, are computed once, and
+    their hidden states stand for all: under dropout, with one mask.
 
     Args:
         model: the model or `PeftModel`, before a trainer wraps or shards it.
@@ -62,16 +67,19 @@ def switch_attention(model: nn.Module) -> str:
     chosen = own if own not in REPLACED else FLASH_ATTENTION if _has_flash_attention(base) else ATTENTION
     try:
         with undisturbed(model):
-            alone, tolerance = _logits_alone(model)
+            trials = [_documents(base, prefix) for prefix in (0, MIN_PREFIX)]
+            expected = [_logits_alone(model, documents) for documents in trials]
             if chosen != own:
                 base.set_attn_implementation(chosen)
-            together = _logits_together(model)
+            is_exact = _gives(model, trials[0], expected[0])
     except Exception as error:  # noqa: BLE001  a model may raise anything, such as where its attention needs more
         problem = f"a trial row gives {type(error).__name__}: {error}"
     else:
         if base.config._attn_implementation != chosen:
             return "its attention does not come from transformers' AttentionInterface"
-        if torch.allclose(together, alone, rtol=0, atol=tolerance):
+        if is_exact:
+            if chosen == ATTENTION:
+                _compute_beginnings_once(model, trials[1], expected[1])
             return ""
         problem = "the logits of documents in one row are not those of each alone"
     if chosen != own:
@@ -79,47 +87,58 @@ def switch_attention(model: nn.Module) -> str:
     return problem
 
 
+def _compute_beginnings_once(model: nn.Module, documents: list[Tensor], expected: Tensor) -> None:
+    """Let what all documents of a row begin with be computed once, if these documents then have the same logits."""
+    handles = share_prefix(base_model(model), ATTENTION)
+    is_exact = False
+    with contextlib.suppress(Exception), undisturbed(model):  # any that a model raises on a shorter row
+        is_exact = _gives(model, documents, expected)
+    if not is_exact:
+        for handle in handles:
+            handle.remove()
+
+
 def _has_flash_attention(base: PreTrainedModel) -> bool:
     is_half = base.dtype in (torch.bfloat16, torch.float16)
     return base.device.type == "cuda" and is_half and base._supports_flash_attn and is_flash_attn_2_available()
 
 
-def _documents(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Tokens and `position_ids` of the documents that are tried out, in one row each."""
-    base = base_model(model)
-    positions = torch.cat([torch.arange(length) for length in PROBED_LENGTHS])[None].to(base.device)
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    return (torch.arange(sum(PROBED_LENGTHS), device=base.device) * 7 + 5)[None] % vocabulary, positions
+def _documents(base: PreTrainedModel, prefix: int) -> list[Tensor]:
+    """Tokens `[1, time]` of the documents that are tried out, the first `prefix` of which all have in common."""
+    embeddings: Any = base.get_input_embeddings()
+    vocabulary = len(embeddings.weight)
+    tokens = torch.arange(prefix + sum(PROBED_LENGTHS), device=base.device)[None] * 7 + 5
+    first, *own = (tokens % vocabulary).split((prefix, *PROBED_LENGTHS), 1)
+    return [torch.cat([first, each], 1) for each in own]
 
 
-def _logits_alone(model: nn.Module) -> tuple[Tensor, float]:
-    """The logits of each document alone, and by how much others may differ."""
-    tokens, _ = _documents(model)
-    logits = [model(input_ids=part, use_cache=False)["logits"] for part in tokens.split(PROBED_LENGTHS, 1)]
-    alone = torch.cat(logits, 1)
-    return alone.float(), max(1e-4, 4 * torch.finfo(alone.dtype).eps) * float(alone.abs().max())
+def _logits_alone(model: nn.Module, documents: list[Tensor]) -> Tensor:
+    return torch.cat([model(input_ids=document, use_cache=False)["logits"] for document in documents], 1)
 
 
-def _logits_together(model: nn.Module) -> Tensor:
-    tokens, positions = _documents(model)
-    return model(input_ids=tokens, position_ids=positions, use_cache=False)["logits"].float()
+def _gives(model: nn.Module, documents: list[Tensor], expected: Tensor) -> bool:
+    """Whether documents have these logits where they stand in one row."""
+    positions = torch.cat([torch.arange(document.shape[1], device=document.device) for document in documents])[None]
+    logits = model(input_ids=torch.cat(documents, 1), position_ids=positions, use_cache=False)["logits"]
+    tolerance = max(1e-4, 4 * torch.finfo(expected.dtype).eps) * float(expected.abs().max())
+    return torch.allclose(logits.float(), expected.float(), rtol=0, atol=tolerance)
 
 
 # ---- what transformers calls
 
 
 def document_mask(**settings: Any) -> Tensor | None:
-    """What `AttentionMaskInterface` makes of a row of documents: `[1, 1, 1, 1 + documents]` integers on the CPU.
+    """What `AttentionMaskInterface` makes of a row of documents: `[1, 1, 1, 2 + documents]` integers on the CPU.
 
-    The first is the window of sliding attention, 0 for none, and the others are the lengths of the documents. Any
-    other input gets the mask of `sdpa`: without several documents, with padding, a cache, or a pattern that is not
-    causal or sliding within documents.
+    The first is the window of sliding attention, 0 for none; the second `prefix_length`; the others are the tokens of
+    each document. Any other input gets the mask of `sdpa`: without several documents, with padding, a cache, or a
+    pattern that is not causal or sliding within documents.
     """
     lengths = _lengths_in(**settings)
     if lengths is None:
         mask: Tensor | None = AttentionMaskInterface()["sdpa"](**settings)
         return mask
-    return torch.tensor([settings.get("local_size") or 0, *lengths])[None, None, None]
+    return torch.tensor([settings.get("local_size") or 0, prefix_length.get(), *lengths])[None, None, None]
 
 
 def _lengths_in(
@@ -198,15 +217,23 @@ def document_attention(
             raise NotImplementedError(f"the attention {ATTENTION!r} knows no {name}")
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return _attention(module, query, key, value, attention_mask, softcap, settings), None
-    window, *lengths = attention_mask.flatten().tolist()
+    window, prefix, *lengths = attention_mask.flatten().tolist()
     if query.shape[0] != 1 or not sum(lengths) == query.shape[2] == key.shape[2]:
         raise ValueError(f"documents of {lengths} tokens, and queries of shape {tuple(query.shape)}")
-    runs = [(len([*run]), length) for length, run in groupby(lengths)]  # neighbours of one length are attended at once
-    sizes = [documents * length for documents, length in runs]
+    has_prefix = [prefix == 0 or index == 0 for index, _ in enumerate(lengths)]
+    # neighbours of one length are attended to at once
+    runs = [(len([*run]), length, whole) for (length, whole), run in groupby(zip(lengths, has_prefix, strict=True))]
+    sizes = [documents * length for documents, length, _ in runs]
+    first, *_ = parts = [*zip(*(each.split(sizes, 2) for each in (query, key, value)), strict=True)]
+    beginnings = [each[:, :, :prefix] for each in first]
     outputs = []
-    for run, *parts in zip(runs, *(each.split(sizes, 2) for each in (query, key, value)), strict=True):
-        q, k, v = (part[0].unflatten(1, run).transpose(0, 1) for part in parts)
-        outputs.append(_attention(module, q, k, v, _window_mask(q, window), softcap, settings).flatten(0, 1)[None])
+    for (documents, length, whole), part in zip(runs, parts, strict=True):
+        own = [each[0].unflatten(1, (documents, length)).transpose(0, 1) for each in part]
+        if not whole:
+            own = [torch.cat([a.expand(documents, -1, -1, -1), b], 2) for a, b in zip(beginnings, own, strict=True)]
+        q, k, v = own
+        output = _attention(module, q, k, v, _window_mask(q, window), softcap, settings)
+        outputs.append(output[:, output.shape[1] - length :].flatten(0, 1)[None])
     return torch.cat(outputs, 1), None
 
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
@@ -81,7 +82,7 @@ def pad_nothing(model: PreTrainedModel | PeftModel, args: SFTArguments, rows: Ma
     """Set `padding_free` where it is not given, and let the model's attention run document by document."""
     if args.padding_free is False and not args.packing:
         return
-    keeps_documents_apart = use_padding_free(model)
+    keeps_documents_apart = all(gather_object([use_padding_free(model)]))  # the same on every process
     if args.packing:
         return
     longest = max(len(ids) for split in rows.values() for ids in split["input_ids"])

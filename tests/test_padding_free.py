@@ -65,7 +65,7 @@ def test_each_document_attends_to_itself(key_heads: int, window: int | None, sof
     module.num_key_value_groups = heads // key_heads  # type: ignore[assignment]
     mask = document_mask(**mask_settings(window))
     assert mask is not None
-    assert mask.flatten().tolist() == ([0, *LENGTHS] if window is None else [window, *LENGTHS]) or window == 1
+    assert mask.flatten().tolist() == (([0, 0, *LENGTHS]) if window is None else [window, 0, *LENGTHS]) or window == 1
 
     q, k, v = (each.clone().requires_grad_() for each in inputs)
     found, _ = document_attention(module, q, k, v, mask, scaling=0.3, softcap=softcap)
@@ -258,7 +258,14 @@ def prompt_tuned() -> Any:
     return get_peft_model(tiny("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
+def several_embeddings() -> Any:
+    model = tiny("llama")
+    model.model.embed_tokens = nn.ModuleList([model.model.embed_tokens])
+    return model
+
+
 UNABLE = {
+    "has no attribute 'weight'": several_embeddings,
     "s_aux": gpt_oss,
     "an encoder-decoder has rows of two lengths": lambda: tiny_model("t5"),
     "prompt learning": prompt_tuned,
@@ -281,4 +288,4 @@ def test_others_keep_their_attention_and_the_log_says_why(reason: str, said: pyt
 def test_documents_that_do_not_add_up_are_an_error() -> None:
     query = torch.zeros(1, 1, 5, 4)
     with pytest.raises(ValueError, match=r"documents of \[2, 2\] tokens, and queries of shape \(1, 1, 5, 4\)"):
-        document_attention(nn.Module(), query, query, query, torch.tensor([[[[0, 2, 2]]]]))
+        document_attention(nn.Module(), query, query, query, torch.tensor([[[[0, 0, 2, 2]]]]))

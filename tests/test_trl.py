@@ -149,6 +149,28 @@ def test_padding_free_batches_without_flash_attention(checkpointing: bool, tmp_p
     assert distance(packed.model.state_dict(), padded.model.state_dict()) < 1e-5
 
 
+def test_what_all_rows_begin_with_is_computed_once(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    assert use_padding_free(model)
+    rows = [{"input_ids": [*range(5, 17), *row["input_ids"]], "labels": [-100] * 12 + row["labels"]} for row in ROWS]
+    config: dict[str, Any] = {
+        "temporal_power": 2.0,
+        "max_length": None,
+        "gradient_accumulation_steps": 1,
+        "rows": rows,
+    }
+    config["eval_strategy"] = "no"
+    padded = run(TemporalWeightSFTTrainer, TemporalSFTConfig, tmp_path, **config)
+    widths: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda _module, inputs, _output: widths.append(inputs[0].shape[1]))
+    packed = run(TemporalWeightSFTTrainer, TemporalSFTConfig, tmp_path, model=model, padding_free=True, **config)
+    assert distance(packed.model.state_dict(), padded.model.state_dict()) < 1e-5
+    size = packed.args.per_device_train_batch_size
+    tokens = sum(len(row["input_ids"]) for row in rows[:size])
+    assert tokens - 12 * (size - 1) in widths
+    assert tokens not in widths
+
+
 def test_a_plain_class_with_the_mixin_and_a_plain_config(tmp_path: Path) -> None:
     class Weighted(TemporalWeightMixin, trl.SFTTrainer): ...  # type: ignore[name-defined]
 

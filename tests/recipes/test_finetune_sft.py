@@ -134,7 +134,9 @@ def test_two_processes_train_one_model(tiny: Tiny, tmp_path: Path, child_environ
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(finetune_sft.__file__), *tiny.flags(tmp_path / "two", *flags)]
     environment = {**child_environment, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([*command, "--per_device_train_batch_size", "2"], env=environment, check=True)
+    command += ["--per_device_train_batch_size", "2"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
     finetune_sft.main(tiny.flags(tmp_path / "one", *flags))
     two, one = (logs(tmp_path / name) for name in ("two", "one"))
     for key in ("loss", "grad_norm"):
