@@ -79,6 +79,16 @@ class FineTuning:
         """Scores what the trainer itself predicts in an evaluation; None where it predicts nothing to score."""
         return None if self.answers else self.scores
 
+    def for_trainer(self) -> dict[str, Any]:
+        """What the trainer is given by name: data, collator, tokenizer and metrics."""
+        return {
+            "train_dataset": self.splits.get("train"),
+            "eval_dataset": self.splits.get("validation"),
+            "data_collator": self.data_collator,
+            "processing_class": self.tokenizer,
+            "compute_metrics": self.compute_metrics,
+        }
+
     def finish(self, trainer: Any, command: str) -> None:
         """Train, evaluate before and after, report and save; or suggest or search p, where that is asked for instead.
 

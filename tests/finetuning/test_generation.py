@@ -3,59 +3,28 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from hf_temporal.finetuning import adapters, generation
+from hf_temporal.finetuning import adapters, generation, trainers
 from hf_temporal.finetuning.adapters import adapter_added, add_adapter
-from hf_temporal.finetuning.generation import (
-    cache_behind_padding,
-    can_drop,
-    generate_completions,
-    make_batches,
-    prefix_cache,
-    room,
-)
+from hf_temporal.finetuning.generation import generate_completions, make_batches
 from hf_temporal.finetuning.models import ModelArguments
-from tests.tiny_models import END, tiny_model
+from hf_temporal.finetuning.trainers import Answers, CausalTrainer
+from tests.finetuning.generated import some_prompts, with_adapter
+from tests.tiny_models import tiny_model
 from tests.tiny_summarization import tiny_llama, tiny_tokenizer
 
-WORDS = 300  # of the vocabulary
 IDS = torch.arange(3, 43).view(2, 20)
-
-
-def with_adapter(model: Any, **settings: Any) -> Any:
-    """A model with an adapter that changes what it says."""
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": "all-linear", **settings})
-    adapted = get_peft_model(model, config).train()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return adapted
-
-
-def some_prompts(number: int, seed: int = 0) -> list[list[int]]:
-    generator = random.Random(seed)
-    return [[generator.randrange(3, WORDS) for _ in range(generator.randrange(2, 40))] for _ in range(number)]
-
-
-def up_to_the_end(row: list[int], ends: list[int]) -> list[int]:
-    first = next((place for place, token in enumerate(row) if token in ends), len(row))
-    return row[: first + 1]
 
 
 def kept(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
@@ -247,197 +216,41 @@ def test_sharded_weights_are_neither_copied_nor_batched_unevenly(monkeypatch: py
         return input_ids
 
     monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(generation, "is_read_alone", lambda *_, **__: True)
     generate_completions(model, tokenizer, some_prompts(10), max_new_tokens=2, batch_size=4, synced_gpus=True)
     assert rows == [4, 4, 2]
 
 
-# ---- batches
+# ---- an evaluation
 
 
-@pytest.mark.parametrize("tokens", [1, 45, 200])
-def test_batches_have_what_their_longest_prompt_allows(tokens: int) -> None:
-    lengths = [len(prompt) for prompt in some_prompts(60)]
-    batches = make_batches(lengths, lambda length: tokens // length)
-    assert sorted(index for batch in batches for index in batch) == list(range(60))
-    for batch, following in pairwise([*batches, []]):
-        longest = max(lengths[index] for index in batch)
-        assert len(batch) == 1 or len(batch) * longest <= tokens
-        assert not following or (len(batch) + 1) * lengths[following[0]] > tokens
-        assert longest <= min((lengths[index] for index in following), default=longest)
-    assert make_batches([], lambda length: tokens // length) == []
-
-
-@pytest.mark.parametrize("vocabulary", [97, 5000])
-def test_a_batch_takes_no_more_memory_than_an_evaluation_with_all_logits(vocabulary: int) -> None:
-    """Of rows of 50 tokens: keys and values of 2 layers, and four results of 24 numbers."""
-    model = tiny_model("llama")
-    model.resize_token_embeddings(vocabulary)
-    prefix = prefix_cache(model.eval(), [[*range(3, 15), 40], [*range(3, 15), 41]])
-    config = model.config
-    size = config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    layer = 4 * 4 * config.intermediate_size
-    token = 4 * 2 * size + layer
-    evaluation = 4 * 50 * (4 * vocabulary + layer)
-    assert evaluation - token < room(model, prefix, 4, 50) * token <= evaluation
-    assert room(model, None, 4, 50) == 4 * 50
-
-
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast", "quantized"])
-def test_batches_stay_as_they_were_where_rounding_depends_on_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = tiny_tokenizer()
-    model: Any = tiny_llama(len(tokenizer))
-    if kind == "bfloat16":
-        model.to(torch.bfloat16)
-    elif kind == "autocast":
-        AcceleratorState._reset_state()  # a process has one precision
-        Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
-        AcceleratorState._reset_state()
-    elif kind == "quantized":
-        model.is_quantized = True  # as transformers marks it
-    rows, looked = [], []
-
-    def batches(lengths: list[int], most: Callable[[int], int]) -> list[list[int]]:
-        rows.append([most(length) for length in (1, 28)])
-        return make_batches(lengths, most)
-
-    monkeypatch.setattr(generation, "make_batches", batches)
-    shared = [[*range(3, 30), end] for end in (40, 50, 60)]
-    monkeypatch.setattr(generation, "prefix_cache", lambda *_: looked.append(True))
-    model = with_adapter(model) if kind == "quantized" else model
-    generate_completions(model, tokenizer, shared, max_new_tokens=2, batch_size=3)
-    exact = kind == "float32"
-    assert rows == [[3 * 30 // 3, 3] if exact else [3, 3]]
-    assert looked == [True] * exact
-
-
-# ---- rows that have ended
-
-
-def test_rows_that_have_ended_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_evaluation_adds_the_adapter_once_for_losses_and_answers(
+    bf16: bool, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast for the answers alone."""
     tokenizer = tiny_tokenizer()
     model = with_adapter(tiny_llama(len(tokenizer)))
-    prompts = [[*range(3, 15), *end] for end in some_prompts(40)]
-
-    ends = model.generation_config.eos_token_id = [*range(5, len(tokenizer), 4)]
-
-    def answers() -> list[list[int]]:
-        """Each up to its first end, behind which there is padding."""
-        rows = generate_completions(model, tokenizer, prompts, max_new_tokens=20, batch_size=40)
-        return [up_to_the_end(row, ends) for row in rows]
-
-    seen: list[int] = []
-    hook = model.get_base_model().register_forward_hook(lambda *call: seen.append(len(call[-1].logits)))
-    found = answers()
-    hook.remove()
-    lengths = sorted(map(len, found))
-    assert lengths[0] < lengths[20] < lengths[-1]
-    prefix, *rows = seen
-    assert prefix == 1
-    assert rows == sorted(rows, reverse=True)
-    assert (len(rows), rows[0], rows[1]) == (20, 40, 40)
-    assert len(set(rows)) > 2
-    monkeypatch.setattr(generation, "can_drop", lambda *_: False)
-    assert found == answers()
-
-
-RULES: list[dict[str, Any]] = [
-    *({"min_new_tokens": 9}, {"begin_suppress_tokens": [5]}, {"exponential_decay_length_penalty": (2, 1.5)}),
-    *({"encoder_repetition_penalty": 1.5}, {"encoder_no_repeat_ngram_size": 2}, {"guidance_scale": 2.0}),
-    {"max_time": 60.0},
-]
-KNOWN: list[dict[str, Any]] = [
-    *({}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"min_length": 40}, {"top_k": 3}),
-    *({"eos_token_id": 5}, {"eos_token_id": None}),
-]
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_that_count_from_the_prompt_keep_the_rows_together(rule: dict[str, Any]) -> None:
-    model = tiny_llama(len(tiny_tokenizer()))
-    assert can_drop(model, 1)
-    assert not can_drop(model, 2)
-    model.generation_config.update(**rule)
-    assert not can_drop(model, 1)
-
-
-@pytest.mark.parametrize("setting", KNOWN)
-def test_a_generation_configuration_says_the_same_without_the_rows_that_have_ended(
-    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = tiny_tokenizer()
-    prompts = [[*range(3, 15), *end] for end in some_prompts(20)]
-
-    def answers() -> list[list[int]]:
-        model = tiny_llama(len(tokenizer))
-        model.generation_config.update(**{"eos_token_id": [*range(5, len(tokenizer), 4)], **setting})
-        ends = model.generation_config.eos_token_id or []
-        rows = generate_completions(model, tokenizer, prompts, max_new_tokens=12, batch_size=20)
-        return [up_to_the_end(row, [ends] if isinstance(ends, int) else ends) for row in rows]
-
-    dropping = Mock(side_effect=generation.generate_and_drop)
-    monkeypatch.setattr(generation, "generate_and_drop", dropping)
-    found = answers()
-    dropping.assert_called()
-    monkeypatch.setattr(generation, "can_drop", lambda *_: False)
-    assert found == answers()
-
-
-# ---- what all prompts begin with
-
-
-@pytest.mark.parametrize("num_beams", [1, 2])
-@pytest.mark.parametrize(
-    ("name", "cached"),
-    [("llama", True), ("gpt2", True), ("qwen3", True), ("cohere", True), ("mixtral", True), ("gemma2", False)],
-)
-def test_a_prefix_computed_once_gives_the_same_answers(
-    name: str, cached: bool, num_beams: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gemma 2 keeps a window of its tokens."""
-    model = with_adapter(tiny_model(name))
-    model.get_base_model().config.output_router_logits = False
-    prefix, ends = list(range(3, 15)), [[7 + token % 80 for token in prompt] for prompt in some_prompts(30)]
-    prompts = [prefix, *(prefix + end for end in ends)]
-
-    def answers() -> list[list[int]]:
-        how: dict[str, Any] = {"max_new_tokens": 8, "num_beams": num_beams, "batch_size": 7}
-        rows = generate_completions(model, tiny_tokenizer(), prompts, **how)
-        return [up_to_the_end(row, [END]) for row in rows]
-
-    computed: list[int] = []
-
-    def behind_padding(cache: DynamicCache, padding: Tensor) -> DynamicCache:
-        computed.append(cache.get_seq_length())
-        return cache_behind_padding(cache, padding)
-
-    monkeypatch.setattr(generation, "cache_behind_padding", behind_padding)
-    found = answers()
-    assert set(computed) == ({len(prefix) - 1} if cached else set())
-    monkeypatch.setattr(generation, "prefix_cache", lambda *_: None)
-    assert found == answers()
-    assert len({tuple(row) for row in found}) > 2
-
-
-def test_short_beginnings_and_single_prompts_are_computed_in_full() -> None:
-    model = tiny_model("llama").eval()
-    long = list(range(3, 15))
-    with torch.no_grad():
-        for prompts in ([], [long], [long, long[:6]], [[*long[:7], 40, 41], long]):
-            assert prefix_cache(model, prompts) is None
-        cache = prefix_cache(model, [[*long, 40], [*long, 41, 42]])
-        routed = tiny_model("mixtral").eval()
-        assert routed.config.output_router_logits
-        assert prefix_cache(routed, [[*long, 40], [*long, 41, 42]]) is None
-    assert cache is not None
-    assert cache.get_seq_length() == len(long)
-
-
-def test_columns_of_a_cache_move_behind_the_padding() -> None:
-    cache = DynamicCache()
-    keys = torch.arange(10.0).view(1, 1, 5, 2)
-    cache.update(keys, -keys, 0)
-    layer: Any = cache_behind_padding(cache, torch.tensor([0, 2, 5])).layers[0]
-    assert layer.keys.shape == (3, 1, 5, 2)
-    assert torch.equal(layer.keys[0], keys[0])
-    assert torch.equal(layer.keys[1, :, 2:], keys[0, :, :3])
-    assert torch.equal(layer.values, -layer.keys)
+    trainer = CausalTrainer(
+        model,
+        TrainingArguments(str(tmp_path), bf16=bf16, use_cpu=True, report_to=[], disable_tqdm=True),
+        eval_dataset=Dataset.from_list([{"input_ids": row, "labels": [-100, *row[1:]]} for row in some_prompts(10)]),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        answers=Answers(Mock(score=lambda generated, _: {"tokens": str(generated)}), 4, 1),
+    )
+    before, merged = kept(model), []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers, "adapter_added", lambda _: nullcontext())
+        beside = trainer.evaluate()
+    log.clear()
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda layer, *_: merged.append(layer.merged))
+    found = trainer.evaluate()
+    assert_kept(model, before)
+    assert log.text.count("added to a copy") == 1
+    assert merged[0] is not bf16
+    assert merged[-1]
+    assert found["eval_tokens"] == beside["eval_tokens"]
+    for name in ("eval_loss", "eval_temporal_loss"):
+        assert found[name] == pytest.approx(beside[name], rel=1e-5)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_temporal.finetuning.generation import brief_waiting_when_busy
+from hf_temporal.finetuning.waiting import brief_waiting_when_busy
 
 CODE = """
 import json, resource, time
 import torch
-from hf_temporal.finetuning import generation
+from hf_temporal.finetuning import waiting
 
 def sleeps(times=200):
     values, before = torch.ones(1 << 16), resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
@@ -29,9 +29,9 @@ def sleeps(times=200):
     return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
 
 torch.set_num_threads({threads})
-generation.PERIOD = 0.01
+waiting.PERIOD = 0.01
 before = sleeps()
-with generation.brief_waiting_when_busy():
+with waiting.brief_waiting_when_busy():
     time.sleep({pause})
     inside = sleeps()
 print(json.dumps([before, inside, sleeps()]))

@@ -17,6 +17,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from hf_temporal import TemporalTrainingArguments, TemporalWeightTrainer
 
+from .answers import answers
 from .shrink import DATA_BELOW, tiny
 
 IGNORE = -100
@@ -41,6 +42,7 @@ class Report:
     kind: str
     reason: str = ""  # why it was not run
     layouts: dict[str, Found] = field(default_factory=dict)
+    answers: str = ""  # how they are generated; empty for an encoder–decoder and a model that needs an image
 
 
 @dataclass
@@ -146,10 +148,18 @@ def examine(kind: str) -> Report:
             except Exception as error:  # noqa: BLE001
                 said = said or _said(error)
                 continue
-            return Report(kind, layouts=dict(_layouts(model, rows, alignment)))
+            layouts = dict(_layouts(model, rows, alignment))
+            return Report(kind, layouts=layouts, answers="" if rows.seq2seq or rows.images else _answers(model))
     except RuntimeError as error:
         return Report(kind, said or str(error))
     return Report(kind, said or "no sizes fit")
+
+
+def _answers(model: Any) -> str:
+    try:
+        return answers(model)
+    except Exception as error:  # noqa: BLE001
+        return _said(error)
 
 
 def _said(error: BaseException) -> str:
@@ -206,13 +216,16 @@ def own_alignment(model: Any, rows: Rows) -> bool | None:
 
 
 def _layouts(model: Any, rows: Rows, shifts: bool | None) -> Iterator[tuple[str, Found]]:
-    alone = {}
-    if shifts is not None:
-        alone = {power: reference(model, rows, "right", shifts, power, alone=True) for power in (0.0, POWER)}
+    @functools.cache
+    def alone(layout: str) -> dict[float, Step]:
+        if shifts is None:
+            return {}
+        return {power: reference(model, rows, layout, shifts, power, alone=True) for power in (0.0, POWER)}
+
     for layout in LAYOUTS:
         if rows.seq2seq and layout in ("left", "packed"):
             continue
-        yield layout, _examine_layout(model, rows, layout, shifts, alone)
+        yield layout, _examine_layout(model, rows, layout, shifts, alone("packed" if layout == "packed" else "right"))
 
 
 def _collator(rows: Rows, layout: str) -> Any:
@@ -316,6 +329,8 @@ def reference(model: Any, rows: Rows, layout: str, shifts: bool, power: float, *
     batches = [_collator(rows, layout)(rows.rows[start : start + size]) for start in range(0, 4, size)]
     if alone:
         batches = [rows.collate([row]) for row in rows.rows]
+        if layout == "packed":  # whose collator leaves out the first label, a target where the model shifts none
+            batches = [batch | {"labels": batch["labels"].index_fill(1, torch.tensor(0), IGNORE)} for batch in batches]
     step = Step()
     for dtype in (torch.float64, torch.float32) if is_wide(model, rows) else (torch.float32,):
         wide = copy.deepcopy(model).to(dtype).train()

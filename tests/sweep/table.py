@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from .answers import ALONE, IN_BATCHES, OTHERS, OWN
 from .cases import LAYOUTS, Found, Report
 
 BATCHWISE = "exact for the batch's logits"
@@ -41,6 +42,13 @@ A cell that does not name the Trainer holds for it, too, at p = 0. Its usual dif
 it adds up the means of the micro-batches, and near 1 × it takes their mean, whatever their numbers of targets; near
 0.93 × on the right it counts the first token of a row, which nothing predicts, as a target; on the left it predicts
 the first real token from padding, and positions count the padding.
+
+| Answers | What an evaluation generates for prompts of one length, of several, and with a common beginning |
+|---|---|
+| in batches | for each prompt what it is answered alone, every token of the row computed anew for each new one |
+| one at a time | the same; in a batch a row would get another answer (it reads or counts padding, or rows are mixed) |
+| generate's own | what `generate` gives for a prompt alone, in a batch too, which the logits of the row do not say |
+| – | an encoder–decoder, or a model that needs an image |
 """
 
 
@@ -69,14 +77,21 @@ def cell(found: Found | None) -> str:
     return f"{name}; Trainer: {stock.split(':')[0]}"
 
 
+def answers_cell(report: Report) -> str:
+    """How the model's answers are generated, in a phrase."""
+    if report.answers in ("", IN_BATCHES, ALONE, OWN):
+        return report.answers or "–"
+    return WRONG if report.answers == OTHERS else f"not run: {_short(report.answers)}"
+
+
 def faults(reports: Sequence[Report]) -> list[str]:
-    """The layouts in which ours is neither right nor refused in words, and what was found."""
+    """The layouts in which ours is neither right nor refused in words, what was found, and answers that are wrong."""
     return [
         f"{report.kind}, {layout}: Trainer {found.stock}; p = 0 {found.zero}; p = 2 {found.weighted}"
         for report in reports
         for layout, found in report.layouts.items()
         if cell(found) == WRONG
-    ]
+    ] + [f"{report.kind}: answers of a batch are others than alone" for report in reports if report.answers == OTHERS]
 
 
 def counts(reports: Sequence[Report]) -> Counter[str]:
@@ -110,13 +125,16 @@ def page(reports: Sequence[Report]) -> str:
         lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
     numbers = (sum("Trainer" in each for each in by_layout[layout]) for layout in LAYOUTS)
     lines.append(f"| the Trainer differs at p = 0 | {' | '.join(map(str, numbers))} |")
-    lines += ["", "| Class | Right | Left | Packed | Accumulated |", "|---|---|---|---|---|"]
+    lines += ["", "| Classes by answers | |", "|---|---|"]
+    for name in (IN_BATCHES, ALONE, OWN, "not run"):
+        lines.append(f"| {name} | {sum(answers_cell(report).startswith(name) for report in reports)} |")
+    lines += ["", "| Class | Right | Left | Packed | Accumulated | Answers |", "|---|---|---|---|---|---|"]
     for report in reports:
         if report.reason:
-            lines.append(f"| {report.kind} | not run: {_short(report.reason)} | | | |")
+            lines.append(f"| {report.kind} | not run: {_short(report.reason)} | | | | |")
         else:
             row = " | ".join(cell(report.layouts.get(layout)) for layout in LAYOUTS)
-            lines.append(f"| {report.kind} | {row} |")
+            lines.append(f"| {report.kind} | {row} | {answers_cell(report)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from hf_temporal.finetuning import generation
+from tests.sweep.answers import ALONE, IN_BATCHES, OTHERS
 from tests.sweep.cases import LAYOUTS, examine
-from tests.sweep.table import cell, faults
+from tests.sweep.table import answers_cell, cell, faults
 
 
 @pytest.mark.sweep
@@ -28,3 +30,13 @@ def test_the_sweep_itself() -> None:
     assert found["right"] == found["accumulated"] == "exact"
     assert found["left"].startswith("exact; Trainer")
     assert found["packed"] == "refused"
+    assert report.answers == IN_BATCHES
+
+
+def test_answers_that_depend_on_the_batch_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine("RwkvForCausalLM").answers == ALONE
+    monkeypatch.setattr(generation, "is_read_alone", lambda *_, **__: True)
+    report = examine("RwkvForCausalLM")
+    assert report.answers == OTHERS
+    assert answers_cell(report) == "**wrong**"
+    assert faults([report]) == ["RwkvForCausalLM: answers of a batch are others than alone"]
