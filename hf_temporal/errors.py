@@ -1,5 +1,6 @@
 """Errors that a user can mend, and how a command tells them: in one line, where a bug shows its traceback."""
 
+import gc
 import os
 import sys
 import traceback
@@ -39,6 +40,9 @@ def run_script(main: Callable[[], None]) -> None:
         from accelerate import PartialState
 
         PartialState().destroy_process_group()
+        # The group ends with its last reference, which a trainer's cycles hold: gloo's threads would outlive the
+        # interpreter, and one that then drops a tensor aborts a process that has done all its work.
+        gc.collect()
     except (ModuleNotFoundError, ValueError) as error:
         if not is_users_mistake(error):
             raise

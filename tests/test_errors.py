@@ -89,6 +89,44 @@ def test_bugs_keep_their_traceback() -> None:
     assert not is_users_mistake(KeyError("x"))
 
 
+IN_A_GROUP = """
+from pathlib import Path
+
+import torch
+import torch._dynamo  # as every recipe has by now: DistributedDataParallel would import it, and keep the group
+from accelerate import PartialState
+
+from hf_temporal.errors import run_script
+
+
+def main():
+    PartialState(cpu=True)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model.itself = [model]  # the cycle that a trainer, its callbacks and its accelerator make
+    model(torch.ones(1, 2)).sum().backward()
+    print("gloo" in threads())
+
+
+def threads():
+    return " ".join(each.read_text() for each in Path("/proc/self/task").glob("*/comm"))
+
+
+run_script(main)
+print("gloo" in threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system lists no threads")
+def test_no_thread_of_a_process_group_outlives_the_script() -> None:
+    """One that drops a tensor while the interpreter ends would abort a process that has done its work."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_A_GROUP], env=os.environ | place, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.split() == ["True", "False"]
+
+
 @pytest.mark.parametrize("command", ["finetune-causal-lm", "suggest"])
 def test_a_command_says_nothing_of_how_it_is_launched(command: str, folder: Path) -> None:
     given = flags_of(folder, [*FILES, *COLUMNS, "--do_train", "--summary_column", "gone"])
