@@ -181,7 +181,7 @@ def _errors(found: Tensor, expected: Tensor) -> tuple[float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure every case, print its table, write the JSON; with --check, exit where ours missed its accuracy."""
-    parser = measured.parser_of(__doc__)
+    parser = measured.parser_of(__doc__, draws=True)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="positions, width, vocabulary: N,H,V")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--masked", nargs="+", type=float, default=[0.0, 0.75], help="shares without target")

@@ -96,22 +96,23 @@ def spread(values: Sequence[float]) -> float:
     return (third - first) / middle
 
 
-def parser_of(description: str | None) -> ArgumentParser:
-    """A parser with the options that the benchmarks have in common."""
+def parser_of(description: str | None, *, draws: bool = False) -> ArgumentParser:
+    """A parser with the options that the benchmarks have in common, and those of the ones that draw a picture."""
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--picture", type=Path, help="PNG file to draw")
-    parser.add_argument("--redraw", type=Path, help="JSON file to draw the rows of, in place of measuring them")
+    if draws:
+        parser.add_argument("--picture", type=Path, help="PNG file to draw")
+        parser.add_argument("--redraw", type=Path, help="JSON file to draw the rows of, in place of measuring them")
     return parser
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
     """The settings, whose number of threads is put in force."""
     settings = parser.parse_args(arguments)
-    if settings.redraw and not settings.picture:
+    if getattr(settings, "redraw", None) and not settings.picture:
         parser.error("--redraw without --picture; accepted: both, or neither.")
     torch.set_num_threads(settings.threads)
     return settings

@@ -3,12 +3,14 @@
     python recipes/benchmarks/padding.py   # nothing is trained; a few minutes the first time, when texts are tokenized
 
 Rows are encoded as the two configurations do it, with other caps of source and target, and drawn by the Trainer's own
-samplers in batches of 8. Each share is the mean over the seeds, with the smallest and the largest.
+samplers in batches of 8. Each share is the mean over the seeds, with the smallest and the largest. "begin alike" is
+the share of the real tokens of random batches that padding-free batches compute once for all of their rows.
 """
 
 import statistics
 from argparse import Namespace
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, SEQ2SEQ_ARGUMENTS, prepare_causal_lm, prepare_seq2seq
+from hf_temporal.shared_prefix import MIN_PREFIX
 
 BATCH = 8
 # what prepares a run of each configuration, the arguments that it takes, and caps of source and target in tokens
@@ -44,6 +47,18 @@ def padding(sides: Mapping[str, Sequence[int]], batches: Iterable[Sequence[int]]
                 real[name] += sum(drawn)
                 computed[name] += len(drawn) * max(drawn)
     return {name: 1 - real[name] / computed[name] for name in real}
+
+
+def beginning_alike(rows: Sequence[Sequence[int]], batches: Iterable[Sequence[int]]) -> float:
+    """The share of tokens that repeat what all rows of their batch begin with; each row keeps its last token."""
+    tokens = repeated = 0
+    for batch in batches:
+        drawn = [rows[row] for row in batch]
+        columns = zip(*(row[:-1] for row in drawn), strict=False)
+        common = sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
+        tokens += sum(map(len, drawn))
+        repeated += common * (len(drawn) - 1) if common >= MIN_PREFIX else 0
+    return repeated / tokens
 
 
 def sides_of(run: Any) -> dict[str, list[int]]:
@@ -84,6 +99,10 @@ def measure(settings: Namespace) -> list[dict[str, Any]]:
             drawn = [orders(sides, seed) for seed in seeds]
             shares = {name: [padding(sides, each[name]) for each in drawn] for name in drawn[0]}
             real = {name: [1 - share["all"] for share in found] for name, found in shares.items()}
+            alike = {}
+            if "padding_free" in shares:
+                rows = run.splits["train"]["input_ids"][:]
+                alike["padding_free"] = _cell([beginning_alike(rows, each["random"]) for each in drawn])
             results += [
                 {
                     "config": config,
@@ -92,6 +111,7 @@ def measure(settings: Namespace) -> list[dict[str, Any]]:
                     "batches": name,
                     **{side: _cell([share[side] for share in found]) for side in found[0]},
                     "tokens / random": median_ratio(real["random"], real[name]),
+                    "begin alike": alike.get(name, ""),
                     "all_shares": found,
                 }
                 for name, found in shares.items()
@@ -108,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.set_defaults(repeats=3)
     settings = parsed(parser, arguments)
-    columns = ["config", "rows", "caps", "batches", "encoder", "decoder", "all", "tokens / random"]
+    columns = ["config", "rows", "caps", "batches", "encoder", "decoder", "all", "tokens / random", "begin alike"]
     carry_out("padding", settings, measure, columns)
 
 

@@ -37,6 +37,7 @@ PARTS = {  # by the functions that take the time, of which no one calls another:
     "evaluation: ROUGE": [("data/summarization.py", "score")],
     "pictures, card, last model": [("finetuning/run.py", "publish")],
 }
+NEVER = "never called"  # by this run, or under that name
 
 
 def main(arguments: list[str]) -> None:
@@ -50,15 +51,14 @@ def main(arguments: list[str]) -> None:
     stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     lines, known = [["part", "seconds", "share"]], 0.0
     for part, functions in PARTS.items():
-        seconds = sum(
-            max(
-                (found[3] for (file, _, name), found in stats.items() if file.endswith(end) and name == asked),
-                default=0,
-            )
+        calls = [
+            [found[3] for (file, _, name), found in stats.items() if file.endswith(end) and name == asked]
             for end, asked in functions
-        )
+        ]
+        seconds = sum(max(taken, default=0) for taken in calls)
         known += seconds
-        lines.append([part, f"{seconds:.1f}", f"{seconds / whole:.1%}"])
+        share = f"{seconds / whole:.1%}" if any(calls) else NEVER
+        lines.append([part, f"{seconds:.1f}", share])
     lines += [["all else", f"{whole - known:.1f}", f"{1 - known / whole:.1%}"], ["whole", f"{whole:.1f}", ""]]
     print(f"\n{markdown(lines)}")
 

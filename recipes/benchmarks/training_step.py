@@ -92,7 +92,7 @@ def rows_there(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure what is not in the file yet, print and draw all that it holds; exit with what could not be measured."""
-    parser = measured.parser_of(__doc__)
+    parser = measured.parser_of(__doc__, draws=True)
     parser.add_argument("--models", choices=MODELS, nargs="+", default=["SmolLM2-135M"])
     parser.add_argument("--shapes", type=_shape, nargs="+", default=[(8, 160)], help="batch x length: 8x160")
     parser.add_argument("--shares", type=_share, nargs="+", default=[0.15], help="targets / length")

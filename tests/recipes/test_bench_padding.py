@@ -31,6 +31,13 @@ def test_shares_by_hand() -> None:
     assert padding.padding({"decoder": [5, 2]}, [[0], [1]]) == {"decoder": 0, "all": 0}
 
 
+def test_beginnings_by_hand() -> None:
+    rows = [[*range(10)], [*range(9), 0, 0], [*range(9)], [0], [0]]
+    assert padding.beginning_alike(rows, [[0, 1, 2], [3, 4]]) == 2 * 8 / 32
+    assert padding.beginning_alike(rows, [[0, 1], [2, 3], [4]]) == 9 / 32
+    assert padding.beginning_alike([row[:8] for row in rows], [[0, 1, 2]]) == 0
+
+
 def _prepared(tiny: Tiny, tmp_path: Path, kind: str, *more: str) -> Any:
     given = [*tiny.data_flags, "--do_eval", "--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", *more]
     given += ["--max_train_samples", "23"]  # the last batch is a single row
@@ -106,5 +113,7 @@ def test_a_table_of_both_recipes(
     shares = sorted(1 - share["all"] for share in rows[0]["all_shares"])
     assert rows[2]["tokens / random"] == pytest.approx(shares[1])
     assert rows[2]["all"] == "0.0% (0.0% to 0.0%)"
+    assert rows[2]["begin alike"].endswith("%)")
+    assert [row["begin alike"] for row in rows].count("") == len(rows) - 1
     assert rows[3]["caps"] == "30, 9"
     assert "group_by_length" in capsys.readouterr().out
