@@ -28,6 +28,14 @@ STOPS_AT_ONCE = 0.15
 # Passages of 64 tokens to be repeated, first token's loss 18 times the mean: recall 0.85 at p = 0, 0.26 at p = 1.
 WORST_AT_FIRST = 2
 HARDLY_TRAINED = 0.1
+# Why a p may harm, by the part of the target that it rests on.
+WARNINGS = {
+    "first token": "The model is worst at the first token, from which all that it generates follows, and every p > 0 "
+    "takes weight from there: even p = 1 may harm.",
+    "beginning": "The beginning is hardly trained any more: fine where it is known or does not matter; "
+    "temporal_mixture=0.9 would keep a tenth of its weight.",
+    "last token": "If that token ends the text, expect a model that stops too early, or at once.",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,24 @@ class PowerReport:
     def usual(self) -> PowerEffect:
         return next(effect for effect in self.effects if effect.power == 0)
 
+    def warnings(self, effect: PowerEffect) -> list[str]:
+        """The names, in `WARNINGS`, of what `words` warns of at this p."""
+        said = {
+            "first token": effect.power > 0 and self._worst_at_first,
+            "beginning": self._times_usual(effect)[0] < HARDLY_TRAINED,
+            "last token": effect.last_token >= STOPS_AT_ONCE,
+        }
+        return [name for name, is_said in said.items() if is_said and effect.power != 0]
+
+    @property
+    def _worst_at_first(self) -> bool:
+        return self.first_token_loss > WORST_AT_FIRST * self.usual.loss
+
+    def _times_usual(self, effect: PowerEffect) -> tuple[float, ...]:
+        """Of each quarter: its share of the weight, divided by that at p = 0; 1 for a quarter without tokens."""
+        shares = zip(effect.quarters, self.usual.quarters, strict=True)
+        return tuple(share / usual if usual else 1.0 for share, usual in shares)
+
     def table(self) -> str:
         """A table in Markdown: the shares of the loss, and below them a row for each p."""
         rows: list[tuple[str, ...]] = [
@@ -80,29 +106,20 @@ class PowerReport:
             f"{usual.loss:.2f} on average; {self.loss_quarters[0]:.0%} of all loss lies in the first quarter of the "
             f"targets, {self.loss_quarters[-1]:.0%} in the last."
         ]
-        if self.first_token_loss > WORST_AT_FIRST * usual.loss:
-            lines[0] += (
-                " The model is worst at the first token, from which all that it generates follows, and every p > 0 "
-                "takes weight from there: even p = 1 may harm."
-            )
+        if self._worst_at_first:
+            lines[0] += f" {WARNINGS['first token']}"
         for effect in self.effects:
             if effect.power == 0:
                 continue
-            shares = zip(effect.quarters, usual.quarters, strict=True)
-            first, *_, last = (share / at_0 if at_0 else 1.0 for share, at_0 in shares)
+            first, *_, last = self._times_usual(effect)
             line = (
                 f"p = {effect.power:g}: the first quarter counts {first:.2g} times as much as usual, the last "
                 f"{last:.2g} times; the last token alone has {effect.last_token:.0%} of the weight instead of "
                 f"{usual.last_token:.0%}. A batch is worth {effect.effective_sample_size:.0%} of its tokens."
             )
-            if first < HARDLY_TRAINED:
-                line += (
-                    " The beginning is hardly trained any more: fine where it is known or does not matter; "
-                    "temporal_mixture=0.9 would keep a tenth of its weight."
-                )
-            if effect.last_token >= STOPS_AT_ONCE:
-                line += " If that token ends the text, expect a model that stops too early, or at once."
-            lines.append(line)
+            lines.append(
+                " ".join([line, *(WARNINGS[name] for name in self.warnings(effect) if name != "first token")])
+            )
         return lines
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "Where the loss is, and where $t^p$ looks") -> None:

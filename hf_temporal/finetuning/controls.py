@@ -15,6 +15,8 @@ from hf_temporal.data import argument
 from hf_temporal.training_args import TemporalTrainingArguments
 from hf_temporal.weighting import TemporalWeighting
 
+from .tasks import TaskArguments
+
 CONTROLS = ("power", "late", "shuffled", "capped", "last_exempt")
 CAP = 2.0
 ACCEPTED = {  # under others t or the weights do not begin anew with each document
@@ -56,6 +58,15 @@ def controlled(arguments: ControlArguments, training_args: TemporalTrainingArgum
 
     weights.__qualname__ = arguments.control  # by which the model card calls it
     return TemporalWeighting(power=power, origin="target", normalization="sequence", weight_fn=weights)
+
+
+def check_no_power_is_sought(arguments: ControlArguments, task_args: TaskArguments) -> None:
+    """Raise a `ValueError` where a p is to be suggested or searched for a control."""
+    if arguments.control != "power" and (task_args.suggest_power or task_args.search_power):
+        raise ValueError(
+            f"control={arguments.control!r} has a weighting of its own, so that no p can be suggested or searched; "
+            "accepted: control='power', or neither --suggest_power nor --search_power"
+        )
 
 
 def late(t: Tensor, T: Tensor, power: float) -> Tensor:

@@ -10,7 +10,7 @@ A quick try of all steps, about a minute:
     accelerate launch recipes/laboratory/finetune_with_control.py --config copying/small_llama --control late \
         --max_steps 2 --max_eval_samples 4 --output_dir outputs/small_llama_late_look
 
-Everything else is as in `finetune_causal_lm.py`.
+Everything else is as in `finetune_causal_lm.py`. For encoder–decoders there is `finetune_seq2seq_with_control.py`.
 """
 
 import sys
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from hf_temporal.data.copying import argmax_of_logits
 from hf_temporal.errors import run_script
 from hf_temporal.finetuning.configuration import parse
-from hf_temporal.finetuning.controls import ControlArguments, controlled
+from hf_temporal.finetuning.controls import ControlArguments, check_no_power_is_sought, controlled
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, prepare_causal_lm
 from hf_temporal.finetuning.run import command_line
 from hf_temporal.finetuning.trainers import CausalTrainer
@@ -32,21 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parsed = parse(ARGUMENTS, argv, description=__doc__)
     _, task_args, *_, control_args, training_args = parsed
+    check_no_power_is_sought(control_args, task_args)
     weighting = controlled(control_args, training_args)
-    if weighting is not None and (task_args.suggest_power or task_args.search_power):
-        raise ValueError(
-            f"control={control_args.control!r} has a weighting of its own, so that no p can be suggested or searched; "
-            "accepted: control='power', or neither --suggest_power nor --search_power"
-        )
     run = prepare_causal_lm(parsed)
     trainer = CausalTrainer(
         run.model,
         run.training_args,
-        train_dataset=run.splits.get("train"),
-        eval_dataset=run.splits.get("validation"),
-        data_collator=run.data_collator,
-        processing_class=run.tokenizer,
-        compute_metrics=run.compute_metrics,
+        **run.for_trainer(),
         preprocess_logits_for_metrics=argmax_of_logits if run.compute_metrics else None,
         answers=run.answers,
         weighting=weighting,

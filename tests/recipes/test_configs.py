@@ -18,7 +18,7 @@ from hf_temporal.finetuning.functional import FunctionalArguments
 from hf_temporal.finetuning.models import ModelArguments
 from hf_temporal.finetuning.recipe import CAUSAL_ARGUMENTS, SEQ2SEQ_ARGUMENTS
 from hf_temporal.training_args import TemporalTrainingArguments
-from recipes.laboratory import finetune_with_control
+from recipes.laboratory import finetune_with_control, gradients_by_lag
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CAUSAL, SEQ2SEQ = CAUSAL_ARGUMENTS, SEQ2SEQ_ARGUMENTS
@@ -27,9 +27,10 @@ KINDS = {
     "finetune_causal_lm.py": CAUSAL,
     "finetune_seq2seq.py": SEQ2SEQ,
     "laboratory/finetune_with_control.py": finetune_with_control.ARGUMENTS,
+    "laboratory/gradients_by_lag.py": gradients_by_lag.ARGUMENTS,
     "laboratory/train_functional.py": FUNCTIONAL,
 }
-COMMANDS = dict(zip(KINDS, (3, 3, 2, 2), strict=True))
+COMMANDS = dict(zip(KINDS, (3, 3, 2, 2, 2), strict=True))
 TASKS = {"copying": "copying", "summarization": "summarization"}
 COMMAND = re.compile(
     r"accelerate launch (?:--config_file (?P<engine>\S+) |--num_processes \d+ )?recipes/(?P<script>\S+)"

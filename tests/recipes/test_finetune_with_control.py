@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hf_temporal.finetuning.trainers import CausalTrainer
+from hf_temporal.finetuning.trainers import CausalTrainer, Seq2SeqTrainer
 from recipes import finetune_causal_lm
+from recipes.laboratory import finetune_seq2seq_with_control
 from recipes.laboratory.finetune_with_control import main
 from tests.tiny_run import Tiny
 
@@ -49,3 +50,26 @@ def test_the_power_is_no_control(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_power_is_not_sought_for_a_control(flag: list[str], tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"control='late' has a weighting of its own, .*; accepted: control='power'"):
         main(tiny.flags(tmp_path, "--control", "late", *flag))
+
+
+def test_an_encoder_decoder_with_a_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    train = Seq2SeqTrainer.train
+
+    def kept(self: Any, **given: Any) -> Any:
+        made.append(self)
+        return train(self, **given)
+
+    monkeypatch.setattr(Seq2SeqTrainer, "train", kept)
+    flags = ["--config", "copying/small_t5", "--output_dir", str(tmp_path), "--max_steps", "1", "--report_to", "none"]
+    flags += ["--max_eval_samples", "2", "--temporal_power", "7", "--control", "late"]
+    finetune_seq2seq_with_control.main(flags)
+    (trainer,) = made
+    batch = next(iter(trainer.get_train_dataloader()))
+    positions = batch["temporal_positions"]
+    weights = trainer.weighting.weights(positions)
+    assert positions.shape[1] == 40
+    assert (weights > 0).sum(1).tolist() == [5] * len(positions)
+    assert (weights[:, -5:] == 8).all()
+    with pytest.raises(ValueError, match="control='late' has a weighting of its own"):
+        finetune_seq2seq_with_control.main([*flags, "--suggest_power"])

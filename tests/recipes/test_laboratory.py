@@ -20,15 +20,17 @@ from hf_temporal.compare.main import main, read_arguments
 from hf_temporal.finetuning.configuration import parse
 from hf_temporal.finetuning.controls import ControlArguments, controlled
 from hf_temporal.finetuning.run import gradient_norms
-from tests.recipes.test_configs import CAUSAL, FUNCTIONAL
+from tests.recipes.test_configs import KINDS
 
 ROOT = Path(__file__).parents[2]
 COMPARISONS = {path.stem: path for path in sorted((ROOT / "recipes" / "laboratory" / "comparisons").glob("*.yaml"))}
+COPYING = "--blank_length 4 --copy_length 2 --max_eval_samples 4"
 TINY = {
     "linear_functional": ("--length 9 --eval_samples 4", "memory_linear_rnn"),
     "sensitivity": ("--length 9 --eval_samples 4", "memory_tanh_rnn"),
-    "copying_memory": ("--blank_length 4 --copy_length 2 --max_eval_samples 4", "memory_tcn"),
-    "memory_tasks": ("--blank_length 4 --copy_length 2 --max_eval_samples 4", "memory_state_space"),
+    "copying_memory": (COPYING, "memory_tcn"),
+    "gradients_by_lag": (f"{COPYING} --measure_every 2", "memory_tcn"),
+    "memory_tasks": (COPYING, "memory_state_space"),
 }
 
 
@@ -57,7 +59,7 @@ def test_a_comparison_of_the_laboratory_from_one_command(name: str, tmp_path: Pa
     assert combination["values"] == {"model_type": model_type}
     assert "gradient norm" in [each["title"] for each in combination["quantities"]]
     assert (tmp_path / "metric_by_power.png").is_file()
-    assert (tmp_path / model_type / "memory.png").is_file() == (name not in ("copying_memory", "memory_tasks"))
+    assert (tmp_path / model_type / "memory.png").is_file() == (not sizes.startswith(COPYING))
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -65,8 +67,8 @@ def test_flags_stand_unless_others_are_given(name: str, monkeypatch: pytest.Monk
     monkeypatch.chdir(ROOT)
     grid = ["--grid", str(COMPARISONS[name])]
     usual, other = (read_arguments([*grid, *argv]) for argv in ([], ["--seeds", "7", "--max_steps=3"]))
-    assert usual.recipe.as_posix() in ("recipes/laboratory/train_functional.py", "recipes/finetune_causal_lm.py")
-    assert usual.arguments.seeds == [*range(5 if name == "memory_tasks" else 3)]
+    assert usual.recipe.relative_to("recipes").as_posix() in KINDS
+    assert usual.arguments.seeds == [*range(5 if name in ("gradients_by_lag", "memory_tasks") else 3)]
     assert other.arguments.seeds == [7]
     assert [flag for flag in other.overrides if "max_steps" in flag] == ["--max_steps=3"]
     assert usual.arguments.powers == other.arguments.powers
@@ -77,18 +79,18 @@ def test_flags_stand_unless_others_are_given(name: str, monkeypatch: pytest.Monk
 def test_the_commands_of_the_laboratory_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every combination that they and docs/results.md ask for, with the sizes of the paper's author."""
     monkeypatch.chdir(ROOT)
-    kinds = {"train_functional.py": FUNCTIONAL, "finetune_causal_lm.py": CAUSAL}
     seen = []
     for path in (*COMPARISONS.values(), ROOT / "docs" / "results.md"):
         seen.append(0)
         for flags in commands_in(path.read_text("utf-8")):
             for each in read_arguments(flags).combinations():
-                config, recipe = each.arguments.config, each.recipe.name
-                model_args, *_ = parse(kinds[recipe], ["--config", str(config), *each.overrides])
+                config, recipe = each.arguments.config, each.recipe.relative_to("recipes").as_posix()
+                model_args, *_ = parse(KINDS[recipe], ["--config", str(config), *each.overrides])
                 model_args.config_values()
                 seen[-1] += 1
     assert dict(zip([*COMPARISONS, "results"], seen, strict=True)) == {
         "copying_memory": 5 + 2 + 4,
+        "gradients_by_lag": 2,
         "linear_functional": 10 + 6 + 10,
         "memory_tasks": 6 * 10,
         "sensitivity": 4,
