@@ -17,8 +17,8 @@ from typing import Any
 from hf_temporal.tables import markdown
 
 SCRIPT = Path(__file__).resolve().parents[1] / "finetune_causal_lm.py"
-PARTS = {  # by the functions that take the time, of which no one calls another: end of the file's name, name
-    "imports": [("<frozen importlib._bootstrap>", "_find_and_load")],
+IMPORTS = "imports, also those within other parts"
+PARTS = {  # by the functions that take the time; but for imports none calls another: end of the file's name, name
     "model and adapter": [("finetuning/models.py", "load_causal_lm"), ("finetuning/adapters.py", "add_adapter")],
     "data, from the cache": [("data/summarization.py", "load_pairs"), ("finetuning/tasks.py", "encode")],
     "a trial of the model's loss and attention": [
@@ -36,12 +36,19 @@ PARTS = {  # by the functions that take the time, of which no one calls another:
     "evaluation: generation": [("finetuning/generation.py", "generate_completions")],
     "evaluation: ROUGE": [("data/summarization.py", "score")],
     "pictures, card, last model": [("finetuning/run.py", "publish")],
+    IMPORTS: [("<frozen importlib._bootstrap>", "_find_and_load")],
 }
 NEVER = "never called"  # by this run, or under that name
 
 
 def main(arguments: list[str]) -> None:
     """Run the recipe and print a table."""
+    whole, parts = profiled(arguments)
+    print(f"\n{table(whole, parts)}")
+
+
+def profiled(arguments: list[str]) -> tuple[float, dict[str, float | None]]:
+    """Run the recipe: the seconds that it took, and those of each part, None where no function of it was called."""
     profile = cProfile.Profile()
     sys.argv = [str(SCRIPT), *arguments]
     start = time.perf_counter()
@@ -49,18 +56,26 @@ def main(arguments: list[str]) -> None:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     whole = time.perf_counter() - start
     stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    lines, known = [["part", "seconds", "share"]], 0.0
+    parts: dict[str, float | None] = {}
     for part, functions in PARTS.items():
         calls = [
             [found[3] for (file, _, name), found in stats.items() if file.endswith(end) and name == asked]
             for end, asked in functions
         ]
-        seconds = sum(max(taken, default=0) for taken in calls)
-        known += seconds
-        share = f"{seconds / whole:.1%}" if any(calls) else NEVER
-        lines.append([part, f"{seconds:.1f}", share])
-    lines += [["all else", f"{whole - known:.1f}", f"{1 - known / whole:.1%}"], ["whole", f"{whole:.1f}", ""]]
-    print(f"\n{markdown(lines)}")
+        parts[part] = sum(max(taken, default=0) for taken in calls) if any(calls) else None
+    return whole, parts
+
+
+def table(whole: float, parts: dict[str, float | None]) -> str:
+    """Seconds and share of each part, of all else and of the whole, and of imports by themselves, in Markdown."""
+    disjoint = {part: seconds for part, seconds in parts.items() if part != IMPORTS}
+    rest = whole - sum(filter(None, disjoint.values()))
+    rows = {**disjoint, "all else": rest, "whole": whole, IMPORTS: parts[IMPORTS]}
+    lines = [
+        [part, f"{seconds or 0:.1f}", NEVER if seconds is None else f"{seconds / whole:.1%}"]
+        for part, seconds in rows.items()
+    ]
+    return markdown([["part", "seconds", "share"], *lines])
 
 
 if __name__ == "__main__":

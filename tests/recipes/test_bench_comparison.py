@@ -60,7 +60,7 @@ def test_rounds_are_run_in_turns_and_kept(
     assert [*second["metrics"]["before"]] == ["p0_seed1", "p4_seed1"]
     for row in found["rows"]:
         assert row["difference"] == 0.25
-        assert 2 < row["ratio"] == row["per hour"] / row["before"] < 6
-        assert 3600 * 2 / 0.8 < row["per hour"] < 3600 * 2 / 0.3
+        assert 1 < row["ratio"] == row["per hour"] / row["before"]
+        assert 0.3 < 3600 * 2 / row["per hour"] < row["seconds"]  # The first 0.1 s may pass unseen.
         assert row["seconds before"] > 1.6
     assert "times as many, from" in capsys.readouterr().out
